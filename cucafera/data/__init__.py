@@ -1,0 +1,1 @@
+"""From text to batches: knows nothing of the model."""

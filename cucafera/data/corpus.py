@@ -1,0 +1,428 @@
+"""Where documents come from: files on this machine, the Hugging Face hub, and the corpus of this package.
+
+Each reader yields (document, bytes): the text, and the bytes of input read since the document before.
+What cannot be read is answered with its place, or left out and counted where the user asked for that.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from cucafera.config import SourceConfig, UserError
+
+Document = tuple[str, int]
+
+FORMATS = (".jsonl", ".txt", ".parquet")
+PACKINGS = (".gz", ".zst")
+SUFFIXES = ".jsonl, .txt (both also packed as .gz or .zst) and .parquet"
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+CHUNK_BYTES = 1 << 20
+ROWS = 256
+"""Rows of parquet and Hugging Face data that are in memory at a time."""
+
+
+class CorpusError(UserError):
+    """Text that is not there or cannot be read."""
+
+
+class _UnreadableError(Exception):
+    """Why one line or row is no document."""
+
+
+@dataclass
+class ReadCounts:
+    """What a pass over a source met."""
+
+    documents: int = 0
+    empty: int = 0
+    """Documents left out because they are null, empty or only whitespace."""
+    broken: int = 0
+    """Lines left out because they cannot be read."""
+    first_broken: str = ""
+    """Where the first of those is, and what is wrong with it."""
+
+
+def read_source(name: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> Iterator[Document]:
+    """Yields each document of a source, and the bytes of input it took to get there, for progress.
+
+    Args:
+        name: The source's name in the configuration, for messages.
+        source: Where it is.
+        skip_broken_lines: Leave out and count what cannot be read.
+        counts: Is kept up to date while reading.
+
+    Raises:
+        CorpusError: the source is not there, has no such column, or holds something that cannot be read.
+    """
+    reader = _Reader(f"data.sources.{name}", source, skip_broken_lines, counts)
+    for text, size in reader.documents():
+        if text is None or not text.strip():
+            counts.empty += 1
+            continue
+        counts.documents += 1
+        yield text, size
+
+
+def source_bytes(source: SourceConfig) -> int | None:
+    """Bytes of input that reading a source will take; None when nobody knows before.
+
+    Raises:
+        CorpusError: no file is there.
+    """
+    if source.path is not None:
+        return sum(file.stat().st_size for file in _files("path", source.path))
+    return len(embedded_corpus().read_bytes()) if source.embedded else None
+
+
+def source_fingerprint(source: SourceConfig) -> str:
+    """A hash that changes when the documents of a source may have changed.
+
+    Files count by relative name, size and time of change; a Hugging Face dataset by name and revision, so without
+    a revision new content on the hub is not noticed.
+
+    Raises:
+        CorpusError: no file is there.
+    """
+    parts: list[Any]
+    if source.path is not None:
+        files = _files("path", source.path)
+        base = files[0].parent if len(files) == 1 else _common_folder(files)
+        listed = [(file.relative_to(base).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        parts = ["files", listed, source.column, source.document_separator]
+    elif source.dataset is not None:
+        parts = ["dataset", source.dataset, source.subset, source.split, source.revision, source.column]
+    else:
+        parts = ["embedded", hashlib.sha256(embedded_corpus().read_bytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document belongs to the held-out share.
+
+    The hash of the text alone decides: a document stays on its side whatever is added to the corpus, and copies of
+    it are all on the same side.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def embedded_corpus() -> Traversable:
+    """The Catalan corpus of this package: jsonl with title, genre and text."""
+    return resources.files("cucafera").joinpath("corpora/catalan.jsonl")
+
+
+class _Reader:
+    """One pass over one source. Documents that are null come as None, to be counted."""
+
+    def __init__(self, key: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> None:
+        self.key = key
+        self.source = source
+        self.skip_broken_lines = skip_broken_lines
+        self.counts = counts
+
+    def documents(self) -> Iterator[tuple[str | None, int]]:
+        if self.source.path is not None:
+            for file in _files(self.key + ".path", self.source.path):
+                yield from self._file(file)
+        elif self.source.dataset is not None:
+            yield from self._dataset()
+        else:
+            with embedded_corpus().open("rb") as lines:
+                for line in lines:
+                    row = json.loads(line)
+                    yield f"{row['title']}\n\n{row['text']}", len(line)
+
+    def _unreadable(self, place: str, problem: object) -> None:
+        """Counts what stands at a place as broken, or stops there."""
+        if not self.skip_broken_lines:
+            raise CorpusError(f"{place}: {problem}. Mend it, or set data.skip_broken_lines=true to leave it out")
+        if not self.counts.broken:
+            self.counts.first_broken = f"{place}: {problem}"
+        self.counts.broken += 1
+
+    def _file(self, path: Path) -> Iterator[tuple[str | None, int]]:
+        try:
+            if _format(path) == ".parquet":
+                yield from self._parquet(path)
+                return
+            with path.open("rb") as raw, _unpacked(raw, path) as content:
+                position = 0
+                texts = self._jsonl(path, content) if _format(path) == ".jsonl" else self._txt(path, content)
+                for text in texts:
+                    yield text, raw.tell() - position
+                    position = raw.tell()
+        except OSError as error:
+            raise CorpusError(f"{self.key}: cannot read {path}: {error.strerror or error}") from error
+
+    def _jsonl(self, path: Path, content: IO[bytes]) -> Iterator[str | None]:
+        for number, line in enumerate(_lines(content), start=1):
+            if not line.strip():
+                continue
+            try:
+                yield _text_of_line(line, self.source.column)
+            except _UnreadableError as problem:
+                self._unreadable(f"{path}:{number}", problem)
+
+    def _txt(self, path: Path, content: IO[bytes]) -> Iterator[str | None]:
+        number = 1
+        for document in _split(content, self.source.document_separator):
+            try:
+                yield _decoded(document)
+            except _UnreadableError as problem:
+                self._unreadable(f"{path}:{number + _line_of_bad_byte(document)}", problem)
+            number += document.count(b"\n")
+
+    def _parquet(self, path: Path) -> Iterator[tuple[str | None, int]]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                self._check_column(str(path), file.schema_arrow.names)
+                size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
+                number = 0
+                for batch in file.iter_batches(batch_size=ROWS, columns=[self.source.column]):
+                    for content in _as_bytes(batch.column(0), f"{path}, column {self.source.column}"):
+                        number += 1
+                        try:
+                            yield None if content is None else _decoded(content), size // rows
+                        except _UnreadableError as problem:
+                            self._unreadable(f"{path}, row {number}", problem)
+        except pyarrow.ArrowException as error:
+            raise CorpusError(f"{path} is no whole parquet file: {_first_line(error)}") from error
+
+    def _dataset(self) -> Iterator[tuple[str | None, int]]:
+        source = self.source
+        place = " ".join(part for part in (f"dataset {source.dataset}", source.subset, f"split {source.split}") if part)
+        with _hub_errors(f"{self.key}: {place}"):
+            import datasets
+
+            rows = datasets.load_dataset(
+                source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
+            )
+            if rows.column_names is not None:
+                self._check_column(place, rows.column_names)
+                rows = rows.select_columns([source.column])
+            batches = iter(rows.iter(batch_size=ROWS))
+        number = 0
+        while True:
+            with _hub_errors(f"{self.key}: {place}"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            self._check_column(place, list(batch))
+            for value in batch[source.column]:
+                number += 1
+                try:
+                    text = _checked(value)
+                    yield text, len(text or "")
+                except _UnreadableError as problem:
+                    self._unreadable(f"{place}, row {number}", problem)
+
+    def _check_column(self, place: str, columns: list[str]) -> None:
+        if self.source.column not in columns:
+            raise CorpusError(
+                f"{place} has no column {self.source.column!r}; it has {', '.join(columns)}: set {self.key}.column"
+            )
+
+
+def _files(key: str, pattern: str) -> list[Path]:
+    """The files that a path, folder or glob names, sorted.
+
+    Raises:
+        CorpusError: there is none, or one of a kind that cannot be read.
+    """
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        visible = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)) and file.is_file()]
+        files = [file for file in visible if _format(file) is not None]  # a README beside the data is no data
+        if not files:
+            raise CorpusError(f"{key}: no file to read in the folder {path}; what can be read is {SUFFIXES}")
+        return sorted(files)
+    files = [path] if path.is_file() else _glob(path)
+    if not files:
+        raise CorpusError(f"{key}: there is no file {path}")
+    for file in files:
+        if _format(file) is None:
+            raise CorpusError(f"{key}: {file} is of no kind that can be read: {SUFFIXES}")
+    return sorted(files)
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _glob(pattern: Path) -> list[Path]:
+    """The files that match a pattern with * ? [] or **."""
+    parts = pattern.parts
+    plain = next((place for place, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts) - 1)
+    return [file for file in Path(*parts[:plain]).glob(str(Path(*parts[plain:]))) if file.is_file()]
+
+
+def _common_folder(files: list[Path]) -> Path:
+    return next(folder for folder in files[0].parents if all(folder in file.parents for file in files))
+
+
+def _format(path: Path | PurePosixPath) -> str | None:
+    """Which of FORMATS a file has, by its name."""
+    if path.suffix in PACKINGS and path.with_suffix("").suffix in (".jsonl", ".txt"):
+        return path.with_suffix("").suffix
+    return path.suffix if path.suffix in FORMATS else None
+
+
+@contextmanager
+def _unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+    """The content of a file that may be packed.
+
+    Raises:
+        CorpusError: the packed file is damaged or cut short, noticed while reading.
+    """
+    if path.suffix == ".gz":
+        with gzip.GzipFile(fileobj=raw) as unpacked:
+            try:
+                yield io.BufferedReader(unpacked, CHUNK_BYTES)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise CorpusError(f"{path} is damaged or cut short: {error}. Fetch it again") from error
+    elif path.suffix == ".zst":
+        yield io.BufferedReader(_ZstdContent(raw, path), CHUNK_BYTES)
+    else:
+        yield raw
+
+
+class _ZstdContent(io.RawIOBase):
+    """Content of a .zst file of one or more frames. The library's own reader takes a cut file for a whole one."""
+
+    def __init__(self, raw: IO[bytes], path: Path) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise CorpusError(f"{path}: to read .zst, install it: pip install 'cucafera[zstd]'") from error
+        self._library = zstandard
+        self._raw = raw
+        self._path = path
+        self._frame: Any = None
+        self._packed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            self._packed = self._packed or self._raw.read(CHUNK_BYTES // 8)
+            if not self._packed:
+                if self._frame is not None:
+                    raise CorpusError(f"{self._path} is cut short: its last frame has no end. Fetch it again")
+                return 0
+            self._unpack()
+        size = min(len(buffer), len(self._content))
+        buffer[:size] = self._content[:size]
+        self._content = self._content[size:]
+        return size
+
+    def _unpack(self) -> None:
+        """Unpacks what has been read, up to the end of the frame that it belongs to."""
+        if self._frame is None:
+            longest = self._library.ZstdDecompressor(max_window_size=1 << 31)  # files packed with zstd --long=31
+            self._frame = longest.decompressobj()
+        try:
+            self._content = memoryview(self._frame.decompress(self._packed))
+        except self._library.ZstdError as error:
+            raise CorpusError(f"{self._path} is damaged: {error}. Fetch it again") from error
+        self._packed = b""
+        if self._frame.eof:
+            self._packed = self._frame.unused_data
+            self._frame = None
+
+
+def _lines(content: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file, without a byte order mark."""
+    first = content.readline()
+    yield first.removeprefix(BYTE_ORDER_MARK)
+    yield from content
+
+
+def _split(content: IO[bytes], separator: str | None) -> Iterator[bytes]:
+    """The parts of a file between separators; the last may be empty. Works on bytes: UTF-8 is never cut wrongly."""
+    if not separator:
+        yield content.read().removeprefix(BYTE_ORDER_MARK)
+        return
+    rest = content.read(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK)
+    while chunk := content.read(CHUNK_BYTES):
+        *documents, rest = (rest + chunk).split(separator.encode())
+        yield from documents
+    yield from rest.split(separator.encode())
+
+
+def _text_of_line(line: bytes, column: str) -> str | None:
+    try:
+        row = json.loads(_decoded(line))
+    except json.JSONDecodeError as error:
+        raise _UnreadableError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise _UnreadableError("no JSON of a reasonable depth") from error
+    if not isinstance(row, dict):
+        raise _UnreadableError("not a JSON object")
+    if column not in row:
+        raise _UnreadableError(f"no column {column!r}; it has {', '.join(row) or 'none'}")
+    return _checked(row[column])
+
+
+def _checked(value: Any) -> str | None:
+    """A value that must be a text or null."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _UnreadableError(f"the text is a {type(value).__name__}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _UnreadableError("half of a surrogate pair, which no UTF-8 text can hold") from error
+    return value
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _UnreadableError(f"no UTF-8: byte 0x{content[error.start]:02x}, the {error.start + 1}. byte") from error
+
+
+def _line_of_bad_byte(content: bytes) -> int:
+    """How many line ends stand before the first byte that is no UTF-8."""
+    return len(content.decode(errors="replace").partition("\ufffd")[0].splitlines()) - 1
+
+
+def _as_bytes(column: Any, place: str) -> Iterable[bytes | None]:
+    """The values of a pyarrow column of strings as bytes, so that bad UTF-8 is met value by value."""
+    import pyarrow
+
+    kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise CorpusError(f"{place} holds {column.type}, not strings")
+    return (value.as_py() for value in column.cast(kind).cast(pyarrow.large_binary()))
+
+
+@contextmanager
+def _hub_errors(place: str) -> Iterator[None]:
+    """Turns what the datasets library raises, for a wrong name as for a lost network, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CorpusError(f"{place} cannot be read: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -1,0 +1,597 @@
+"""Token shards: the format of prepared text, its writer and reader, and the way there from a corpus.
+
+A shard is a header of 16 KiB (one line with a checksum, then JSON: try `head -c 1000`) and token ids as
+little-endian uint16. A folder of shards holds one stream of tokens, cut wherever a file is full, and the manifest
+shards.json, which is written last: without it there is nothing. Each block of tokens has its CRC-32 in the header,
+compared when the block is first read; so a stream of any length opens at once, and damage is found before use.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cucafera.config import SourceConfig, UserError
+from cucafera.data.corpus import CorpusError, Document, ReadCounts, is_held_out, read_source, source_bytes
+from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
+
+log = logging.getLogger(__name__)
+
+Tokens = NDArray[np.uint16]
+
+VERSION = 1
+MAGIC = b"cucafera shard, header crc32 "
+HEADER_BYTES = 16_384
+BLOCK_TOKENS = 262_144
+MOST_BLOCKS = 1024
+"""Checksums that the header has room for."""
+TOKEN_TYPE = np.dtype("<u2")
+MANIFEST = "shards.json"
+SUMMARY = "prepared.json"
+
+BATCH_BYTES = 1 << 20
+"""Text that a process tokenizes at a time."""
+SMALL_CORPUS_BATCHES = 8
+"""A corpus of fewer batches is done before another process has even started."""
+SECONDS_BETWEEN_LINES = 10
+
+
+class ShardError(UserError):
+    """Prepared tokens that are not there, damaged, or made for something else."""
+
+
+class ShardWriter:
+    """Writes one stream of tokens into a folder of shards.
+
+    Args:
+        folder: Is made; must not hold shards.
+        tokenizer_fingerprint: Of the tokenizer that made the tokens.
+        shard_tokens: Tokens of one file.
+    """
+
+    def __init__(self, folder: Path, tokenizer_fingerprint: str, shard_tokens: int) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._tokenizer = tokenizer_fingerprint
+        self._shard_tokens = shard_tokens
+        self._block_tokens = BLOCK_TOKENS
+        while -(-shard_tokens // self._block_tokens) > MOST_BLOCKS:
+            self._block_tokens *= 2
+        self._file: BinaryIO | None = None
+        self._shards: list[dict[str, Any]] = []
+
+    def append(self, tokens: Tokens) -> None:
+        """Appends tokens [n] to the stream."""
+        while tokens.size:
+            if self._file is None:
+                self._begin_shard()
+            taken = min(tokens.size, self._shard_tokens - self._count, self._block_tokens - self._count_in_block)
+            self._write(tokens[:taken].astype(TOKEN_TYPE, copy=False))
+            tokens = tokens[taken:]
+            if self._count == self._shard_tokens:
+                self._end_shard()
+
+    def close(self) -> None:
+        """Ends the last shard and writes the manifest: from now on the stream is there."""
+        if self._file is not None:
+            self._end_shard()
+        manifest = {
+            "version": VERSION,
+            "tokenizer": self._tokenizer,
+            "tokens": sum(shard["tokens"] for shard in self._shards),
+            "shards": self._shards,
+        }
+        _write_json(self._folder / MANIFEST, manifest)
+
+    def abandon(self) -> None:
+        """Closes the file that is being written, when there will be no manifest."""
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def _count_in_block(self) -> int:
+        return self._count % self._block_tokens
+
+    def _begin_shard(self) -> None:
+        self._path = self._folder / f"{len(self._shards):05d}.shard"
+        self._file = self._path.with_suffix(".partial").open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+        self._count = 0
+        self._max_id = 0
+        self._checksums: list[int] = []
+
+    def _write(self, tokens: Tokens) -> None:
+        assert self._file is not None
+        content = tokens.data
+        self._file.write(content)
+        if self._count_in_block == 0:
+            self._checksums.append(0)
+        self._checksums[-1] = zlib.crc32(content, self._checksums[-1])
+        self._count += tokens.size
+        self._max_id = max(self._max_id, int(tokens.max()))
+
+    def _end_shard(self) -> None:
+        assert self._file is not None
+        described = {
+            "version": VERSION,
+            "dtype": "uint16, little-endian",
+            "tokens": self._count,
+            "max_id": self._max_id,
+            "tokenizer": self._tokenizer,
+            "block_tokens": self._block_tokens,
+            "block_crc32": self._checksums,
+        }
+        header = _header(described)
+        with self._file as file:
+            file.seek(0)
+            file.write(header)
+            _flush(file)
+        self._file = None
+        self._path.with_suffix(".partial").replace(self._path)
+        self._shards.append({"name": self._path.name, "tokens": self._count, "header_crc32": zlib.crc32(header)})
+
+
+class TokenStream:
+    """A stream of tokens, read from wherever one likes. `len` gives its tokens. Made by `open`; can be pickled."""
+
+    def __init__(self, folder: Path, shards: list["_Shard"]) -> None:
+        self._folder = folder
+        self._shards = shards
+        self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer_fingerprint: str, vocab_size: int) -> "TokenStream":
+        """Opens a folder of shards; reads the headers only, in time that grows with the number of files.
+
+        Args:
+            folder: Where the shards are.
+            tokenizer_fingerprint: Of the tokenizer that the run uses.
+            vocab_size: Ids must be below it.
+
+        Raises:
+            ShardError: nothing complete is there, it is damaged, of another version or another tokenizer.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+        except FileNotFoundError as error:
+            raise ShardError(f"{folder} holds no prepared tokens: it has no {MANIFEST}") from error
+        except ValueError as error:
+            raise ShardError(f"{folder / MANIFEST} is damaged. {_start_again(folder)}") from error
+        if manifest.get("version") != VERSION:
+            raise ShardError(
+                f"{folder} has format version {manifest.get('version')}, and this program reads {VERSION}. "
+                + _start_again(folder)
+            )
+        if manifest["tokenizer"] != tokenizer_fingerprint:
+            raise ShardError(
+                f"the tokens in {folder} were made by another tokenizer: its fingerprint is {manifest['tokenizer']}, "
+                f"that of the tokenizer in use {tokenizer_fingerprint}. {_start_again(folder)}"
+            )
+        return cls(folder, [_open_shard(folder, entry, vocab_size) for entry in manifest["shards"]])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self._shards else 0
+
+    def read(self, start: int, length: int) -> Tokens:
+        """A copy of the tokens start, ..., start + length - 1, as uint16 [length].
+
+        Raises:
+            IndexError: they are not all within the stream.
+            ShardError: a block that holds some of them is not what was written.
+        """
+        if not 0 <= start <= start + length <= len(self):
+            raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
+        tokens = np.empty(length, dtype=np.uint16)
+        filled = 0
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while filled < length:
+            shard = self._shards[number]
+            offset = start + filled - (int(self._ends[number]) - shard.tokens)
+            part = shard.read(offset, min(length - filled, shard.tokens - offset))
+            tokens[filled : filled + part.size] = part
+            filled += part.size
+            number += 1
+        return tokens
+
+
+class _Shard:
+    """One file, opened when it is first read."""
+
+    def __init__(self, path: Path, tokens: int, block_tokens: int, checksums: list[int]) -> None:
+        self.path = path
+        self.tokens = tokens
+        self._block_tokens = block_tokens
+        self._checksums = checksums
+        self._content: np.memmap[Any, Any] | None = None
+        self._verified = np.zeros(len(checksums), dtype=np.bool_)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_content": None}  # each process maps the file itself
+
+    def read(self, start: int, length: int) -> Tokens:
+        """Tokens of this file, their blocks verified."""
+        if self._content is None:
+            self._content = np.memmap(self.path, TOKEN_TYPE, mode="r", offset=HEADER_BYTES, shape=(self.tokens,))
+        for block in range(start // self._block_tokens, (start + length - 1) // self._block_tokens + 1):
+            if not self._verified[block]:
+                self._verify(self._content, block)
+        return self._content[start : start + length]
+
+    def _verify(self, content: Tokens, block: int) -> None:
+        tokens = content[block * self._block_tokens : (block + 1) * self._block_tokens]
+        if zlib.crc32(tokens.data) != self._checksums[block]:
+            raise ShardError(
+                f"{self.path} is damaged: block {block} (tokens {block * self._block_tokens:,} and on) is not what was "
+                f"written. {_start_again(self.path.parent)}"
+            )
+        self._verified[block] = True
+
+
+def _open_shard(folder: Path, entry: dict[str, Any], vocab_size: int) -> _Shard:
+    """Checks the file that a manifest entry describes."""
+    path = folder / entry["name"]
+    expected = HEADER_BYTES + entry["tokens"] * TOKEN_TYPE.itemsize
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = file.read(HEADER_BYTES)
+    except OSError as error:
+        raise ShardError(f"cannot read {path}: {error.strerror}. {_start_again(folder)}") from error
+    if size != expected:
+        raise ShardError(f"{path} has {size:,} bytes instead of {expected:,}. {_start_again(folder)}")
+    if zlib.crc32(header) != entry["header_crc32"] or (described := _parsed_header(header)) is None:
+        raise ShardError(f"{path} is damaged: its header is not what was written. {_start_again(folder)}")
+    if described["max_id"] >= vocab_size:
+        raise ShardError(
+            f"{path} holds the id {described['max_id']:,}; the vocabulary has {vocab_size:,} entries. "
+            + _start_again(folder)
+        )
+    return _Shard(path, described["tokens"], described["block_tokens"], described["block_crc32"])
+
+
+def _header(described: dict[str, Any]) -> bytes:
+    """A header of HEADER_BYTES: MAGIC and the checksum of the rest on one line, then JSON and spaces."""
+    content = json.dumps(described).encode()
+    first_line = len(MAGIC) + 9
+    content = content.ljust(HEADER_BYTES - first_line - 1) + b"\n"
+    return MAGIC + b"%08x\n" % zlib.crc32(content) + content
+
+
+def _parsed_header(header: bytes) -> dict[str, Any] | None:
+    """What a header says, or None when it is damaged."""
+    first_line, _, content = header.partition(b"\n")
+    if first_line != MAGIC + b"%08x" % zlib.crc32(content):
+        return None
+    described: dict[str, Any] = json.loads(content)
+    return described
+
+
+def _start_again(folder: Path) -> str:
+    """What to do about shards that cannot be used."""
+    owner = folder.parent if (folder.parent / SUMMARY).exists() else folder
+    return f"Delete the folder {owner}: it is prepared again at the next start"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(json.dumps(content, indent=1).encode())
+        _flush(file)
+    partial.replace(path)
+
+
+def _flush(file: BinaryIO) -> None:
+    """Brings what was written onto the disk, so that no rename can come before it."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@dataclass
+class PreparedSource:
+    """What became of the text of one source: the content of prepared.json."""
+
+    tokenizer: str = ""
+    """Fingerprint."""
+    documents: int = 0
+    """Training documents."""
+    tokens: int = 0
+    """Training tokens, with one document-start token a document."""
+    text_bytes: int = 0
+    """UTF-8 bytes of the training documents."""
+    held_out_documents: int = 0
+    held_out_tokens: int = 0
+    held_out_text_bytes: int = 0
+    empty_documents: int = 0
+    """Left out: null, empty or only whitespace."""
+    broken_lines: int = 0
+    """Left out because they cannot be read."""
+    bytes_per_token: float = 0.0
+    """UTF-8 bytes that a token stands for, document-start tokens apart, over all documents."""
+
+
+class _Encoded(NamedTuple):
+    """What becomes of a batch of documents."""
+
+    training: Tokens
+    held_out: Tokens
+    held_out_documents: int
+    held_out_bytes: int
+    documents: int
+    text_bytes: int
+    input_bytes: int
+
+
+class _Batch(NamedTuple):
+    texts: list[str]
+    input_bytes: int
+
+
+def prepare_source(
+    name: str,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    validation_fraction: float,
+    shard_tokens: int,
+    skip_broken_lines: bool,
+    processes: int | None,
+) -> PreparedSource:
+    """Turns one source into two streams of tokens, folder/train and folder/validation, unless they are there.
+
+    The folder appears whole or not at all, and is the same for any number of processes. Of several programs that
+    want the same folder one makes it, and the others wait.
+
+    Args:
+        name: The source's name in the configuration, for messages.
+        source: The text.
+        tokenizer: Makes its tokens.
+        folder: Is made.
+        validation_fraction: Share of documents held out.
+        shard_tokens: Tokens of one shard file.
+        skip_broken_lines: Leave out and count lines that cannot be read.
+        processes: Processes that tokenize; None: one a core.
+
+    Raises:
+        UserError: the source cannot be read or has no document, or the folder cannot be written.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(folder.name + ".lock")):
+            if not folder.exists():
+                _remove(partial)  # of a run that was killed
+                _prepare(
+                    name, source, tokenizer, partial, validation_fraction, shard_tokens, skip_broken_lines, processes
+                )
+                partial.rename(folder)
+            return PreparedSource(**json.loads((folder / SUMMARY).read_bytes()))
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    except BrokenProcessPool as error:
+        raise ShardError(
+            f"data.sources.{name}: a process that tokenizes was killed, perhaps for want of memory. "
+            "Set data.processes to a smaller number and start again"
+        ) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> ShardError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some, or set data.prepared_dir to a folder on a larger disk" if full else "set data.prepared_dir"
+    return ShardError(f"cannot write prepared tokens to {folder}: {error.strerror or error}; {remedy}")
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process of this machine at a time."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("Another process is preparing %s: waiting for it", path.with_suffix(""))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _prepare(
+    name: str,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    validation_fraction: float,
+    shard_tokens: int,
+    skip_broken_lines: bool,
+    processes: int | None,
+) -> None:
+    """Fills a folder; leaves nothing behind when it does not come to the end."""
+    counts = ReadCounts()
+    summary = PreparedSource(tokenizer=tokenizer.fingerprint)
+    training = ShardWriter(folder / "train", tokenizer.fingerprint, shard_tokens)
+    held_out = ShardWriter(folder / "validation", tokenizer.fingerprint, shard_tokens)
+    try:
+        batches = _batches(read_source(name, source, skip_broken_lines, counts))
+        with _Progress(f"Tokenizing {name}", source_bytes(source)) as progress:
+            for encoded in _encoded(batches, tokenizer, validation_fraction, processes):
+                training.append(encoded.training)
+                held_out.append(encoded.held_out)
+                _count(summary, encoded)
+                progress.advance(encoded)
+        if not counts.documents:
+            raise CorpusError(_no_document(name, counts))
+        summary.empty_documents, summary.broken_lines = counts.empty, counts.broken
+        documents = summary.documents + summary.held_out_documents
+        tokens = summary.tokens + summary.held_out_tokens - documents
+        summary.bytes_per_token = (summary.text_bytes + summary.held_out_text_bytes) / tokens
+        training.close()
+        held_out.close()
+        _write_json(folder / SUMMARY, asdict(summary))
+    except BaseException:
+        training.abandon()
+        held_out.abandon()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _no_document(name: str, counts: ReadCounts) -> str:
+    left_out = f"{counts.empty:,} were empty, {counts.broken:,} could not be read"
+    first = f" (the first: {counts.first_broken})" if counts.broken else ""
+    return f"data.sources.{name} holds no document: {left_out}{first}"
+
+
+def _count(summary: PreparedSource, encoded: _Encoded) -> None:
+    summary.documents += encoded.documents
+    summary.tokens += encoded.training.size
+    summary.text_bytes += encoded.text_bytes
+    summary.held_out_documents += encoded.held_out_documents
+    summary.held_out_tokens += encoded.held_out.size
+    summary.held_out_text_bytes += encoded.held_out_bytes
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
+    """Documents together until they have BATCH_BYTES."""
+    texts: list[str] = []
+    size = input_bytes = 0
+    for text, read in documents:
+        texts.append(text)
+        size += len(text)
+        input_bytes += read
+        if size >= BATCH_BYTES:
+            yield _Batch(texts, input_bytes)
+            texts, size, input_bytes = [], 0, 0
+    if texts:
+        yield _Batch(texts, input_bytes)
+
+
+def _encoded(
+    batches: Iterator[_Batch], tokenizer: Tokenizer, fraction: float, processes: int | None
+) -> Iterator[_Encoded]:
+    """Encodes batches, in their order, here or in processes."""
+    processes = processes or len(os.sched_getaffinity(0))
+    begun = list(islice(batches, SMALL_CORPUS_BATCHES))
+    batches = chain(begun, batches)
+    if processes == 1 or len(begun) < SMALL_CORPUS_BATCHES:
+        return (_encode(tokenizer, fraction, batch) for batch in batches)
+    return _encoded_by_processes(batches, tokenizer, fraction, processes)
+
+
+def _encoded_by_processes(
+    batches: Iterator[_Batch], tokenizer: Tokenizer, fraction: float, processes: int
+) -> Iterator[_Encoded]:
+    """Keeps a bounded number of batches under way, so that memory does not grow with the corpus."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch and tokenizers, half alive
+    pool = ProcessPoolExecutor(processes, context, _begin_worker, (tokenizer, fraction))
+    under_way: deque[Future[_Encoded]] = deque()
+    try:
+        for batch in batches:
+            under_way.append(pool.submit(_encode_in_worker, batch))
+            if len(under_way) > 2 * processes:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _begin_worker(tokenizer: Tokenizer, fraction: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and that one ends the work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core to itself
+    _worker.update(tokenizer=tokenizer, fraction=fraction)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells nobody; without this its workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: _Batch) -> _Encoded:
+    return _encode(_worker["tokenizer"], _worker["fraction"], batch)
+
+
+def _encode(tokenizer: Tokenizer, fraction: float, batch: _Batch) -> _Encoded:
+    start = np.array([DOCUMENT_START_ID], dtype=np.uint16)
+    sides: dict[bool, list[Tokens]] = {False: [np.empty(0, np.uint16)], True: [np.empty(0, np.uint16)]}
+    documents, text_bytes = {False: 0, True: 0}, {False: 0, True: 0}
+    for text, ids in zip(batch.texts, tokenizer.encode_batch(batch.texts), strict=True):
+        side = is_held_out(text, fraction)
+        sides[side] += [start, ids]
+        documents[side] += 1
+        text_bytes[side] += len(text.encode())
+    return _Encoded(
+        training=np.concatenate(sides[False]),
+        held_out=np.concatenate(sides[True]),
+        held_out_documents=documents[True],
+        held_out_bytes=text_bytes[True],
+        documents=documents[False],
+        text_bytes=text_bytes[False],
+        input_bytes=batch.input_bytes,
+    )
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line now and then. Both on stderr."""
+
+    def __init__(self, title: str, total_bytes: int | None) -> None:
+        self._title = title
+        self._tokens = 0
+        self._text_bytes = 0
+        self._started = self._last_line = time.monotonic()
+        self._on_terminal = sys.stderr.isatty()
+        self._bar = tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, disable=not self._on_terminal)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._bar.close()
+        if kind is None and not self._on_terminal:
+            self._line()
+
+    def advance(self, encoded: _Encoded) -> None:
+        self._tokens += encoded.training.size + encoded.held_out.size
+        self._text_bytes += encoded.text_bytes + encoded.held_out_bytes
+        self._bar.set_postfix_str(self._figures(), refresh=False)
+        self._bar.update(encoded.input_bytes)
+        if not self._on_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _figures(self) -> str:
+        megabytes = self._text_bytes / 1e6
+        speed = megabytes / (time.monotonic() - self._started)
+        return f"{megabytes:,.1f} MB of text, {self._tokens:,} tokens, {speed:.1f} MB/s"
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        print(f"{self._title}: {self._figures()}", file=sys.stderr)

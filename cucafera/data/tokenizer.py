@@ -1,0 +1,240 @@
+"""Text to token ids and back: byte-level BPE with the control tokens at ids 0..9.
+
+Text never yields a control token, whatever it spells: those are placed by the code that frames documents and
+conversations, and nowhere else.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cucafera.config import MAX_VOCABULARY, SPECIAL_TOKENS, UserError
+
+DOCUMENT_START_ID = SPECIAL_TOKENS.index("</s>")
+"""Stands in front of each document."""
+PAD_ID = SPECIAL_TOKENS.index("<pad>")
+IM_START_ID = SPECIAL_TOKENS.index("<im_start>")
+IM_END_ID = SPECIAL_TOKENS.index("<im_end>")
+
+PIECE_CHARACTERS = 1_000_000
+"""Longer texts are encoded in pieces of about this length: an encoding takes about 50 times the memory of its text."""
+
+CUT = re.compile(r"(?<=\S)[ \t\r\n]")
+"""Where a text may be cut: no match of the GPT-2 pattern reaches from a visible character into whitespace."""
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
+
+PROBE = "".join(map(chr, range(0x800))) + " \u2013 \uff5e\n\n \U0001f600\U00100000 l'aigua freda  "
+"""A text whose UTF-8 has every byte that UTF-8 can have up to F4, and whitespace in every position."""
+
+
+class TokenizerError(UserError):
+    """A tokenizer file that cannot be used."""
+
+
+class Tokenizer:
+    """Byte-level BPE with the GPT-2 pattern and no normalizer. Made by `train` or `load`."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        inner.encode_special_tokens = True  # text that spells a control token is ordinary text
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self._bytes = _bytes_of_tokens(inner)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
+        """Trains a tokenizer; the same texts give the same tokenizer.
+
+        Args:
+            texts: The corpus.
+            vocab_size: Entries, control tokens and bytes included; fewer when the texts repeat too little.
+            show_progress: Draw progress bars.
+        """
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=show_progress,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Tokenizer":
+        """Reads a tokenizer.json.
+
+        Raises:
+            TokenizerError: there is no such file, or it holds no byte-level BPE with this package's control tokens.
+        """
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise TokenizerError(
+                f"cannot read the tokenizer {path}: {error.strerror}. tokenizer.path names a tokenizer.json; "
+                "null trains one on the corpus"
+            ) from error
+        try:
+            inner = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+        if problem := _problem(inner):
+            raise TokenizerError(
+                f"the tokenizer {path} cannot be used: {problem}. Give a byte-level BPE with the control tokens of "
+                "this package, or set tokenizer.path=null to train one"
+            )
+        return cls(inner)
+
+    def save(self, path: Path | str) -> None:
+        """Writes a tokenizer.json, which appears at once and whole."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+        partial.replace(path)
+
+    def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
+        """Processes that tokenize get it as JSON (the library's own pickling forgets how text is protected)."""
+        return _from_json, (self._inner.to_str(),)
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries, control tokens and bytes included: ids are below it."""
+        return len(self._bytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hexadecimal of everything that decides which ids a text gets."""
+        model = json.loads(self._inner.to_str())["model"]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        tokens = [self._inner.id_to_token(token) for token in range(self.vocab_size)]
+        canonical = json.dumps([tokens, merges, bool(model.get("ignore_merges"))])
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; never a control token."""
+        pieces = _pieces(text, PIECE_CHARACTERS)
+        return [token for piece in pieces for token in self._inner.encode(piece, add_special_tokens=False).ids]
+
+    def encode_batch(self, texts: Sequence[str], piece_characters: int = PIECE_CHARACTERS) -> list[NDArray[np.uint16]]:
+        """The ids of each text, encoded side by side on the cores of the machine.
+
+        Args:
+            texts: The texts.
+            piece_characters: Longer texts are encoded in pieces, with the same result in less memory.
+        """
+        pieces = [list(_pieces(text, piece_characters)) for text in texts]
+        encodings = self._inner.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False)
+        ids = (np.array(encoding.ids, dtype=np.uint16) for encoding in encodings)
+        return [np.concatenate(list(islice(ids, len(parts)))) for parts in pieces]
+
+    def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
+        """The text of ids: the exact inverse of `encode`.
+
+        Args:
+            ids: Token ids. One behind the vocabulary, and bytes that are no UTF-8, show as U+FFFD.
+            skip_control: Leave control tokens out instead of showing their names.
+        """
+        first = len(SPECIAL_TOKENS) if skip_control else 0
+        known = self._bytes
+        parts = (known[token] if token < len(known) else REPLACEMENT for token in ids if token >= first)
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> NDArray[np.int64]:
+        """UTF-8 bytes that each token stands for, [vocab_size]; 0 for control tokens. The denominator of bpb."""
+        lengths = np.array([len(content) for content in self._bytes], dtype=np.int64)
+        lengths[: len(SPECIAL_TOKENS)] = 0
+        return lengths
+
+
+def _from_json(content: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(content))
+
+
+def _pieces(text: str, characters: int) -> Iterator[str]:
+    """The text in pieces of at least so many characters, whose ids one after another are those of the text."""
+    start = 0
+    while len(text) - start > characters and (cut := CUT.search(text, start + characters)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte behind each character of a byte-level vocabulary: GPT-2 writes unprintable bytes as U+0100 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTE_OF_CHARACTER = _byte_of_character()
+
+
+def _bytes_of_tokens(inner: tokenizers.Tokenizer) -> list[bytes]:
+    """The bytes that each id stands for; for a control token, its name."""
+    tokens = [inner.id_to_token(token) for token in range(inner.get_vocab_size())]
+    names = [name.encode() for name in SPECIAL_TOKENS]
+    return names + [bytes(BYTE_OF_CHARACTER[character] for character in token) for token in tokens[len(names) :]]
+
+
+def _problem(inner: tokenizers.Tokenizer) -> str | None:
+    """Why this tokenizer cannot be used, or None."""
+    described = json.loads(inner.to_str())
+    return (
+        _vocabulary_problem(inner, described)
+        or _pattern_problem(described)
+        or (
+            None if Tokenizer(inner).decode(inner.encode(PROBE).ids) == PROBE else "it does not give texts back exactly"
+        )
+    )
+
+
+def _vocabulary_problem(inner: tokenizers.Tokenizer, described: dict[str, Any]) -> str | None:
+    vocabulary = inner.get_vocab()
+    misplaced = [
+        f"{name} has {f'id {vocabulary[name]}' if name in vocabulary else 'no id'} instead of {token}"
+        for token, name in enumerate(SPECIAL_TOKENS)
+        if vocabulary.get(name) != token
+    ]
+    if misplaced:
+        return "control tokens are not where they should be: " + ", ".join(misplaced)
+    added = {token["content"]: token["special"] for token in described["added_tokens"]}
+    if added != dict.fromkeys(SPECIAL_TOKENS, True):
+        odd = sorted(
+            name for name in added | dict.fromkeys(SPECIAL_TOKENS) if not added.get(name) or name not in SPECIAL_TOKENS
+        )
+        return f"its added tokens must be the ten control tokens, all special; these are not: {', '.join(odd)}"
+    if len(vocabulary) > MAX_VOCABULARY:
+        return f"it has {len(vocabulary):,} entries; ids are stored in 16 bits, so at most {MAX_VOCABULARY:,}"
+    if max(vocabulary.values()) >= len(vocabulary):
+        return f"its ids have gaps: {len(vocabulary):,} entries, but ids up to {max(vocabulary.values()):,}"
+    if described["model"]["type"] != "BPE" or not BYTE_OF_CHARACTER.keys() <= vocabulary.keys():
+        return "it is no byte-level BPE: the 256 bytes are not all in its vocabulary"
+    foreign = [t for t in vocabulary if t not in SPECIAL_TOKENS and not BYTE_OF_CHARACTER.keys() >= set(t)]
+    return f"it is no byte-level BPE: the entry {foreign[0]!r} is not made of bytes" if foreign else None
+
+
+def _pattern_problem(described: dict[str, Any]) -> str | None:
+    if described["normalizer"] is not None:
+        return f"it changes text before encoding it (normalizer {described['normalizer']['type']})"
+    splitter = described["pre_tokenizer"] or {}
+    if splitter.get("type") != "ByteLevel" or not splitter.get("use_regex", True):
+        return "its pre-tokenizer must be ByteLevel with the GPT-2 pattern (use_regex)"
+    if splitter["add_prefix_space"]:
+        return "it puts a space before each text (add_prefix_space)"
+    if described["model"].get("dropout"):
+        return "it encodes at random (dropout)"
+    return None

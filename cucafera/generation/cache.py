@@ -1,0 +1,39 @@
+"""The key/value cache.
+
+B batch, K key/value heads, T new tokens, S tokens so far, d head dim
+"""
+
+import torch
+from torch import Tensor
+
+from cucafera.config import ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, in memory taken once.
+
+    Args:
+        config: The model that fills it.
+        batch_size: Texts that are written side by side.
+        capacity: Most tokens it can hold.
+        device, dtype: Those of the model's hidden states.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        head_dim = config.hidden_size // config.num_attention_heads
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, head_dim)
+        self.length = 0
+        self._layers = config.num_hidden_layers
+        self._keys = torch.empty(shape, device=device, dtype=dtype)
+        self._values = torch.empty(shape, device=device, dtype=dtype)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends the keys and values [B, K, T, d] of new tokens; returns those of all tokens, [B, K, S, d]."""
+        end = self.length + keys.shape[2]
+        self._keys[layer, :, :, self.length : end] = keys
+        self._values[layer, :, :, self.length : end] = values
+        if layer == self._layers - 1:
+            self.length = end
+        return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]

@@ -1,0 +1,73 @@
+"""Causal attention within documents, by the kernel that suits the device. All give the same numbers.
+
+B batch, T new tokens, S tokens so far (T of them new), H heads, K key/value heads, d head dim
+
+| what is asked         | CPU                       | CUDA                                |
+|-----------------------|---------------------------|-------------------------------------|
+| causal                | SDPA, is_causal           | SDPA, is_causal                     |
+| causal, in documents  | SDPA, mask [B, 1, T, T]   | flex_attention: skips what is masked |
+| new tokens of a cache | SDPA, mask [T, S]         | SDPA, mask [T, S]                   |
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Mask = Tensor | BlockMask | None
+"""What `attend` needs to know of who sees whom; None: every token sees itself and all before it."""
+
+# Outside torch.compile both would hold the whole [T, T] matrix; inside a compiled decoder they become part of its graph.
+_create_block_mask = torch.compile(create_block_mask)
+_flex_attention = torch.compile(flex_attention)
+
+
+def attention_mask(tokens: int, past: int, documents: Tensor | None, device: torch.device) -> Mask:
+    """The mask of one forward pass, made once and shared by all layers.
+
+    Args:
+        tokens: T, new tokens.
+        past: Tokens before them in the cache (S - T); 0 when there are documents.
+        documents: Document number of each token [B, T], int32, or None: all tokens are of one document.
+        device: Where attention will run.
+
+    Returns:
+        A mask for `attend`.
+    """
+    if documents is not None:
+        return _block_mask(documents) if device.type == "cuda" else dense_mask(documents)
+    if past:
+        return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
+    return None
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    """softmax(queries @ keys.T / sqrt(d)) @ values over what the mask lets each query see.
+
+    Args:
+        queries: [B, H, T, d].
+        keys, values: [B, K, S, d]; K divides H, and each of them serves H / K heads in a row.
+        mask: From `attention_mask`.
+
+    Returns:
+        [B, H, T, d].
+    """
+    if isinstance(mask, BlockMask):
+        mixed: Tensor = _flex_attention(queries, keys, values, block_mask=mask, enable_gqa=True)
+        return mixed
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+
+
+def dense_mask(documents: Tensor) -> Tensor:
+    """True where a token sees another, [B, 1, T, T], from document numbers [B, T]."""
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+
+
+def _block_mask(documents: Tensor) -> BlockMask:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[batch, query] == documents[batch, key])
+
+    batch_size, tokens = documents.shape
+    return _create_block_mask(visible, batch_size, None, tokens, tokens, device=documents.device)

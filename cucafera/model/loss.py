@@ -1,0 +1,102 @@
+"""Cross-entropy of a linear head that never holds all the logits.
+
+N tokens, C tokens of one chunk, D hidden, V vocabulary
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum over the valid targets of the cross-entropy of softmax(hidden @ weight.T), in nats.
+
+    Equal to `F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum")`, but only the logits of one chunk
+    exist at a time, because the gradients are made in the forward pass. Under autocast the matrix products run in its
+    dtype; softmax, the sum and the gradient of the weight are in fp32.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        targets: Token ids [N], int64.
+        ignore_index: Targets of this value count nothing and give no gradient.
+        chunk_tokens: C; None: what measured best on the device.
+
+    Returns:
+        An fp32 scalar; 0 if no target is valid.
+    """
+    device = hidden.device.type
+    if chunk_tokens is None:
+        chunk_tokens = CHUNK_TOKENS.get(device, CHUNK_TOKENS["cuda"])
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens, dtype)
+        return loss
+    return _loss(hidden, weight, targets, ignore_index, chunk_tokens, dtype)
+
+
+def _loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int, dtype: torch.dtype
+) -> Tensor:
+    weight = weight.to(dtype)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for chunk, chunk_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        logits = (chunk.to(dtype) @ weight.T).float()
+        valid = chunk_targets != ignore_index
+        target_logits = logits.gather(1, torch.where(valid, chunk_targets, 0)[:, None])[:, 0]
+        loss += torch.where(valid, logits.logsumexp(1) - target_logits, 0).sum()
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes both gradients chunk by chunk beside the loss; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        matrix = weight.to(dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            chunk = hidden[rows].to(dtype)
+            valid = targets[rows] != ignore_index
+            index = torch.where(valid, targets[rows], 0)[:, None]
+
+            logits = (chunk @ matrix.T).float()
+            largest = logits.amax(1, keepdim=True)
+            target_logits = logits.gather(1, index)
+            exponentials = logits.sub_(largest).exp_()
+            total = exponentials.sum(1, keepdim=True)
+            nats = largest + total.log() - target_logits
+            loss += torch.where(valid[:, None], nats, 0).sum()
+
+            # The gradient of the logits is softmax minus one-hot; rows without a target are zero.
+            counts = valid[:, None].float()
+            logits_gradient = exponentials.mul_(counts / total).scatter_add_(1, index, -counts).to(dtype)
+            hidden_gradient[rows] = logits_gradient @ matrix
+            if dtype == torch.float32:
+                weight_gradient.addmm_(logits_gradient.T, chunk)
+            else:
+                weight_gradient += logits_gradient.T @ chunk
+        ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        # In place, for memory. A second backward pass meets autograd's version check and raises.
+        return hidden_gradient.mul_(upstream[0]), weight_gradient.mul_(upstream[0]), None, None, None, None

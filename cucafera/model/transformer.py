@@ -1,0 +1,179 @@
+"""The decoder. The same function as Hugging Face's LlamaForCausalLM with a tied head, and the same parameter names.
+
+B batch, T time, D hidden, H heads, K key/value heads, F intermediate, V vocabulary, d head dim
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cucafera.config import ModelConfig
+from cucafera.model.attention import Mask, attend, attention_mask
+from cucafera.model.loss import linear_cross_entropy
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens before; generation has the real one."""
+
+    length: int
+    """Tokens in it; `update` of the last layer adds the new ones."""
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends keys and values [B, K, T, d] of new tokens; returns those of all tokens so far, [B, K, S, d]."""
+        ...
+
+
+def document_numbers(input_ids: Tensor, document_start_id: int) -> Tensor:
+    """Numbers the documents of each window: [B, T] int32, one more from each document start on."""
+    return (input_ids == document_start_id).cumsum(1, dtype=torch.int32)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles (Su et al., 2021, RoFormer), each [max_position_embeddings, d / 2]."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + d/2]) by its position's angle, in fp32.
+
+    Args:
+        x: Queries or keys [B, T, heads, d].
+        cos, sin: [T, d / 2].
+
+    Returns:
+        [B, T, heads, d], in the dtype of x.
+    """
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """The gate's activation, by its Hugging Face name."""
+    if name == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        key_value_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+        """Mixes tokens: [B, T, D] to [B, T, D]."""
+        queries = rotate(self._heads(self.q_proj(x)), cos, sin).transpose(1, 2)
+        keys = rotate(self._heads(self.k_proj(x)), cos, sin).transpose(1, 2)
+        values = self._heads(self.v_proj(x)).transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.update(self.layer, keys, values)
+        mixed = attend(queries, keys, values, mask)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+
+class MLP(nn.Module):
+    """Gated linear unit (Shazeer, 2020): GeGLU or SwiGLU, by the activation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.hidden_act = config.hidden_act
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D], through [B, T, F]."""
+        return self.down_proj(activation(self.hidden_act, self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and beside the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """The language model: token ids to hidden states, logits or loss.
+
+    Held as `model` by another module, its state dict has the keys of LlamaForCausalLM with a tied head. Initial
+    weights are drawn from torch's global generator: N(0, initializer_range), gains 1.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for parameter in self.parameters():
+            if parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states, or the loss when there are targets.
+
+        Args:
+            input_ids: [B, T] int64.
+            targets: [B, T] int64, the token after each; -100: none.
+            documents: Document number of each token within its window, [B, T] int32; tokens see only their own
+                document. None: they see the whole window. Not together with a cache that holds tokens.
+            cache: Keys and values of the tokens before `input_ids`; the new ones are added.
+
+        Returns:
+            Normed hidden states [B, T, D]; with targets, the cross-entropy in nats summed over the valid targets, an
+            fp32 scalar.
+        """
+        tokens = input_ids.shape[1]
+        past = 0 if cache is None else cache.length
+        cos, sin = self.cos[past : past + tokens], self.sin[past : past + tokens]
+        mask = attention_mask(tokens, past, documents, input_ids.device)
+
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        hidden: Tensor = self.norm(x)
+        if targets is None:
+            return hidden
+        return linear_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, targets.flatten())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the next token: [..., D] to [..., V]."""
+        return F.linear(hidden, self.embed_tokens.weight)

@@ -1,0 +1,1 @@
+"""Lightning lives here, and nowhere else."""

@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from cucafera.config import Config
+from cucafera.training.callbacks.validation import Validation
+from cucafera.training.module import LanguageModel
+from cucafera.training.run_folder import RunFolder
+
+
+class Checkpoints(pl.Callback):
+    """Saves every `checkpoint_every_steps` and after the last step; keeps the last few and the best.
+
+    A checkpoint is written under another name, flushed to disk, and renamed: a file named step-*.ckpt is whole.
+    best.ckpt is a second name of the checkpoint with the lowest validation loss; only steps that are both validated
+    and saved can be the best.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, validation: Validation) -> None:
+        self.config = config
+        self.folder = folder
+        self.validation = validation
+        self.best_loss: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss to beat."""
+        return {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it back."""
+        self.best_loss = state_dict["best_loss"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves when it is due."""
+        assert isinstance(pl_module, LanguageModel)
+        every = self.config.callbacks.checkpoint_every_steps
+        step = pl_module.steps_done
+        if step == self.config.total_steps or (every and step % every == 0):
+            self.save(trainer, step)
+
+    def save(self, trainer: pl.Trainer, step: int) -> None:
+        """Saves the state after a step; every process of the job calls it."""
+        validation = self.validation.done_at(step)
+        is_best = validation is not None and (self.best_loss is None or validation["loss"] < self.best_loss)
+        if is_best and validation is not None:
+            self.best_loss = validation["loss"]
+        for logger in trainer.loggers:
+            logger.save()  # the curves up to a checkpoint are on disk before it is
+        path = self.folder.checkpoint_at(step)
+        temporary = path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            _flush_to_disk(temporary)
+            temporary.replace(path)
+            if is_best:
+                _link(path, self.folder.best_checkpoint)
+            for old in self.folder.step_checkpoints()[: -self.config.callbacks.keep_last]:
+                old.unlink()
+            _flush_to_disk(self.folder.checkpoints)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _link(path: Path, name: Path) -> None:
+    temporary = name.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    temporary.replace(name)

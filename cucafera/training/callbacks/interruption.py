@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM: finish the step, save, stop."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+
+from cucafera.training.callbacks.checkpoints import Checkpoints
+from cucafera.training.callbacks.throughput import Throughput
+from cucafera.training.module import LanguageModel
+
+
+class Interruption(pl.Callback):
+    """On the first SIGINT or SIGTERM finishes the step, saves a checkpoint and ends; on the second exits at once.
+
+    With several devices they agree at the next log step, since the signal may have reached only one of them.
+
+    Attributes:
+        received: The signal that ended training, or None.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, throughput: Throughput) -> None:
+        self.checkpoints = checkpoints
+        self.throughput = throughput
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the signals over."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves and stops if a signal came during the step."""
+        assert isinstance(pl_module, LanguageModel)
+        step = pl_module.steps_done
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            if not self.throughput.is_log_step(step):
+                return
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            if stop and self.received is None:
+                self.received = signal.SIGTERM
+        if stop:
+            self.checkpoints.save(trainer, step)
+            trainer.should_stop = True
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

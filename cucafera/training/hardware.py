@@ -1,0 +1,106 @@
+"""What the trainer presets mean on the machine at hand."""
+
+import dataclasses
+import os
+
+import torch
+
+from cucafera.config import Config, UserError
+from cucafera.model.flops import peak_flops
+
+# Tokens of one forward pass that keep a device busy and fit it, for a model of some hundred million parameters.
+MICRO_BATCH_TOKENS_CPU = 4096
+MICRO_BATCH_TOKENS_SMALL_GPU = 4096
+MICRO_BATCH_TOKENS_LARGE_GPU = 65_536
+LARGE_GPU_BYTES = 40e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """The trainer's settings with every `auto` decided.
+
+    Attributes:
+        accelerator: cpu or cuda.
+        name: The device in words.
+        devices: Devices of one node.
+        world_size: Devices of the job.
+        precision: fp32 or bf16.
+        compile: Whether the model is compiled.
+        micro_batch_windows: Windows of one forward pass; it divides the windows of a device's step.
+        num_workers: Processes that read windows.
+        peak_flops: Dense bf16 peak of one device in FLOP/s; None where it is not known.
+    """
+
+    accelerator: str
+    name: str
+    devices: int
+    world_size: int
+    precision: str
+    compile: bool
+    micro_batch_windows: int
+    num_workers: int
+    peak_flops: float | None
+
+
+def decide_hardware(config: Config) -> Hardware:
+    """Settles the trainer's settings for this machine. Raises UserError for what it does not have."""
+    trainer = config.trainer
+    cuda = torch.cuda.is_available()
+    if trainer.accelerator == "cuda" and not cuda:
+        raise UserError(
+            f"{config.name} is set to train on a CUDA GPU (trainer.accelerator=cuda), and this machine has none that "
+            "PyTorch can use.\n"
+            "To try the same pipeline small, on the CPU and the embedded corpus:\n"
+            "  python -m cucafera.run +experiment=pretrain name=pretrain-small trainer=cpu model=tiny data=embedded "
+            "budget_tokens=400_000 batch_tokens=4096 schedule.warmup_steps=10 callbacks=default"
+        )
+    accelerator = "cuda" if cuda and trainer.accelerator != "cpu" else "cpu"
+    devices = _device_count(config, accelerator)
+    world_size = devices * trainer.num_nodes
+    if config.windows_per_step % world_size:
+        raise UserError(
+            f"a step has {config.windows_per_step} windows (batch_tokens / sequence_length); they cannot be shared "
+            f"evenly among {world_size} devices: set trainer.devices to a number that divides them"
+        )
+    has_bf16 = accelerator == "cuda" and torch.cuda.get_device_capability()[0] >= 8
+    # On a CPU without matrix units for it, bf16 is many times slower than fp32.
+    precision = ("bf16" if has_bf16 else "fp32") if trainer.precision == "auto" else trainer.precision
+    if precision == "bf16" and accelerator == "cuda" and not has_bf16:
+        raise UserError(
+            f"{torch.cuda.get_device_name()} has no bf16 (compute capability 8): set trainer.precision=fp32"
+        )
+    return Hardware(
+        accelerator=accelerator,
+        name=torch.cuda.get_device_name() if accelerator == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        devices=devices,
+        world_size=world_size,
+        precision=precision,
+        compile=accelerator == "cuda" if trainer.compile == "auto" else bool(trainer.compile),
+        micro_batch_windows=_micro_batch_windows(config, accelerator, config.windows_per_step // world_size),
+        num_workers=(2 if accelerator == "cuda" else 0) if trainer.num_workers is None else trainer.num_workers,
+        peak_flops=peak_flops(torch.cuda.get_device_name()) if accelerator == "cuda" else None,
+    )
+
+
+def _device_count(config: Config, accelerator: str) -> int:
+    wanted = config.trainer.devices
+    there = torch.cuda.device_count() if accelerator == "cuda" else (os.cpu_count() or 1)
+    if wanted == "auto":
+        return there if accelerator == "cuda" else 1
+    if int(wanted) > there:
+        raise UserError(f"trainer.devices is {wanted}; this machine has {there} ({accelerator})")
+    return int(wanted)
+
+
+def _micro_batch_windows(config: Config, accelerator: str, windows_per_device: int) -> int:
+    """The largest divisor of a device's windows that the setting, or the device's memory, allows."""
+    most = config.trainer.micro_batch_windows
+    if most is None:
+        if accelerator == "cpu":
+            tokens = MICRO_BATCH_TOKENS_CPU
+        elif torch.cuda.get_device_properties(0).total_memory < LARGE_GPU_BYTES:
+            tokens = MICRO_BATCH_TOKENS_SMALL_GPU
+        else:
+            tokens = MICRO_BATCH_TOKENS_LARGE_GPU
+        most = max(1, tokens // config.sequence_length)
+    return max(n for n in range(1, min(most, windows_per_device) + 1) if windows_per_device % n == 0)

@@ -1,0 +1,150 @@
+"""The LightningModule: one optimizer step from the windows of one step.
+
+    n  windows of this device in one step
+    T  sequence_length
+
+A Lightning batch is a whole step, not a micro-batch. So a step's count of targets is known before its first backward
+pass, every Lightning interval is in steps, and accumulation needs no bookkeeping outside `training_step`.
+"""
+
+import contextlib
+import dataclasses
+import random
+import time
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cucafera.config import Config
+from cucafera.data.packed import IGNORED, Batch, PackedDataModule
+from cucafera.model.transformer import Decoder
+from cucafera.training.metrics import LanguageModelingMetrics
+from cucafera.training.optimizers import build_optimizer
+from cucafera.training.schedules import lr_ratio
+
+
+class LanguageModel(pl.LightningModule):
+    """Trains a Decoder. Its state dict is that of Hugging Face's LlamaForCausalLM with a tied head.
+
+    Args:
+        config: The run.
+        micro_batch_windows: Most windows of one forward pass.
+        compile_model: Compile the decoder, in place, when training begins.
+    """
+
+    def __init__(self, config: Config, micro_batch_windows: int, compile_model: bool) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.micro_batch_windows = micro_batch_windows
+        self.compile_model = compile_model
+        self.model = Decoder(config.model)
+        self.steps_done = 0
+        self.other_hooks_done_at = time.perf_counter()
+
+    def setup(self, stage: str) -> None:
+        """Takes from the data module what validation needs to know of the tokenizer."""
+        data = cast(PackedDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        token_bytes = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
+        token_bytes[: data.tokenizer.vocab_size] = torch.from_numpy(data.tokenizer.token_bytes())
+        self.register_buffer("token_bytes", token_bytes.to(self.device), persistent=False)
+        self.validation_metrics = LanguageModelingMetrics().to(self.device)
+        if self.compile_model:
+            self.model.compile()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over matrices and vectors."""
+        return build_optimizer(self.model, self.config.optimizer)
+
+    def learning_rate(self, step: int) -> float:
+        """The peak times the schedule's ratio at a step."""
+        return self.config.optimizer.lr * lr_ratio(step, self.config.schedule, self.config.horizon_steps)
+
+    def on_train_start(self) -> None:
+        """Tells Lightning, whose own loop state is not kept, how many steps the run has taken before."""
+        self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.steps_done
+        self.other_hooks_done_at = time.perf_counter()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One optimizer step.
+
+        The loss is the sum over all valid targets of the step, on all devices, over their count: it does not depend
+        on how the windows are divided into micro-batches and devices.
+
+        Args:
+            batch: The windows of this device: tensors [n, T].
+
+        Returns:
+            `loss`, this device's share of the mean loss of the step (the shares of all devices add up to it), and
+            `gradient_norm`, the global norm before clipping. Both stay on the device.
+        """
+        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.steps_done)
+
+        targets_in_step = (batch.targets != IGNORED).sum()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(targets_in_step)
+        micro_batches = list(batch.split(self.micro_batch_windows))
+        loss = torch.zeros((), device=self.device)
+        for index, micro_batch in enumerate(micro_batches):
+            with self._gradients_stay_local(index < len(micro_batches) - 1):
+                share = self.model(micro_batch.input_ids, micro_batch.targets, micro_batch.documents) / targets_in_step
+                # DDP averages gradients over devices; the loss is a sum over them.
+                self.manual_backward(share * self.trainer.world_size)
+            loss += share.detach()
+
+        gradient_norm = self._clip_gradients()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        return {"loss": loss, "gradient_norm": gradient_norm}
+
+    def _gradients_stay_local(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
+        wrapped = self.trainer.strategy.model
+        if more_to_come and isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return contextlib.nullcontext()
+
+    def _clip_gradients(self) -> Tensor:
+        limit = self.config.optimizer.clip_norm
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Runs after the hooks of all callbacks: what passes from here to the next step is waiting for data."""
+        self.other_hooks_done_at = time.perf_counter()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds the windows of a batch, tensors [n, T], to `validation_metrics`."""
+        nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch in batch.split(self.micro_batch_windows):
+            nats += self.model(micro_batch.input_ids, micro_batch.targets, micro_batch.documents)
+        valid = batch.targets != IGNORED
+        text_bytes = self.token_bytes[batch.targets.clamp_min(0)] * valid
+        self.validation_metrics.update(nats, valid.sum(), text_bytes.sum())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the configuration, the step and the random state: plain data, readable with weights_only=True."""
+        # Lightning's loop counters restart in the middle of hooks; the step says all that they would.
+        checkpoint.pop("loops", None)
+        checkpoint["config"] = dataclasses.asdict(self.config)
+        checkpoint["steps_done"] = self.steps_done
+        checkpoint["random_state"] = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "python": random.getstate(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the step and the random state back."""
+        self.steps_done = checkpoint["steps_done"]
+        state = checkpoint["random_state"]
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"].cpu())
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))

@@ -1,0 +1,92 @@
+"""What a run leaves for its reader: metrics.json, report.md, and the same on the terminal."""
+
+import json
+from typing import Any
+
+from cucafera.config import Config
+from cucafera.model.flops import parameter_count, training_flops_per_token
+from cucafera.training.callbacks.progress import count, duration
+from cucafera.training.hardware import Hardware
+from cucafera.training.run_folder import RunFolder, write_text
+from cucafera.training.trainer import Callbacks
+
+
+def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) -> dict[str, Any]:
+    """The figures of a run, as they go into metrics.json."""
+    throughput, validation = callbacks.throughput, callbacks.validation
+    steps_done, tokens = int(validation.history[-1]["step"]), int(validation.history[-1]["tokens"])
+    seconds = throughput.training_seconds
+    tokens_per_second = tokens / seconds if seconds else None
+    flops_per_token = training_flops_per_token(config.model, config.sequence_length)
+    mfu = None
+    if hardware.peak_flops is not None and tokens_per_second is not None:
+        mfu = flops_per_token * tokens_per_second / hardware.world_size / hardware.peak_flops
+    return {
+        "name": config.name,
+        "parameters": parameter_count(config.model),
+        "steps": steps_done,
+        "tokens": tokens,
+        "training_seconds": seconds,
+        "tokens_per_second": tokens_per_second,
+        "data_wait": throughput.waiting_seconds / seconds if seconds else None,
+        "flops_per_token": flops_per_token,
+        "mfu": mfu,
+        "device": hardware.name,
+        "devices": hardware.world_size,
+        "precision": hardware.precision,
+        "train_loss": throughput.latest.get("train/loss"),
+        "peak_memory_gib": throughput.latest.get("memory/peak_gib"),
+        "validation": validation.history,
+        "best_bpb": min(record["bpb"] for record in validation.history),
+        "samples": [{"prompt": prompt, "continuation": text} for prompt, text in callbacks.samples.latest],
+    }
+
+
+def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]:
+    """The lines of the report: what, and its value."""
+    first, last = metrics["validation"][0], metrics["validation"][-1]
+    speed = f"{count(metrics['tokens_per_second'])} tokens/s on {metrics['device']}, {metrics['precision']}"
+    if metrics["devices"] > 1:
+        speed += f", {metrics['devices']} devices"
+    mfu = "unknown: the peak of this device is not in the table"
+    if metrics["mfu"] is not None:
+        mfu = f"{metrics['mfu']:.1%} (full-attention convention, dense bf16 peak)"
+    return [
+        ("Parameters", f"{metrics['parameters']:,}"),
+        ("Trained on", f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"),
+        ("Time", f"{duration(metrics['training_seconds'])} of training"),
+        ("Speed", speed),
+        ("MFU", mfu),
+        ("Waiting for data", f"{metrics['data_wait']:.2%} of the time"),
+        ("Train loss", f"{metrics['train_loss']:.3f} nats a token"),
+        ("Validation loss", f"{first['loss']:.3f} -> {last['loss']:.3f} (perplexity {last['perplexity']:.1f})"),
+        ("Validation bpb", f"{first['bpb']:.3f} -> {last['bpb']:.3f} bits a byte (best {metrics['best_bpb']:.3f})"),
+        ("Checkpoint", str(folder.step_checkpoints()[-1])),
+    ]
+
+
+def write_report(config: Config, metrics: dict[str, Any], folder: RunFolder) -> str:
+    """Writes metrics.json and report.md into the run folder; returns the text for the terminal."""
+    write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
+    lines = summary(metrics, folder)
+    next_command = f"tensorboard --logdir {folder.path.parent}"
+    report = [f"# {config.name}", ""]
+    report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in lines), ""]
+    report += ["## Validation", "", "| step | tokens | loss | perplexity | bpb |", "|---:|---:|---:|---:|---:|"]
+    report += [
+        f"| {record['step']:,} | {record['tokens']:,} | {record['loss']:.4f} | {record['perplexity']:.2f} "
+        f"| {record['bpb']:.4f} |"
+        for record in metrics["validation"]
+    ]
+    report += ["", "## Samples", ""]
+    for sample in metrics["samples"]:
+        report += ["> " + f"**{sample['prompt']}**{sample['continuation']}".replace("\n", "\n> "), ""]
+    report += ["## Next", "", f"    {next_command}", ""]
+    write_text(folder.report, "\n".join(report))
+
+    width = max(len(what) for what, _ in lines)
+    terminal = ["", *(f"  {what:<{width}}  {value}" for what, value in lines), ""]
+    for sample in metrics["samples"]:
+        terminal += [f"  «{sample['prompt']}{sample['continuation']}»", ""]
+    terminal += [f"  Report: {folder.report}", f"  Curves: {next_command}"]
+    return "\n".join(terminal)

@@ -1,0 +1,32 @@
+"""The learning rate as a pure function of the step, so that a resumed run needs to know the step and nothing else."""
+
+import math
+
+from cucafera.config import ScheduleConfig
+
+
+def lr_ratio(step: int, schedule: ScheduleConfig, horizon_steps: int) -> float:
+    """The learning rate of a step as a fraction of the peak.
+
+    Args:
+        step: The step about to be taken, from 0.
+        schedule: Shape and warm-up.
+        horizon_steps: Step at which the schedule ends; later steps keep the final ratio.
+
+    Returns:
+        A fraction in (0, 1]: linear warm-up that reaches the peak at step `warmup_steps`, then
+        cosine: half a cosine down to `final_lr_ratio` at the horizon (Loshchilov & Hutter, 2016, without restarts);
+        wsd: the peak, then a line down to `final_lr_ratio` over the last `decay_fraction` (Hu et al., 2024, MiniCPM);
+        constant: the peak.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "wsd":
+        decay_steps = min(round(schedule.decay_fraction * horizon_steps), horizon_steps - schedule.warmup_steps)
+        done = 1.0 - (horizon_steps - step) / decay_steps if decay_steps else 0.0
+        return 1.0 - (1.0 - schedule.final_lr_ratio) * min(max(done, 0.0), 1.0)
+    decay_steps = horizon_steps - schedule.warmup_steps
+    done = min((step - schedule.warmup_steps) / decay_steps, 1.0) if decay_steps else 1.0
+    return schedule.final_lr_ratio + (1.0 - schedule.final_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))

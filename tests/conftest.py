@@ -1,0 +1,67 @@
+"""A small corpus and a small run, made by the tests themselves."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from cucafera.composition import composed_config
+from cucafera.config import Config
+
+SMALL_RUN = [
+    "data=files",
+    "trainer=cpu",
+    "data.processes=1",
+    "data.validation_fraction=0.2",
+    "data.prepared_dir=prepared",
+    "model.vocab_size=320",
+    "model.hidden_size=48",
+    "model.intermediate_size=96",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.max_position_embeddings=32",
+    "batch_tokens=256",
+    "budget_tokens=3072",
+    "schedule.warmup_steps=2",
+    "callbacks.log_every_steps=1",
+    "callbacks.validate_every_steps=4",
+    "callbacks.checkpoint_every_steps=4",
+    "callbacks.sampling.max_new_tokens=8",
+]
+"""Twelve steps of eight windows of 32 tokens: seconds on any machine."""
+
+WORDS = (
+    "la el un una de a que i en no per amb és casa mar muntanya riu bosc gat gos nen nena avi àvia poble ciutat camí "
+    "pluja sol vent núvol neu nit dia matí tarda pa vi oli tomàquet sopar taula porta finestra carrer plaça església "
+    "cel·la col·legi ànima fàcil difícil corre canta menja dorm parla mira vol té va ve fa diu veu sap"
+).split()
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A jsonl file of 80 short documents."""
+    path = tmp_path / "corpus.jsonl"
+    write_corpus(path, documents=80)
+    return path
+
+
+def write_corpus(path: Path, documents: int, seed: int = 0) -> None:
+    """Sentences of Catalan words in random order, the same for the same seed."""
+    generator = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(documents):
+            sentences = [" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) + "." for _ in range(8)]
+            file.write(json.dumps({"text": " ".join(sentences)}, ensure_ascii=False) + "\n")
+
+
+@pytest.fixture
+def small_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Composes the small run with further overrides; its run folder is outputs/NAME below the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def compose(*overrides: str) -> Config:
+        return composed_config([*SMALL_RUN, f"data.sources.files.path={corpus}", *overrides])
+
+    return compose

@@ -1,0 +1,207 @@
+"""The front door: whole runs, in one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cucafera.config import UserError
+from cucafera.run import train
+from cucafera.training.run_folder import RunFolder, read_checkpoint
+
+
+def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(RunFolder(Path(run_dir)).step_checkpoints()[-1])["state_dict"]
+
+
+def scalars(run_dir: str | Path, tag: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_run_leaves_a_whole_folder_behind(small_run, capsys):
+    config = small_run("name=whole")
+    bpb = train(config, ["name=whole"])
+    folder = RunFolder(Path(config.run_dir))
+    metrics = json.loads(folder.metrics.read_text())
+    assert metrics["steps"] == 12
+    assert metrics["tokens"] == 3072
+    assert metrics["validation"][0]["step"] == 0
+    assert metrics["validation"][-1]["bpb"] == bpb < metrics["validation"][0]["bpb"]
+    assert [sample["prompt"] for sample in metrics["samples"]] == config.callbacks.sampling.prompts
+    assert folder.config.exists() and folder.overrides.exists() and folder.tokenizer.exists()
+    assert [path.name for path in folder.step_checkpoints()] == ["step-00000008.ckpt", "step-00000012.ckpt"]
+    assert folder.best_checkpoint.exists()
+    printed = capsys.readouterr().out
+    for text in ("Parameters", "Validation bpb", "tokens/s", "Hi havia una vegada", "tensorboard --logdir"):
+        assert text in printed
+        assert text in folder.report.read_text() or text == "tokens/s"
+
+
+def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_run):
+    config = small_run("name=curves")
+    train(config, [])
+    events = EventAccumulator(config.run_dir)
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "train/loss", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
+        "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "val/loss", "val/perplexity", "val/bpb",
+    }  # fmt: skip
+    assert [step for step, _ in scalars(config.run_dir, "train/loss")] == list(range(1, 13))
+    assert [step for step, _ in scalars(config.run_dir, "val/bpb")] == [0, 4, 8, 12]
+    assert scalars(config.run_dir, "train/tokens")[-1] == (12, 3072)
+    assert scalars(config.run_dir, "train/lr/matrices")[1][1] == pytest.approx(config.optimizer.lr * 2 / 3)
+    tags = set(events.Tags()["tensors"])
+    assert {"config/text_summary", "samples/1/text_summary"} <= tags
+    config_text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "hidden_size: 48" in config_text
+
+
+@pytest.mark.parametrize("other", ["micro_batch_windows=4", "micro_batch_windows=1", "num_workers=1", "num_workers=2"])
+def test_micro_batches_and_workers_do_not_change_the_trajectory(small_run, other):
+    first = small_run("name=first", "trainer.micro_batch_windows=8")
+    second = small_run("name=second", f"trainer.{other}")
+    train(first, [])
+    train(second, [])
+    assert scalars("outputs/first", "train/loss") == pytest.approx(scalars("outputs/second", "train/loss"), rel=1e-5)
+    assert_close(weights("outputs/first"), weights("outputs/second"))
+
+
+def test_a_longer_budget_goes_on_and_ends_bit_equal_to_one_run(small_run):
+    horizon = "schedule.horizon_steps=12"
+    train(small_run("name=whole", horizon), [])
+    train(small_run("name=parts", horizon, "budget_tokens=1536"), [])
+    train(small_run("name=parts", horizon), [])
+    assert_equal(weights("outputs/whole"), weights("outputs/parts"))
+    assert scalars("outputs/whole", "train/loss") == scalars("outputs/parts", "train/loss")
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(small_run, caplog):
+    config = small_run("name=broken")
+    train(config, [])
+    undisturbed = weights(config.run_dir)
+    folder = RunFolder(Path(config.run_dir))
+    newest = folder.step_checkpoints()[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    train(config, [])
+    assert "step-00000012.ckpt cannot be read" in caplog.text
+    assert_equal(undisturbed, weights(config.run_dir))
+
+
+def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_in_silence(small_run):
+    config = small_run("name=broken")
+    train(config, [])
+    for path in RunFolder(Path(config.run_dir)).step_checkpoints():
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="none of them can be read; resume=overwrite"):
+        train(config, [])
+
+
+def test_a_complete_run_says_so_and_shows_its_report_again(small_run, capsys, caplog):
+    caplog.set_level("INFO")
+    config = small_run("name=complete")
+    bpb = train(config, [])
+    before = weights(config.run_dir)
+    capsys.readouterr()
+    assert train(config, []) == bpb
+    assert "This run is complete" in caplog.text
+    assert "Hi havia una vegada" in capsys.readouterr().out
+    assert_equal(before, weights(config.run_dir))
+
+
+def test_another_configuration_in_the_same_folder_is_refused_by_name(small_run):
+    train(small_run("name=same"), [])
+    with pytest.raises(UserError) as error:
+        train(small_run("name=same", "optimizer.lr=1e-4", "model.hidden_size=64"), [])
+    assert "optimizer.lr is 0.0001 here and 0.003 there" in str(error.value)
+    assert "model.hidden_size is 64 here and 48 there" in str(error.value)
+    assert "resume=overwrite" in str(error.value)
+    train(small_run("name=same", "optimizer.lr=1e-4", "resume=overwrite"), [])
+    assert json.loads(Path("outputs/same/metrics.json").read_text())["steps"] == 12
+
+
+def test_resume_required_refuses_to_begin_anew(small_run):
+    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+        train(small_run("resume=required"), [])
+
+
+def test_a_new_run_begins_with_the_weights_of_another(small_run):
+    train(small_run("name=base"), [])
+    train(small_run("name=next", "init_from=outputs/base"), [])
+    base = json.loads(Path("outputs/base/metrics.json").read_text())
+    following = json.loads(Path("outputs/next/metrics.json").read_text())
+    assert following["validation"][0]["loss"] == pytest.approx(base["validation"][-1]["loss"])
+    assert following["validation"][-1]["loss"] < base["validation"][-1]["loss"]
+
+
+def test_init_from_refuses_what_does_not_fit(small_run):
+    train(small_run("name=base"), [])
+    with pytest.raises(UserError, match="there is no such run folder or checkpoint"):
+        train(small_run("name=a", "init_from=outputs/nowhere"), [])
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="the folder holds no checkpoint"):
+        train(small_run("name=b", "init_from=empty"), [])
+    with pytest.raises(UserError, match="model.hidden_size is 64 here and 48 there"):
+        train(small_run("name=c", "init_from=outputs/base", "model.hidden_size=64"), [])
+    Path("broken.ckpt").write_bytes(b"PK broken")
+    with pytest.raises(UserError, match=r"broken.ckpt cannot be read"):
+        train(small_run("name=d", "init_from=broken.ckpt"), [])
+
+
+def test_a_run_that_diverges_says_so_and_what_to_do(small_run):
+    with pytest.raises(UserError, match=r"the run has diverged.*lower optimizer\.lr"):
+        train(small_run("name=diverged", "optimizer.lr=1e30", "optimizer.clip_norm=null"), [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_pretraining_without_a_gpu_says_how_to_try_it_small(small_run):
+    with pytest.raises(UserError, match=r"this machine has none.*\n.*\n.*trainer=cpu model=tiny data=embedded"):
+        train(small_run("trainer=a100"), [])
+
+
+def test_too_little_text_is_told_with_the_key_that_mends_it(small_run, corpus):
+    lines = corpus.read_text().splitlines()
+    corpus.write_text(lines[0][:60] + '"}\n')
+    with pytest.raises(UserError, match="one window needs 33"):
+        train(small_run("name=little"), [])
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(small_run):
+    train(small_run("name=base"), [])
+    with pytest.raises(UserError, match=r"has 320 entries and the model only 300 rows: set model\.vocab_size=320"):
+        train(small_run("name=small", "model.vocab_size=300", "tokenizer.path=outputs/base/tokenizer.json"), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["debug/one_batch", "debug/overfit_batch", "debug/profiler"])
+def test_debug_experiments_run(small_run, experiment):
+    config = small_run(f"+experiment={experiment}", "budget_tokens=2048", "schedule.warmup_steps=0")
+    train(config, [])
+    assert RunFolder(Path(config.run_dir)).report.exists()
+    if experiment == "debug/profiler":
+        assert list(Path(config.run_dir).glob("*profile*"))
+
+
+@pytest.mark.slow
+def test_a_batch_can_be_overfitted(small_run):
+    config = small_run(
+        "+experiment=debug/overfit_batch", "budget_tokens=40_000", "callbacks.log_every_steps=10", "seed=1"
+    )
+    train(config, [])
+    losses = [value for _, value in scalars(config.run_dir, "train/loss")]
+    assert losses[-1] < 0.5 < losses[0]

@@ -1,0 +1,45 @@
+"""The learning rate as a function of the step."""
+
+import math
+
+import pytest
+
+from cucafera.config import ScheduleConfig
+from cucafera.training.schedules import lr_ratio
+
+
+def ratios(horizon=100, **settings):
+    schedule = ScheduleConfig(**settings)
+    return [lr_ratio(step, schedule, horizon) for step in range(horizon + 50)]
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_warm_up_is_a_line_that_reaches_the_peak_at_its_end(name):
+    values = ratios(name=name, warmup_steps=9)
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(values) == 1.0
+
+
+def test_cosine_ends_at_the_final_ratio_and_stays_there():
+    values = ratios(name="cosine", warmup_steps=0, final_lr_ratio=0.1)
+    assert values[0] == 1.0
+    assert values[50] == pytest.approx(0.55)
+    assert values[25] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert values[100:] == pytest.approx([0.1] * 50)
+
+
+def test_the_original_recipe_stops_at_the_learning_rate_that_the_original_logged():
+    schedule = ScheduleConfig(name="cosine", warmup_steps=200, final_lr_ratio=0.1)
+    assert 3e-4 * lr_ratio(11_006, schedule, 20_000) == pytest.approx(1.46e-4, abs=1e-6)
+
+
+def test_wsd_is_flat_and_then_a_line():
+    values = ratios(name="wsd", warmup_steps=10, decay_fraction=0.2, final_lr_ratio=0.0)
+    assert values[10:81] == [1.0] * 71
+    assert values[90] == pytest.approx(0.5)
+    assert values[100:] == pytest.approx([0.0] * 50)
+
+
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_a_warm_up_as_long_as_the_horizon_is_possible(name):
+    assert all(0 <= value <= 1 for value in ratios(horizon=10, name=name, warmup_steps=10))
