@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_RUN
-from tests.test_run import assert_close, assert_equal, scalars, weights
+from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
 
 pytestmark = pytest.mark.slow
 
@@ -91,9 +91,7 @@ def test_two_devices_give_the_trajectory_of_one(door, tmp_path):
     assert code == 0, output
     one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
     for tag in ("train/loss", "val/loss", "val/bpb"):
-        left, right = scalars(one, tag), scalars(two, tag)
-        assert [step for step, _ in left] == [step for step, _ in right]
-        assert [value for _, value in left] == pytest.approx([value for _, value in right], rel=1e-5)
+        assert_same_curve(one, two, tag)
     assert_close(weights(one), weights(two))
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from cucafera.config import SourceConfig, UserError
@@ -65,12 +65,15 @@ def read_source(name: str, source: SourceConfig, skip_broken_lines: bool, counts
         CorpusError: the source is not there, has no such column, or holds something that cannot be read.
     """
     reader = _Reader(f"data.sources.{name}", source, skip_broken_lines, counts)
+    read = 0
     for text, size in reader.documents():
+        read += size
         if text is None or not text.strip():
             counts.empty += 1
             continue
         counts.documents += 1
-        yield text, size
+        yield text, read
+        read = 0
 
 
 def source_bytes(source: SourceConfig) -> int | None:
@@ -80,7 +83,7 @@ def source_bytes(source: SourceConfig) -> int | None:
         CorpusError: no file is there.
     """
     if source.path is not None:
-        return sum(file.stat().st_size for file in _files("path", source.path))
+        return sum(file.stat().st_size for file in _files(source.path))
     return len(embedded_corpus().read_bytes()) if source.embedded else None
 
 
@@ -95,8 +98,8 @@ def source_fingerprint(source: SourceConfig) -> str:
     """
     parts: list[Any]
     if source.path is not None:
-        files = _files("path", source.path)
-        base = files[0].parent if len(files) == 1 else _common_folder(files)
+        files = _files(source.path)
+        base = _common_folder(files)
         listed = [(file.relative_to(base).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         parts = ["files", listed, source.column, source.document_separator]
     elif source.dataset is not None:
@@ -132,7 +135,7 @@ class _Reader:
 
     def documents(self) -> Iterator[tuple[str | None, int]]:
         if self.source.path is not None:
-            for file in _files(self.key + ".path", self.source.path):
+            for file in _files(self.source.path):
                 yield from self._file(file)
         elif self.source.dataset is not None:
             yield from self._dataset()
@@ -177,10 +180,11 @@ class _Reader:
         number = 1
         for document in _split(content, self.source.document_separator):
             try:
-                yield _decoded(document)
-            except _UnreadableError as problem:
-                self._unreadable(f"{path}:{number + _line_of_bad_byte(document)}", problem)
-            number += document.count(b"\n")
+                yield document.decode()
+            except UnicodeDecodeError as error:
+                line = number + document.count(b"\n", 0, error.start)
+                self._unreadable(f"{path}:{line}", _bad_byte(error))
+            number += document.count(b"\n") + (self.source.document_separator or "").count("\n")
 
     def _parquet(self, path: Path) -> Iterator[tuple[str | None, int]]:
         import pyarrow
@@ -199,7 +203,7 @@ class _Reader:
                         except _UnreadableError as problem:
                             self._unreadable(f"{path}, row {number}", problem)
         except pyarrow.ArrowException as error:
-            raise CorpusError(f"{path} is no whole parquet file: {_first_line(error)}") from error
+            raise CorpusError(f"{path} is not a whole parquet file: {_first_line(error)}") from error
 
     def _dataset(self) -> Iterator[tuple[str | None, int]]:
         source = self.source
@@ -236,7 +240,7 @@ class _Reader:
             )
 
 
-def _files(key: str, pattern: str) -> list[Path]:
+def _files(pattern: str) -> list[Path]:
     """The files that a path, folder or glob names, sorted.
 
     Raises:
@@ -247,14 +251,14 @@ def _files(key: str, pattern: str) -> list[Path]:
         visible = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)) and file.is_file()]
         files = [file for file in visible if _format(file) is not None]  # a README beside the data is no data
         if not files:
-            raise CorpusError(f"{key}: no file to read in the folder {path}; what can be read is {SUFFIXES}")
+            raise CorpusError(f"the folder {path} holds no file that can be read: {SUFFIXES}")
         return sorted(files)
     files = [path] if path.is_file() else _glob(path)
     if not files:
-        raise CorpusError(f"{key}: there is no file {path}")
+        raise CorpusError(f"there is no file {path} (the path of a source in data.sources)")
     for file in files:
         if _format(file) is None:
-            raise CorpusError(f"{key}: {file} is of no kind that can be read: {SUFFIXES}")
+            raise CorpusError(f"{file} is not of a kind that can be read: {SUFFIXES}")
     return sorted(files)
 
 
@@ -264,16 +268,19 @@ def _is_hidden(path: Path) -> bool:
 
 def _glob(pattern: Path) -> list[Path]:
     """The files that match a pattern with * ? [] or **."""
-    parts = pattern.parts
+    parts = (*pattern.parts, "*") if pattern.name == "**" else pattern.parts
     plain = next((place for place, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts) - 1)
-    return [file for file in Path(*parts[:plain]).glob(str(Path(*parts[plain:]))) if file.is_file()]
+    try:
+        return [file for file in set(Path(*parts[:plain]).glob(str(Path(*parts[plain:])))) if file.is_file()]
+    except ValueError as error:
+        raise CorpusError(f"{pattern} is no pattern of files: {error}") from error
 
 
 def _common_folder(files: list[Path]) -> Path:
     return next(folder for folder in files[0].parents if all(folder in file.parents for file in files))
 
 
-def _format(path: Path | PurePosixPath) -> str | None:
+def _format(path: Path) -> str | None:
     """Which of FORMATS a file has, by its name."""
     if path.suffix in PACKINGS and path.with_suffix("").suffix in (".jsonl", ".txt"):
         return path.with_suffix("").suffix
@@ -358,7 +365,7 @@ def _split(content: IO[bytes], separator: str | None) -> Iterator[bytes]:
         yield content.read().removeprefix(BYTE_ORDER_MARK)
         return
     rest = content.read(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK)
-    while chunk := content.read(CHUNK_BYTES):
+    while chunk := content.read(max(CHUNK_BYTES, len(rest))):  # more each time, lest a long document be copied often
         *documents, rest = (rest + chunk).split(separator.encode())
         yield from documents
     yield from rest.split(separator.encode())
@@ -368,9 +375,9 @@ def _text_of_line(line: bytes, column: str) -> str | None:
     try:
         row = json.loads(_decoded(line))
     except json.JSONDecodeError as error:
-        raise _UnreadableError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
+        raise _UnreadableError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
-        raise _UnreadableError("no JSON of a reasonable depth") from error
+        raise _UnreadableError("JSON nested too deeply") from error
     if not isinstance(row, dict):
         raise _UnreadableError("not a JSON object")
     if column not in row:
@@ -395,12 +402,11 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise _UnreadableError(f"no UTF-8: byte 0x{content[error.start]:02x}, the {error.start + 1}. byte") from error
+        raise _UnreadableError(_bad_byte(error)) from error
 
 
-def _line_of_bad_byte(content: bytes) -> int:
-    """How many line ends stand before the first byte that is no UTF-8."""
-    return len(content.decode(errors="replace").partition("\ufffd")[0].splitlines()) - 1
+def _bad_byte(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
 
 
 def _as_bytes(column: Any, place: str) -> Iterable[bytes | None]:

@@ -7,6 +7,7 @@ T  sequence_length
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cucafera.config import Config, SourceConfig, UserError
-from cucafera.data.corpus import read_source, source_fingerprint
+from cucafera.data.corpus import ReadCounts, is_held_out, read_source, source_fingerprint
 from cucafera.data.order import WindowOrder
 from cucafera.data.shards import TokenStream, prepare_source
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
@@ -168,7 +169,10 @@ class PackedDataModule(pl.LightningDataModule):
                 f"the held-out documents give {sum(map(len, self.validation_streams)):,} tokens; one window needs "
                 f"{length + 1:,}: give more text, or a larger data.validation_fraction"
             )
-        self.training_steps = TrainingSteps(self.training_streams, self.config, *self._rank_and_world_size())
+        rank, world_size = self._rank_and_world_size()
+        self.training_steps = TrainingSteps(self.training_streams, self.config, rank, world_size)
+        if rank == 0:
+            log.info("%s", self.describe())
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The steps that are left, each a Batch of this device's windows."""
@@ -236,17 +240,28 @@ class PackedDataModule(pl.LightningDataModule):
         path = self.prepared / f"tokenizer-{self._tokenizer_key()}.json"
         if not path.exists():
             log.info("Training a tokenizer of %s entries", f"{settings.vocab_size:,}")
-            tokenizer = Tokenizer.train(self._tokenizer_texts(), settings.vocab_size, show_progress=True)
+            tokenizer = Tokenizer.train(self._tokenizer_texts(), settings.vocab_size, show_progress=sys.stderr.isatty())
             path.parent.mkdir(parents=True, exist_ok=True)
             tokenizer.save(path)
         return Tokenizer.load(path)
 
     def _tokenizer_texts(self) -> Iterator[str]:
-        raise AssertionError
+        """Training documents, from each source its share by weight of tokenizer.train_bytes; none held out."""
+        data = self.config.data
+        total_weight = sum(source.weight for source in data.sources.values())
+        for name, source in data.sources.items():
+            left = self.config.tokenizer.train_bytes * source.weight / total_weight
+            for text, _ in read_source(name, source, data.skip_broken_lines, ReadCounts()):
+                if is_held_out(text, data.validation_fraction):
+                    continue
+                yield text
+                left -= len(text.encode())
+                if left <= 0:
+                    break
 
     def _tokenizer_key(self) -> str:
         settings, data = self.config.tokenizer, self.config.data
-        sources = [source_fingerprint(source) for source in data.sources.values()]
+        sources = [(source_fingerprint(source), source.weight) for source in data.sources.values()]
         return _short_hash(sources, settings.vocab_size, int(settings.train_bytes), data.validation_fraction)
 
     def _shard_folder(self, source: SourceConfig, tokenizer: Tokenizer) -> Path:

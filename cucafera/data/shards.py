@@ -19,10 +19,10 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -102,12 +102,14 @@ class ShardWriter:
             "tokens": sum(shard["tokens"] for shard in self._shards),
             "shards": self._shards,
         }
+        manifest["crc32"] = _checksum(manifest)
         _write_json(self._folder / MANIFEST, manifest)
 
     def abandon(self) -> None:
         """Closes the file that is being written, when there will be no manifest."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk has no room for what is still in the buffer
+                self._file.close()
 
     @property
     def _count_in_block(self) -> int:
@@ -177,12 +179,14 @@ class TokenStream:
         except FileNotFoundError as error:
             raise ShardError(f"{folder} holds no prepared tokens: it has no {MANIFEST}") from error
         except ValueError as error:
-            raise ShardError(f"{folder / MANIFEST} is damaged. {_start_again(folder)}") from error
+            raise _damaged(folder / MANIFEST, f"it is not JSON ({error})") from error
         if manifest.get("version") != VERSION:
             raise ShardError(
                 f"{folder} has format version {manifest.get('version')}, and this program reads {VERSION}. "
                 + _start_again(folder)
             )
+        if manifest.pop("crc32", None) != _checksum(manifest):
+            raise _damaged(folder / MANIFEST, "it is not what was written")
         if manifest["tokenizer"] != tokenizer_fingerprint:
             raise ShardError(
                 f"the tokens in {folder} were made by another tokenizer: its fingerprint is {manifest['tokenizer']}, "
@@ -241,9 +245,8 @@ class _Shard:
     def _verify(self, content: Tokens, block: int) -> None:
         tokens = content[block * self._block_tokens : (block + 1) * self._block_tokens]
         if zlib.crc32(tokens.data) != self._checksums[block]:
-            raise ShardError(
-                f"{self.path} is damaged: block {block} (tokens {block * self._block_tokens:,} and on) is not what was "
-                f"written. {_start_again(self.path.parent)}"
+            raise _damaged(
+                self.path, f"block {block} (at token {block * self._block_tokens:,}) is not what was written"
             )
         self._verified[block] = True
 
@@ -257,11 +260,11 @@ def _open_shard(folder: Path, entry: dict[str, Any], vocab_size: int) -> _Shard:
             size = os.fstat(file.fileno()).st_size
             header = file.read(HEADER_BYTES)
     except OSError as error:
-        raise ShardError(f"cannot read {path}: {error.strerror}. {_start_again(folder)}") from error
+        raise _damaged(path, f"it cannot be read ({error.strerror})") from error
     if size != expected:
-        raise ShardError(f"{path} has {size:,} bytes instead of {expected:,}. {_start_again(folder)}")
+        raise _damaged(path, f"it has {size:,} bytes instead of {expected:,}")
     if zlib.crc32(header) != entry["header_crc32"] or (described := _parsed_header(header)) is None:
-        raise ShardError(f"{path} is damaged: its header is not what was written. {_start_again(folder)}")
+        raise _damaged(path, "its header is not what was written")
     if described["max_id"] >= vocab_size:
         raise ShardError(
             f"{path} holds the id {described['max_id']:,}; the vocabulary has {vocab_size:,} entries. "
@@ -285,6 +288,14 @@ def _parsed_header(header: bytes) -> dict[str, Any] | None:
         return None
     described: dict[str, Any] = json.loads(content)
     return described
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest).encode())
+
+
+def _damaged(path: Path, problem: str) -> ShardError:
+    return ShardError(f"{path} is damaged: {problem}. {_start_again(path.parent)}")
 
 
 def _start_again(folder: Path) -> str:
@@ -380,7 +391,9 @@ def prepare_source(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(folder.name + ".lock")):
-            if not folder.exists():
+            if not (folder / SUMMARY).exists():
+                if folder.exists():
+                    raise ShardError(f"{folder} is not whole: it has no {SUMMARY}. {_start_again(folder)}")
                 _remove(partial)  # of a run that was killed
                 _prepare(
                     name, source, tokenizer, partial, validation_fraction, shard_tokens, skip_broken_lines, processes
@@ -436,8 +449,11 @@ def _prepare(
     held_out = ShardWriter(folder / "validation", tokenizer.fingerprint, shard_tokens)
     try:
         batches = _batches(read_source(name, source, skip_broken_lines, counts))
-        with _Progress(f"Tokenizing {name}", source_bytes(source)) as progress:
-            for encoded in _encoded(batches, tokenizer, validation_fraction, processes):
+        with (
+            _Progress(f"Tokenizing {name}", source_bytes(source)) as progress,
+            closing(_encoded(batches, tokenizer, validation_fraction, processes)) as results,
+        ):
+            for encoded in results:
                 training.append(encoded.training)
                 held_out.append(encoded.held_out)
                 _count(summary, encoded)
@@ -490,9 +506,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[_Batch]:
 
 def _encoded(
     batches: Iterator[_Batch], tokenizer: Tokenizer, fraction: float, processes: int | None
-) -> Iterator[_Encoded]:
+) -> Generator[_Encoded, None, None]:
     """Encodes batches, in their order, here or in processes."""
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or _cores()
     begun = list(islice(batches, SMALL_CORPUS_BATCHES))
     batches = chain(begun, batches)
     if processes == 1 or len(begun) < SMALL_CORPUS_BATCHES:
@@ -500,9 +516,14 @@ def _encoded(
     return _encoded_by_processes(batches, tokenizer, fraction, processes)
 
 
+def _cores() -> int:
+    """Cores that this process may use; not every system can say which those are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _encoded_by_processes(
     batches: Iterator[_Batch], tokenizer: Tokenizer, fraction: float, processes: int
-) -> Iterator[_Encoded]:
+) -> Generator[_Encoded, None, None]:
     """Keeps a bounded number of batches under way, so that memory does not grow with the corpus."""
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of torch and tokenizers, half alive
     pool = ProcessPoolExecutor(processes, context, _begin_worker, (tokenizer, fraction))

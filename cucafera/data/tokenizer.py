@@ -120,8 +120,7 @@ class Tokenizer:
         """SHA-256 in hexadecimal of everything that decides which ids a text gets."""
         model = json.loads(self._inner.to_str())["model"]
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        tokens = [self._inner.id_to_token(token) for token in range(self.vocab_size)]
-        canonical = json.dumps([tokens, merges, bool(model.get("ignore_merges"))])
+        canonical = json.dumps([_tokens(self._inner), merges, bool(model.get("ignore_merges"))])
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -183,27 +182,30 @@ def _byte_of_character() -> dict[str, int]:
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
+def _tokens(inner: tokenizers.Tokenizer) -> list[str]:
+    """The vocabulary in the order of its ids."""
+    vocabulary = inner.get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
 def _bytes_of_tokens(inner: tokenizers.Tokenizer) -> list[bytes]:
     """The bytes that each id stands for; for a control token, its name."""
-    tokens = [inner.id_to_token(token) for token in range(inner.get_vocab_size())]
     names = [name.encode() for name in SPECIAL_TOKENS]
-    return names + [bytes(BYTE_OF_CHARACTER[character] for character in token) for token in tokens[len(names) :]]
+    return names + [
+        bytes(BYTE_OF_CHARACTER[character] for character in token) for token in _tokens(inner)[len(names) :]
+    ]
 
 
 def _problem(inner: tokenizers.Tokenizer) -> str | None:
     """Why this tokenizer cannot be used, or None."""
     described = json.loads(inner.to_str())
-    return (
-        _vocabulary_problem(inner, described)
-        or _pattern_problem(described)
-        or (
-            None if Tokenizer(inner).decode(inner.encode(PROBE).ids) == PROBE else "it does not give texts back exactly"
-        )
-    )
+    if problem := _vocabulary_problem(inner.get_vocab(), described) or _pattern_problem(described):
+        return problem
+    tokenizer = Tokenizer(inner)
+    return None if tokenizer.decode(tokenizer.encode(PROBE)) == PROBE else "it does not give texts back exactly"
 
 
-def _vocabulary_problem(inner: tokenizers.Tokenizer, described: dict[str, Any]) -> str | None:
-    vocabulary = inner.get_vocab()
+def _vocabulary_problem(vocabulary: dict[str, int], described: dict[str, Any]) -> str | None:
     misplaced = [
         f"{name} has {f'id {vocabulary[name]}' if name in vocabulary else 'no id'} instead of {token}"
         for token, name in enumerate(SPECIAL_TOKENS)
@@ -211,20 +213,20 @@ def _vocabulary_problem(inner: tokenizers.Tokenizer, described: dict[str, Any]) 
     ]
     if misplaced:
         return "control tokens are not where they should be: " + ", ".join(misplaced)
-    added = {token["content"]: token["special"] for token in described["added_tokens"]}
-    if added != dict.fromkeys(SPECIAL_TOKENS, True):
-        odd = sorted(
-            name for name in added | dict.fromkeys(SPECIAL_TOKENS) if not added.get(name) or name not in SPECIAL_TOKENS
-        )
-        return f"its added tokens must be the ten control tokens, all special; these are not: {', '.join(odd)}"
+    special = {token["content"] for token in described["added_tokens"] if token["special"]}
+    if (
+        odd := special.symmetric_difference(SPECIAL_TOKENS)
+        | {t["content"] for t in described["added_tokens"]} - special
+    ):
+        return f"its added tokens must be the control tokens, all special: not so {', '.join(sorted(odd))}"
     if len(vocabulary) > MAX_VOCABULARY:
         return f"it has {len(vocabulary):,} entries; ids are stored in 16 bits, so at most {MAX_VOCABULARY:,}"
     if max(vocabulary.values()) >= len(vocabulary):
         return f"its ids have gaps: {len(vocabulary):,} entries, but ids up to {max(vocabulary.values()):,}"
     if described["model"]["type"] != "BPE" or not BYTE_OF_CHARACTER.keys() <= vocabulary.keys():
-        return "it is no byte-level BPE: the 256 bytes are not all in its vocabulary"
+        return "it is not a byte-level BPE: the 256 bytes are not all in its vocabulary"
     foreign = [t for t in vocabulary if t not in SPECIAL_TOKENS and not BYTE_OF_CHARACTER.keys() >= set(t)]
-    return f"it is no byte-level BPE: the entry {foreign[0]!r} is not made of bytes" if foreign else None
+    return f"it is not a byte-level BPE: the entry {foreign[0]!r} is not made of bytes" if foreign else None
 
 
 def _pattern_problem(described: dict[str, Any]) -> str | None:

@@ -77,6 +77,7 @@ def build_trainer(
     """
     # Reading is measured, and one file at a time is fast enough; see Throughput's speed/data_wait.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 with torch 2.13
     # Events after the step that a killed run goes on from would stand twice in the curves.
     logger = EventLogger(folder.path, name="", version="", purge_step=first_step + 1 if first_step else None)
     return pl.Trainer(
@@ -91,6 +92,7 @@ def build_trainer(
         logger=logger if config.logger.tensorboard else False,
         callbacks=callbacks.in_order(),
         enable_checkpointing=False,
+        log_every_n_steps=1,
         enable_model_summary=False,
         use_distributed_sampler=False,
         profiler=_profiler(config, folder),

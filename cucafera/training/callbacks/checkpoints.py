@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cucafera.config import Config
+from cucafera.data.packed import PackedDataModule
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel
 from cucafera.training.run_folder import RunFolder
@@ -33,6 +34,12 @@ class Checkpoints(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it back."""
         self.best_loss = state_dict["best_loss"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the tokenizer beside the checkpoints: without it they are of no use."""
+        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            data.tokenizer.save(self.folder.tokenizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

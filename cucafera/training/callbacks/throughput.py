@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
 
 from cucafera.config import Config, UserError
 from cucafera.data.packed import PackedDataModule
@@ -21,7 +23,7 @@ class Throughput(pl.Callback):
 
     A log step is one at which something is written: curves, a validation, a checkpoint, and the last step.
 
-    Emits, against steps:
+    Emits the configuration as the text `config`, and against steps:
         train/loss                  mean over all targets of the step, nats
         train/gradient_norm         global norm before clipping
         train/lr/GROUP              learning rate of each parameter group
@@ -69,8 +71,12 @@ class Throughput(pl.Callback):
         return step == self.config.total_steps or any(interval and step % interval == 0 for interval in intervals)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Writes the configuration, and starts the clock."""
         assert isinstance(pl_module, LanguageModel)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                text = f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```"
+                logger.experiment.add_text("config", text, pl_module.steps_done)
         self._log_step = pl_module.steps_done
         self._since = self._own_hook_done_at = time.perf_counter()
 

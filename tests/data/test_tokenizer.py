@@ -1,0 +1,227 @@
+import json
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+
+from cucafera.config import SPECIAL_TOKENS, UserError
+from cucafera.data.tokenizer import (
+    BYTE_OF_CHARACTER,
+    DOCUMENT_START_ID,
+    IM_END_ID,
+    IM_START_ID,
+    PAD_ID,
+    PROBE,
+    Tokenizer,
+    TokenizerError,
+)
+
+AWKWARD = [
+    "",
+    " ",
+    "\n",
+    "\t\r\n  \u00a0\u2003x",
+    "l'àvia  canta.\r\n\r\n¡Olé! 1.234,50 €",
+    "\x00\x1c\x7f\ufeff\u200b",
+    "🐌👩‍👩‍👧 e\u0301 \U0010ffff",
+    PROBE,
+]
+
+
+def test_control_tokens_and_bytes_have_their_fixed_ids(tokenizer):
+    assert (PAD_ID, DOCUMENT_START_ID, IM_START_ID, IM_END_ID) == (3, 1, 4, 5)
+    for token, name in enumerate(SPECIAL_TOKENS):
+        assert tokenizer.decode([token]) == name
+    assert sorted(tokenizer.decode([token]) for token in range(10, 138))[:3] == ["\x00", "\x01", "\x02"]
+    assert tokenizer.token_bytes()[10:266].tolist() == [1] * 256
+    assert tokenizer.vocab_size == 300
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_text_comes_back_exactly(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_control=True) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("name", SPECIAL_TOKENS)
+def test_text_that_spells_a_control_token_is_ordinary_text(tokenizer, name):
+    for text in (name, f"a {name}b", name * 3):
+        ids = tokenizer.encode(text)
+        assert min(ids) >= len(SPECIAL_TOKENS)
+        assert tokenizer.encode_batch([text])[0].tolist() == ids
+        assert tokenizer.decode(ids, skip_control=True) == text
+
+
+def test_training_on_text_that_spells_control_tokens_gives_no_way_to_them():
+    tokenizer = Tokenizer.train([" ".join(SPECIAL_TOKENS)] * 100, vocab_size=400, show_progress=False)
+    assert min(tokenizer.encode("".join(SPECIAL_TOKENS))) >= len(SPECIAL_TOKENS)
+
+
+def test_control_tokens_stay_ordinary_text_after_saving_and_pickling(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for copy in (Tokenizer.load(tmp_path / "tokenizer.json"), pickle.loads(pickle.dumps(tokenizer))):
+        assert copy.encode("<im_end> la mar") == tokenizer.encode("<im_end> la mar")
+        assert copy.fingerprint == tokenizer.fingerprint
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+def test_a_batch_gives_what_single_texts_give(tokenizer, make_documents):
+    texts = [*AWKWARD, *make_documents(20)]
+    batch = tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+    assert {ids.dtype for ids in batch} == {np.dtype("uint16")}
+
+
+def test_pieces_of_a_long_text_give_the_ids_of_the_whole(tokenizer):
+    generator = random.Random(3)
+    signs = [*" \n\t\r", *"la'ts..,1\u00a0\u2003\x1c\x1d\x85\u200bç€🐌"]
+    texts = ["".join(generator.choices(signs, k=400)) for _ in range(50)]
+    whole = tokenizer.encode_batch(texts)
+    for characters in (1, 2, 7, 50, 399, 400):
+        pieces = tokenizer.encode_batch(texts, piece_characters=characters)
+        assert [ids.tolist() for ids in pieces] == [ids.tolist() for ids in whole]
+
+
+def test_ids_behind_the_vocabulary_and_half_characters_decode_to_a_replacement(tokenizer):
+    snail = tokenizer.encode("🐌 ")
+    assert tokenizer.decode([65_000, *tokenizer.encode("la")]) == "\ufffdla"
+    assert "\ufffd" in Tokenizer.train([], 266, show_progress=False).decode([snail[0] if snail[0] < 266 else 265])
+
+
+def test_control_tokens_can_be_shown_or_left_out(tokenizer):
+    ids = [IM_START_ID, *tokenizer.encode("la mar"), IM_END_ID]
+    assert tokenizer.decode(ids) == "<im_start>la mar<im_end>"
+    assert tokenizer.decode(ids, skip_control=True) == "la mar"
+    assert tokenizer.token_bytes()[ids].sum() == len("la mar")
+
+
+def test_training_twice_gives_the_same_tokenizer(tokenizer):
+    program = (
+        "import sys, json; from cucafera.data.tokenizer import Tokenizer; "
+        "print(Tokenizer.train(json.load(sys.stdin), 300, False).fingerprint)"
+    )
+    texts = json.dumps([f"{word} {word}s" for word in "mar bosc avi poble gat lluna cel".split()] * 3)
+    prints = {
+        subprocess.run([sys.executable, "-c", program], input=texts, text=True, capture_output=True, check=True).stdout
+        for _ in range(2)  # each process has hash seeds of its own
+    }
+    assert len(prints) == 1
+
+
+def test_another_training_gives_another_fingerprint(tokenizer, make_documents):
+    assert Tokenizer.train(make_documents(50), 299, show_progress=False).fingerprint != tokenizer.fingerprint
+
+
+def test_a_small_corpus_gives_a_small_vocabulary():
+    assert Tokenizer.train(["la la"], vocab_size=5000, show_progress=False).vocab_size < 280
+
+
+def described(tokenizer: Tokenizer, tmp_path) -> dict:
+    tokenizer.save(tmp_path / "good.json")
+    return json.loads((tmp_path / "good.json").read_text())
+
+
+def refusal(tmp_path, content: str) -> str:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.load(path)
+    assert isinstance(caught.value, UserError)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_tokenizer_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"missing\.json: No such file.*tokenizer\.path"):
+        Tokenizer.load(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize("content", ["", "no json", "[]", '{"text": "a"}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    assert "is not a tokenizer.json" in refusal(tmp_path, content)
+
+
+def test_control_tokens_at_other_ids_are_named(tokenizer, tmp_path):
+    content = described(tokenizer, tmp_path)
+    vocabulary = content["model"]["vocab"]
+    vocabulary["<pad>"], vocabulary["<im_end>"] = 5, 3
+    content["added_tokens"] = [{**t, "id": vocabulary[t["content"]]} for t in content["added_tokens"]]
+    content["added_tokens"].sort(key=lambda token: token["id"])
+    message = refusal(tmp_path, json.dumps(content))
+    assert "<pad> has id 5 instead of 3" in message and "<im_end> has id 3 instead of 5" in message
+
+
+def test_a_tokenizer_without_control_tokens_is_refused(tmp_path):
+    other = tokenizers.Tokenizer(tokenizers.models.BPE())
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert "<s> has no id" in refusal(tmp_path, other.to_str())
+
+
+def test_further_added_tokens_are_refused(tokenizer, tmp_path):
+    content = described(tokenizer, tmp_path)
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 300, "content": "<|im_end|>"})
+    assert "<|im_end|>" in refusal(tmp_path, json.dumps(content))
+
+
+def test_more_entries_than_sixteen_bits_are_refused(tokenizer, tmp_path):
+    content = described(tokenizer, tmp_path)
+    content["model"]["vocab"] |= {f"{'a' * 17}{token:06d}": token for token in range(300, 65_537)}
+    assert "65,537 entries" in refusal(tmp_path, json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "GPT-2 pattern"),
+        ({"pre_tokenizer": None}, "GPT-2 pattern"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+            "add_prefix_space",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": False,
+                }
+            },
+            "use_regex",
+        ),
+    ],
+)
+def test_a_tokenizer_that_does_not_keep_text_is_refused(tokenizer, tmp_path, change, words):
+    assert words in refusal(tmp_path, json.dumps(described(tokenizer, tmp_path) | change))
+
+
+def test_a_tokenizer_that_is_not_byte_level_is_refused(tokenizer, tmp_path):
+    content = described(tokenizer, tmp_path)
+    vocabulary = content["model"]["vocab"]
+    vocabulary["▁mar"] = vocabulary.pop(next(token for token, number in vocabulary.items() if number == 299))
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    assert "'▁mar' is not made of bytes" in refusal(tmp_path, json.dumps(content))
+
+
+def test_a_tokenizer_that_lacks_a_byte_is_refused(tokenizer, tmp_path):
+    content = described(tokenizer, tmp_path)
+    vocabulary = content["model"]["vocab"]
+    vocabulary["lalala"] = vocabulary.pop(next(sign for sign, byte in BYTE_OF_CHARACTER.items() if byte == 0xFF))
+    assert "256 bytes" in refusal(tmp_path, json.dumps(content))
+
+
+def test_truncation_and_padding_of_the_file_do_not_touch_text(tokenizer, tmp_path):
+    content = described(tokenizer, tmp_path)
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path / "tokenizer.json").encode("la mar i el bosc") == tokenizer.encode(
+        "la mar i el bosc"
+    )
