@@ -92,7 +92,8 @@ def train(config: Config, overrides: list[str]) -> float | None:
     from cucafera.training.run_folder import RunFolder, read_checkpoint, weights_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     hardware = decide_hardware(config)
     folder = RunFolder(Path(config.run_dir))
     checkpoint = folder.checkpoint_to_resume(config)

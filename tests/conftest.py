@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from cucafera.composition import composed_config
 from cucafera.config import Config
@@ -31,6 +32,8 @@ SMALL_RUN = [
     "callbacks.sampling.max_new_tokens=8",
 ]
 """Twelve steps of eight windows of 32 tokens: seconds on any machine."""
+
+torch.set_num_threads(1)  # for models this small, threads only get in each other's way
 
 WORDS = (
     "la el un una de a que i en no per amb és casa mar muntanya riu bosc gat gos nen nena avi àvia poble ciutat camí "

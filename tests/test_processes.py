@@ -24,9 +24,12 @@ class Door:
         self.folder = folder
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
+        flags = [override for override in overrides if override.startswith("-")]
+        values = [override for override in overrides if not override.startswith("-")]
         return subprocess.Popen(
-            [sys.executable, "-m", "cucafera.run", *self.arguments, *overrides],
+            [sys.executable, "-m", "cucafera.run", *flags, *self.arguments, *values],
             cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # for a model this small, threads only get in each other's way
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -140,7 +143,7 @@ def test_an_installed_wheel_runs_without_the_source_tree(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "cucafera.run", "+experiment=debug/one_batch"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=180,

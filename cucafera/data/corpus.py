@@ -377,7 +377,7 @@ def _text_of_line(line: bytes, column: str) -> str | None:
     except json.JSONDecodeError as error:
         raise _UnreadableError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
-        raise _UnreadableError("JSON nested too deeply") from error
+        raise _UnreadableError("not JSON: nested too deeply") from error
     if not isinstance(row, dict):
         raise _UnreadableError("not a JSON object")
     if column not in row:

@@ -71,7 +71,7 @@ def decide_hardware(config: Config) -> Hardware:
         )
     return Hardware(
         accelerator=accelerator,
-        name=torch.cuda.get_device_name() if accelerator == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        name=torch.cuda.get_device_name() if accelerator == "cuda" else f"CPU ({torch.get_num_threads()} cores in use)",
         devices=devices,
         world_size=world_size,
         precision=precision,

@@ -11,7 +11,20 @@ import pytest
 from cucafera.data.tokenizer import Tokenizer
 
 WORDS = (
-    "la mar i el bosc són lluny del poble on l'avi cantava cançons d'hivern, col·legi, àvia; 1714 € \U0001f40c".split()
+    "la",
+    "mar",
+    "i",
+    "el",
+    "bosc",
+    "són",
+    "l'avi",
+    "cantava",
+    "cançons",
+    "d'hivern,",
+    "col·legi;",
+    "1714",
+    "€",
+    "🐌",
 )
 
 

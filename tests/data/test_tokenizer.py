@@ -36,7 +36,7 @@ def test_control_tokens_and_bytes_have_their_fixed_ids(tokenizer):
     assert (PAD_ID, DOCUMENT_START_ID, IM_START_ID, IM_END_ID) == (3, 1, 4, 5)
     for token, name in enumerate(SPECIAL_TOKENS):
         assert tokenizer.decode([token]) == name
-    assert sorted(tokenizer.decode([token]) for token in range(10, 138))[:3] == ["\x00", "\x01", "\x02"]
+    assert [tokenizer.decode([token]) for token in (10, 11, 42)] == ["!", '"', "A"]  # GPT-2's order of bytes
     assert tokenizer.token_bytes()[10:266].tolist() == [1] * 256
     assert tokenizer.vocab_size == 300
 
@@ -89,9 +89,8 @@ def test_pieces_of_a_long_text_give_the_ids_of_the_whole(tokenizer):
 
 
 def test_ids_behind_the_vocabulary_and_half_characters_decode_to_a_replacement(tokenizer):
-    snail = tokenizer.encode("🐌 ")
     assert tokenizer.decode([65_000, *tokenizer.encode("la")]) == "\ufffdla"
-    assert "\ufffd" in Tokenizer.train([], 266, show_progress=False).decode([snail[0] if snail[0] < 266 else 265])
+    assert tokenizer.decode([265]) == "\ufffd"  # byte 0xAD
 
 
 def test_control_tokens_can_be_shown_or_left_out(tokenizer):
@@ -106,7 +105,7 @@ def test_training_twice_gives_the_same_tokenizer(tokenizer):
         "import sys, json; from cucafera.data.tokenizer import Tokenizer; "
         "print(Tokenizer.train(json.load(sys.stdin), 300, False).fingerprint)"
     )
-    texts = json.dumps([f"{word} {word}s" for word in "mar bosc avi poble gat lluna cel".split()] * 3)
+    texts = json.dumps([f"{word} {word}s" for word in ("mar", "bosc", "avi", "poble", "gat", "lluna")] * 3)
     prints = {
         subprocess.run([sys.executable, "-c", program], input=texts, text=True, capture_output=True, check=True).stdout
         for _ in range(2)  # each process has hash seeds of its own

@@ -25,6 +25,9 @@ class Progress(pl.callbacks.ProgressBar):
         self.validation = validation
         self._bar: tqdm[Any] | None = None
 
+    def disable(self) -> None:
+        """Lightning asks for this on all but the first device; each hook looks for itself."""
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar; a new run's first validation is told."""
         assert isinstance(pl_module, LanguageModel)
