@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -209,8 +209,7 @@ def _resolved(composed: DictConfig, key: str) -> Any:
     try:
         value = OmegaConf.select(composed, key, throw_on_missing=False)
     except OmegaConfBaseException:
-        node = composed._get_node(key)
-        return str(node._value()) if isinstance(node, Node) else None
+        return OmegaConf.to_container(composed, resolve=False)[key]  # type: ignore[index,call-overload]
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 

@@ -82,11 +82,14 @@ def train(config: Config, overrides: list[str]) -> float | None:
     Raises:
         UserError: what the user can mend.
     """
+    from cucafera.training.hardware import decide_hardware
+
+    hardware = decide_hardware(config)  # a missing GPU is told before Lightning's import takes its seconds
+
     import lightning.pytorch as pl
     import torch
 
     from cucafera.data.packed import PackedDataModule
-    from cucafera.training.hardware import decide_hardware
     from cucafera.training.module import LanguageModel
     from cucafera.training.report import collect_metrics, write_report
     from cucafera.training.run_folder import RunFolder, read_checkpoint, weights_to_begin_with
@@ -94,7 +97,6 @@ def train(config: Config, overrides: list[str]) -> float | None:
 
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    hardware = decide_hardware(config)
     folder = RunFolder(Path(config.run_dir))
     checkpoint = folder.checkpoint_to_resume(config)
     first_step = read_checkpoint(checkpoint)["steps_done"] if checkpoint else 0

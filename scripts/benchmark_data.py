@@ -84,9 +84,7 @@ def main() -> None:
     for name, (clock, cpu) in medians.items():
         print(f"{name:24}{clock:10.2f}{megabytes / clock:10.2f}{cpu:14.2f}")
     (yardstick, yardstick_cpu), (ours, ours_cpu) = medians.values()
-    print(
-        f"\ncorpus to shards runs at {yardstick / ours:.0%} of the speed, with {ours_cpu / yardstick_cpu:.0%} of the CPU"
-    )
+    print(f"\nfrom corpus to shards: {yardstick / ours:.0%} of that speed, {ours_cpu / yardstick_cpu:.0%} of the CPU")
 
 
 if __name__ == "__main__":

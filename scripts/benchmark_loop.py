@@ -9,6 +9,7 @@ has none.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -55,8 +56,7 @@ def lightning_round(config: Config, hardware: Hardware, data: PackedDataModule) 
         module = LanguageModel(config, hardware.micro_batch_windows, hardware.compile)
         trainer.fit(module, data)
         throughput = callbacks.throughput
-    periods = [after - before for before, after in zip(times.ends, times.ends[1:], strict=False)]
-    return periods, throughput.waiting_seconds / throughput.training_seconds
+    return step_times(times.ends), throughput.waiting_seconds / throughput.training_seconds
 
 
 def bare_round(config: Config, hardware: Hardware, data: PackedDataModule) -> list[float]:
@@ -78,7 +78,12 @@ def bare_round(config: Config, hardware: Hardware, data: PackedDataModule) -> li
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ends.append(time.perf_counter())
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return step_times(ends)
+
+
+def step_times(ends: list[float]) -> list[float]:
+    """Seconds from the end of each step to the end of the next."""
+    return [after - before for before, after in itertools.pairwise(ends)]
 
 
 def main() -> None:
@@ -106,8 +111,8 @@ def main() -> None:
         waits.append(wait)
         print(f"round {number + 1}: ratio {ratios[-1]:.3f}", flush=True)
     for name, times in (("bare loop", bare), ("cucafera", lightning)):
-        quartiles = statistics.quantiles(times, n=4)
-        print(f"{name:<10} {1000 * quartiles[1]:8.1f} ms a step (quartiles {1000 * quartiles[0]:.1f} to {1000 * quartiles[2]:.1f})")
+        low, median, high = (1000 * quartile for quartile in statistics.quantiles(times, n=4))
+        print(f"{name:<10} {median:8.1f} ms a step (quartiles {low:.1f} to {high:.1f})")
     print(f"cucafera / bare loop: {statistics.median(ratios):.3f} (median of {arguments.rounds} rounds)")
     print(f"waiting for data: {statistics.median(waits):.3%} of a step")
 

@@ -1,5 +1,6 @@
 """Whole runs as processes of their own: kills, signals, several devices, the installed package."""
 
+import json
 import os
 import signal
 import subprocess
@@ -101,9 +102,13 @@ def test_two_devices_give_the_trajectory_of_one(door, tmp_path):
 def test_a_sweep_runs_each_value_in_a_folder_of_its_own(door, tmp_path):
     code, output = door.run("--multirun", "optimizer.lr=1e-3,2e-3", "budget_tokens=1024", "schedule.warmup_steps=0")
     assert code == 0, output
-    reports = sorted(path.parent.name for path in (tmp_path / "outputs" / "quickstart-sweep").rglob("report.md"))
-    assert len(reports) == 2
-    assert "optimizer.lr=0.001" in reports[0] or "optimizer.lr=1e-3" in reports[0]
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    first, second = (
+        json.loads((sweep / "0/metrics.json").read_text()),
+        json.loads((sweep / "1/metrics.json").read_text()),
+    )
+    assert first["validation"][0] == second["validation"][0]
+    assert first["validation"][-1] != second["validation"][-1]
 
 
 def test_a_sweep_over_several_devices_is_refused_in_words(door):

@@ -164,7 +164,7 @@ def test_init_from_refuses_what_does_not_fit(small_run):
     Path("empty").mkdir()
     with pytest.raises(UserError, match="the folder holds no checkpoint"):
         train(small_run("name=b", "init_from=empty"), [])
-    with pytest.raises(UserError, match="model.hidden_size is 64 here and 48 there"):
+    with pytest.raises(UserError, match=r"model\.hidden_size is 64 here and 48 there"):
         train(small_run("name=c", "init_from=outputs/base", "model.hidden_size=64"), [])
     Path("broken.ckpt").write_bytes(b"PK broken")
     with pytest.raises(UserError, match=r"broken.ckpt cannot be read"):

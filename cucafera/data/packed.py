@@ -266,9 +266,8 @@ class PackedDataModule(pl.LightningDataModule):
 
     def _shard_folder(self, source: SourceConfig, tokenizer: Tokenizer) -> Path:
         data = self.config.data
-        key = _short_hash(
-            source_fingerprint(source), tokenizer.fingerprint, data.validation_fraction, data.shard_tokens
-        )
+        settings = (data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
+        key = _short_hash(source_fingerprint(source), tokenizer.fingerprint, *settings)
         return self.prepared / f"shards-{key}"
 
 

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ PAD_ID = SPECIAL_TOKENS.index("<pad>")
 IM_START_ID = SPECIAL_TOKENS.index("<im_start>")
 IM_END_ID = SPECIAL_TOKENS.index("<im_end>")
 
-PIECE_CHARACTERS = 1_000_000
-"""Longer texts are encoded in pieces of about this length: an encoding takes about 50 times the memory of its text."""
+WORD = re.compile(r"\s*+(?:\S++(?:[^\S \t\r\n]\s*+)?+)++|\s++")
+"""Parts of a text that can be encoded one by one. They end where a space, tab or line end follows a visible character:
+no match of the GPT-2 pattern reaches across such a place. (Other whitespace does not count, since Python and the
+pattern disagree on U+001C to U+001F.)"""
 
-CUT = re.compile(r"(?<=\S)[ \t\r\n]")
-"""Where a text may be cut: no match of the GPT-2 pattern reaches from a visible character into whitespace."""
+REMEMBERED_CHARACTERS = 4_000_000
+"""Words whose ids are remembered, in characters: about 100 MB of memory."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 PROBE = "".join(map(chr, range(0x800))) + " \u2013 \uff5e\n\n \U0001f600\U00100000 l'aigua freda  "
-"""A text whose UTF-8 has every byte that UTF-8 can have up to F4, and whitespace in every position."""
+"""Characters of one to four UTF-8 bytes, and whitespace wherever a tokenizer may be tempted to change it."""
 
 
 class TokenizerError(UserError):
@@ -52,6 +54,8 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self._bytes = _bytes_of_tokens(inner)
+        self._ids_of_word: dict[str, bytes] = {}
+        self._remembered_characters = 0
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
@@ -125,20 +129,29 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; never a control token."""
-        pieces = _pieces(text, PIECE_CHARACTERS)
-        return [token for piece in pieces for token in self._inner.encode(piece, add_special_tokens=False).ids]
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
 
-    def encode_batch(self, texts: Sequence[str], piece_characters: int = PIECE_CHARACTERS) -> list[NDArray[np.uint16]]:
-        """The ids of each text, encoded side by side on the cores of the machine.
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
+        """The ids of each text.
 
-        Args:
-            texts: The texts.
-            piece_characters: Longer texts are encoded in pieces, with the same result in less memory.
+        Words that were met before are looked up, which is more than twice as fast as encoding all of them. A text of
+        any length takes little memory, where the library's encoding of it takes fifty times its size.
         """
-        pieces = [list(_pieces(text, piece_characters)) for text in texts]
-        encodings = self._inner.encode_batch_fast(list(chain.from_iterable(pieces)), add_special_tokens=False)
-        ids = (np.array(encoding.ids, dtype=np.uint16) for encoding in encodings)
-        return [np.concatenate(list(islice(ids, len(parts)))) for parts in pieces]
+        if self._remembered_characters > REMEMBERED_CHARACTERS:
+            self._ids_of_word.clear()  # frequent words are back at once
+            self._remembered_characters = 0
+        words = [WORD.findall(text) for text in texts]
+        self._remember(list(set(chain.from_iterable(words)).difference(self._ids_of_word)))
+        ids = [bytearray().join(map(self._ids_of_word.__getitem__, parts)) for parts in words]
+        return [np.frombuffer(content, dtype=np.uint16) for content in ids]
+
+    def _remember(self, words: list[str]) -> None:
+        """Encodes new words."""
+        encodings = self._inner.encode_batch_fast(words, add_special_tokens=False)
+        for word, encoding in zip(words, encodings, strict=True):
+            self._ids_of_word[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
+        self._remembered_characters += sum(map(len, words))
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
         """The text of ids: the exact inverse of `encode`.
@@ -161,15 +174,6 @@ class Tokenizer:
 
 def _from_json(content: str) -> Tokenizer:
     return Tokenizer(tokenizers.Tokenizer.from_str(content))
-
-
-def _pieces(text: str, characters: int) -> Iterator[str]:
-    """The text in pieces of at least so many characters, whose ids one after another are those of the text."""
-    start = 0
-    while len(text) - start > characters and (cut := CUT.search(text, start + characters)):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
 
 
 def _byte_of_character() -> dict[str, int]:

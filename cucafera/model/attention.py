@@ -5,9 +5,16 @@ B batch, T new tokens, S tokens so far (T of them new), H heads, K key/value hea
 | what is asked         | CPU                       | CUDA                                |
 |-----------------------|---------------------------|-------------------------------------|
 | causal                | SDPA, is_causal           | SDPA, is_causal                     |
-| causal, in documents  | SDPA, mask [B, 1, T, T]   | flex_attention: skips what is masked |
+| causal, in documents  | SDPA, mask [B, 1, T, T]   | flex_attention, which skips blocks  |
 | new tokens of a cache | SDPA, mask [T, S]         | SDPA, mask [T, S]                   |
+
+Measured on two CPU cores, forward and backward: the mask costs 7% over is_causal at T = 256 and 60% at T = 2048.
+Queries in blocks that see only the keys before them gained 3% at T = 2048 with 512 a block, and lost elsewhere.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +23,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 Mask = Tensor | BlockMask | None
 """What `attend` needs to know of who sees whom; None: every token sees itself and all before it."""
-
-# Outside torch.compile both would hold the whole [T, T] matrix; inside a compiled decoder they become part of its graph.
-_create_block_mask = torch.compile(create_block_mask)
-_flex_attention = torch.compile(flex_attention)
 
 
 def attention_mask(tokens: int, past: int, documents: Tensor | None, device: torch.device) -> Mask:
@@ -35,7 +38,7 @@ def attention_mask(tokens: int, past: int, documents: Tensor | None, device: tor
         A mask for `attend`.
     """
     if documents is not None:
-        return _block_mask(documents) if device.type == "cuda" else dense_mask(documents)
+        return block_mask(documents) if device.type == "cuda" else dense_mask(documents)
     if past:
         return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
     return None
@@ -53,8 +56,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         [B, H, T, d].
     """
     if isinstance(mask, BlockMask):
-        mixed: Tensor = _flex_attention(queries, keys, values, block_mask=mask, enable_gqa=True)
-        return mixed
+        return _fused(flex_attention)(queries, keys, values, block_mask=mask, enable_gqa=True)  # type: ignore[no-any-return]
     return F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
@@ -65,9 +67,23 @@ def dense_mask(documents: Tensor) -> Tensor:
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
-def _block_mask(documents: Tensor) -> BlockMask:
+def block_mask(documents: Tensor) -> BlockMask:
+    """The same as `dense_mask`, as a table of the blocks of 128 x 128 tokens that are not wholly masked."""
+
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents[batch, query] == documents[batch, key])
 
     batch_size, tokens = documents.shape
-    return _create_block_mask(visible, batch_size, None, tokens, tokens, device=documents.device)
+    mask: BlockMask = _fused(create_block_mask)(visible, batch_size, None, tokens, tokens, device=documents.device)
+    return mask
+
+
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled form of a function that would otherwise hold [T, T] matrices."""
+    return function if torch.compiler.is_compiling() else _compiled(function)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Made when it is needed: torch.compile loads the compiler, which takes two seconds.
+    return torch.compile(function)

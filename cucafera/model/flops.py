@@ -7,22 +7,27 @@ Nothing here imports torch: tables and --help need these numbers too.
 
 from cucafera.config import ModelConfig
 
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-    # The first entry that the name contains counts, so the longer name of two stands first.
-    ("B200", 2250e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 80GB HBM3", 989e12),
-    ("A100", 312e12),
-    ("RTX A6000", 154.8e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-    ("RTX 3090", 71e12),
-    ("RTX 4090", 165.2e12),
-)
-"""Part of a device name as the driver gives it, and the dense bf16 peak of NVIDIA's data sheet, in FLOP/s."""
+PEAK_FLOPS = {
+    "A10": 125e12,
+    "A100 80GB PCIe": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A10G": 70e12,
+    "B200": 2250e12,
+    "GeForce RTX 3090": 71e12,
+    "GeForce RTX 4090": 165.2e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "RTX A6000": 154.8e12,
+}
+"""Dense bf16 peak in FLOP/s, without sparsity and with fp32 accumulation, from NVIDIA's data sheets.
+
+The names are whole, because a part would take one GPU for another: an L40 for an L4, or a slice of an A100 for it all.
+"""
 
 
 def matrix_parameter_count(config: ModelConfig) -> int:
@@ -66,4 +71,4 @@ def peak_flops(device_name: str) -> float | None:
     Args:
         device_name: As `torch.cuda.get_device_name` gives it.
     """
-    return next((peak for part, peak in PEAK_FLOPS if part in device_name), None)
+    return PEAK_FLOPS.get(device_name.removeprefix("NVIDIA "))

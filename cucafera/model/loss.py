@@ -35,8 +35,8 @@ def linear_cross_entropy(
         chunk_tokens = CHUNK_TOKENS.get(device, CHUNK_TOKENS["cuda"])
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index, chunk_tokens, dtype)
-        return loss
+        arguments = (hidden, weight, targets, ignore_index, chunk_tokens, dtype)
+        return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _loss(hidden, weight, targets, ignore_index, chunk_tokens, dtype)
 
 

@@ -51,7 +51,7 @@ class LanguageModel(pl.LightningModule):
         data = cast(PackedDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         token_bytes = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
         token_bytes[: data.tokenizer.vocab_size] = torch.from_numpy(data.tokenizer.token_bytes())
-        self.register_buffer("token_bytes", token_bytes.to(self.device), persistent=False)
+        self.token_bytes = token_bytes.to(self.device)
         self.validation_metrics = LanguageModelingMetrics().to(self.device)
         if self.compile_model:
             self.model.compile()

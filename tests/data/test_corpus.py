@@ -33,7 +33,9 @@ def refusal(source: SourceConfig) -> str:
 
 
 def packed(content: bytes, suffix: str) -> bytes:
-    return {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress, "": bytes}[suffix](content)
+    return {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress, "": bytes}[suffix](
+        content
+    )
 
 
 LINES = b'{"text": "la mar\\r\\n"}\n\n{"text": "el bosc", "id": 3}'

@@ -16,6 +16,7 @@ from cucafera.data.tokenizer import (
     IM_START_ID,
     PAD_ID,
     PROBE,
+    WORD,
     Tokenizer,
     TokenizerError,
 )
@@ -78,14 +79,30 @@ def test_a_batch_gives_what_single_texts_give(tokenizer, make_documents):
     assert {ids.dtype for ids in batch} == {np.dtype("uint16")}
 
 
-def test_pieces_of_a_long_text_give_the_ids_of_the_whole(tokenizer):
+def test_encoding_word_by_word_gives_what_the_library_gives_for_the_whole(tokenizer, make_documents):
     generator = random.Random(3)
     signs = [*" \n\t\r", *"la'ts..,1\u00a0\u2003\x1c\x1d\x85\u200bç€🐌"]
-    texts = ["".join(generator.choices(signs, k=400)) for _ in range(50)]
-    whole = tokenizer.encode_batch(texts)
-    for characters in (1, 2, 7, 50, 399, 400):
-        pieces = tokenizer.encode_batch(texts, piece_characters=characters)
-        assert [ids.tolist() for ids in pieces] == [ids.tolist() for ids in whole]
+    texts = ["".join(generator.choices(signs, k=length)) for length in range(400)] + make_documents(20) + AWKWARD
+    library = tokenizer._inner.encode_batch(texts, add_special_tokens=False)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [encoding.ids for encoding in library]
+    assert all("".join(WORD.findall(text)) == text for text in texts)
+
+
+def test_forgetting_words_changes_nothing(make_documents, tokenizer, monkeypatch):
+    expected = [tokenizer.encode(text) for text in make_documents(20)]
+    forgetful = pickle.loads(pickle.dumps(tokenizer))
+    monkeypatch.setattr("cucafera.data.tokenizer.REMEMBERED_CHARACTERS", 10)
+    assert [forgetful.encode(text) for text in make_documents(20)] == expected
+    assert len(forgetful._ids_of_word) < 20
+
+
+def test_the_library_never_gets_a_long_document_at_once(tokenizer, monkeypatch):
+    given = []
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    original = fresh._remember
+    monkeypatch.setattr(fresh, "_remember", lambda words: (given.extend(words), original(words)))
+    assert len(fresh.encode("la mar i el bosc són lluny\n" * 10_000)) > 100_000
+    assert sum(map(len, given)) < 100
 
 
 def test_ids_behind_the_vocabulary_and_half_characters_decode_to_a_replacement(tokenizer):

@@ -44,7 +44,7 @@ class Progress(pl.callbacks.ProgressBar):
                 bar_format="{desc}{percentage:3.0f}%|{bar}| step {n}/{total} [{elapsed}, {remaining} left]{postfix}",
             )
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar, or writes a line."""

@@ -1,0 +1,106 @@
+"""Each path of attention against softmax(QK^T)V written out."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from cucafera.model import attention
+from cucafera.model.attention import attend, attention_mask, block_mask, dense_mask
+
+BATCH, QUERY_HEADS, KEY_VALUE_HEADS, TOKENS = 2, 6, 2, 150
+CPU = torch.device("cpu")
+
+
+def reference(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+    """softmax(QK^T / sqrt(d))V with the whole matrix in memory."""
+    group = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values
+
+
+def visible_tokens(documents: Tensor) -> Tensor:
+    """Who sees whom, [B, 1, T, T], by the definition and one pair at a time."""
+    pairs = [
+        [[j <= i and row[i] == row[j] for j in range(len(row))] for i in range(len(row))] for row in documents.tolist()
+    ]
+    return torch.tensor(pairs, device=documents.device)[:, None]
+
+
+def random_documents() -> Tensor:
+    starts = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.03
+    return starts.cumsum(1, dtype=torch.int32)
+
+
+def random_heads(head_dim: int, queries: int = TOKENS) -> list[Tensor]:
+    """Queries, keys and values, and an upstream gradient."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(QUERY_HEADS, queries), (KEY_VALUE_HEADS, TOKENS), (KEY_VALUE_HEADS, TOKENS), (QUERY_HEADS, queries)]
+    heads = [torch.randn(BATCH, *shape, head_dim, generator=generator) for shape in shapes]
+    return [head.requires_grad_(index < 3) for index, head in enumerate(heads)]
+
+
+def assert_same_as_reference(mask: attention.Mask, heads: list[Tensor], visible: Tensor, tolerance: float) -> None:
+    """Compares the output and the gradients of queries, keys and values."""
+    *inputs, upstream = heads
+    expected = reference(*inputs, visible)
+    result = attend(*inputs, mask)
+    torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
+    for gradient, wanted in zip(
+        torch.autograd.grad(result, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [32, 96])
+def test_causal_attention_equals_the_reference(head_dim: int) -> None:
+    visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    assert_same_as_reference(attention_mask(TOKENS, 0, None, CPU), random_heads(head_dim), visible, 1e-5)
+
+
+@pytest.mark.parametrize("head_dim", [32, 96])
+def test_attention_within_documents_equals_the_reference(head_dim: int) -> None:
+    documents = random_documents()
+    mask = attention_mask(TOKENS, 0, documents, CPU)
+    assert_same_as_reference(mask, random_heads(head_dim), visible_tokens(documents), 1e-5)
+
+
+@pytest.mark.parametrize("new", [1, 7])
+def test_new_tokens_of_a_cache_see_all_before_and_themselves(new: int) -> None:
+    visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-new:]
+    mask = attention_mask(new, TOKENS - new, None, CPU)
+    assert_same_as_reference(mask, random_heads(32, queries=new), visible, 1e-5)
+
+
+@pytest.fixture
+def uncompiled_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled, flex_attention runs on the CPU, forward only."""
+    monkeypatch.setattr(attention, "_compiled", lambda function: function)
+
+
+@pytest.mark.usefixtures("uncompiled_flex_attention")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("head_dim", [32, 96])
+def test_flex_attention_equals_the_path_of_the_cpu(head_dim: int) -> None:
+    documents = random_documents()
+    queries, keys, values, _ = (head.detach() for head in random_heads(head_dim))
+    result = attend(queries, keys, values, block_mask(documents))
+    torch.testing.assert_close(result, attend(queries, keys, values, dense_mask(documents)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 96, 128])
+def test_attention_within_documents_on_cuda_equals_the_reference(
+    head_dim: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    cuda = torch.device("cuda")
+    documents = random_documents().to(cuda)
+    heads = [head.detach().to(cuda, dtype).requires_grad_() for head in random_heads(head_dim)]
+    mask = attention_mask(TOKENS, 0, documents, cuda)
+    assert isinstance(mask, BlockMask)
+    assert_same_as_reference(mask, heads, visible_tokens(documents), tolerance)

@@ -1,0 +1,136 @@
+"""The chunked loss against the plain one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cucafera.model import loss as loss_module
+from cucafera.model.loss import linear_cross_entropy
+
+TOKENS, HIDDEN, VOCABULARY = 37, 24, 101
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and targets, a third of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_()
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).requires_grad_()
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    targets[::3] = -100
+    return hidden, weight, targets
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 36, 37, 1000, None])
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_loss_and_gradients_equal_the_plain_ones_whatever_the_chunk(chunk_tokens: int | None, factor: float) -> None:
+    hidden, weight, targets = inputs()
+    expected = plain(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk_tokens)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    for gradient, wanted in zip(
+        torch.autograd.grad(factor * loss, (hidden, weight)),
+        torch.autograd.grad(factor * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_ignored_targets_give_no_gradient() -> None:
+    hidden, weight, targets = inputs()
+    targets[targets == -100] = 7
+    targets[5] = 7
+    linear_cross_entropy(hidden, weight, targets, ignore_index=7, chunk_tokens=8).backward()
+    assert hidden.grad is not None
+    assert not hidden.grad[targets == 7].any()
+    assert hidden.grad[targets != 7].any(dim=1).all()
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_without_a_valid_target_the_loss_and_the_gradients_are_zero(with_gradient: bool) -> None:
+    hidden, weight, targets = inputs()
+    with torch.set_grad_enabled(with_gradient):
+        loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), chunk_tokens=8)
+    assert loss.item() == 0.0
+    if with_gradient:
+        for gradient in torch.autograd.grad(loss, (hidden, weight)):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_without_gradients_the_loss_is_the_same_and_no_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = inputs()
+    expected = linear_cross_entropy(hidden, weight, targets, chunk_tokens=8)
+    monkeypatch.setattr(loss_module, "_LinearCrossEntropy", None)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=8)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected)
+
+
+def test_only_the_gradients_that_are_wanted_are_given() -> None:
+    hidden, weight, targets = inputs()
+    linear_cross_entropy(hidden.detach(), weight, targets).backward()
+    expected = torch.autograd.grad(plain(hidden, weight, targets), weight)[0]
+    torch.testing.assert_close(weight.grad, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_large_logits_stay_finite() -> None:
+    hidden, weight, targets = inputs()
+    loss = linear_cross_entropy(1000 * hidden, weight, targets, chunk_tokens=8)
+    torch.testing.assert_close(loss, plain(1000 * hidden, weight, targets))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_a_second_backward_pass_is_refused_instead_of_scaling_twice() -> None:
+    hidden, weight, targets = inputs()
+    loss = 0.5 * linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_under_autocast_the_products_are_bf16_and_the_rest_fp32() -> None:
+    hidden, weight, targets = inputs()
+    expected = plain(hidden, weight, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=8)
+        plain_loss = plain(hidden, weight, targets)
+    assert loss.dtype == torch.float32
+    # The same rounded products as the plain loss under autocast, so much nearer to it than to fp32.
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-6, atol=0)
+    assert not math.isclose(loss.item(), expected.item(), rel_tol=1e-6)
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted, atol=0.03 * wanted.abs().max().item(), rtol=0)
+
+
+def test_under_autocast_the_gradient_of_the_weight_is_summed_in_fp32() -> None:
+    # 4,096 equal contributions: a bf16 sum would stop growing when it is 256 times as large as one of them.
+    hidden, weight = torch.ones(4096, 1), torch.zeros(2, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64), chunk_tokens=1).backward()
+    assert weight.grad is not None
+    assert weight.grad.flatten().tolist() == [-2048.0, 2048.0]
+
+
+def test_traced_without_graph_breaks_it_gives_the_same() -> None:
+    # Only traced: the decoder's own test runs the whole compiler.
+    hidden, weight, targets = inputs()
+    expected = linear_cross_entropy(hidden, weight, targets, chunk_tokens=8)
+    traced = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    loss = traced(hidden, weight, targets, chunk_tokens=8)
+    torch.testing.assert_close(loss, expected)
+    for gradient, wanted in zip(
+        torch.autograd.grad(0.5 * loss, (hidden, weight)),
+        torch.autograd.grad(0.5 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
