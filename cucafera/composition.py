@@ -383,7 +383,7 @@ def help_text() -> str:
         "Groups: GROUP=CHOICE replaces the default (*), +experiment=CHOICE changes several at once.",
     ]
     defaults = {
-        f"{group}={choice}"
+        f"{group!s}={choice!s}"
         for entry in OmegaConf.load(root / f"{CONFIG_NAME}.yaml").defaults
         if isinstance(entry, DictConfig)
         for group, choice in entry.items()

@@ -14,7 +14,8 @@ def model_table() -> str:
         preset: composed_config([f"model={preset}", "batch_tokens=524_288", "budget_tokens=1e9"]) for preset in presets
     }
     rows = [
-        "| model | parameters | layers x hidden | query / key-value heads | vocabulary | context | GFLOP a token, full / causal |",
+        "| model | parameters | layers x hidden | query / key-value heads | vocabulary | context "
+        "| GFLOP a token, full / causal |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for preset, config in sorted(configs.items(), key=lambda item: parameter_count(item[1].model)):
