@@ -4,8 +4,9 @@
     python scripts/benchmark_loss.py --device cuda --tokens 65536
 
 Each measurement is a process of its own, because the peak of a process's memory cannot be reset, and the methods take
-turns, so that a busy machine slows all of them. Memory is what the call takes above its inputs, both gradients
-included. The products run in fp32 on the CPU and in bf16 on CUDA, as in training.
+turns, so that a busy machine slows all of them. Core seconds are processor time summed over threads, which other programs
+disturb least; the speed is compared by them on the CPU and by the clock on CUDA. Memory is what the call takes above
+its inputs, both gradients included. The products run in fp32 on the CPU and in bf16 on CUDA, as in training.
 """
 
 import argparse
@@ -40,16 +41,16 @@ if hasattr(torch.nn, "LinearCrossEntropyOptions"):
     METHODS["pytorch"] = pytorch_chunked
 
 
-def seconds_of(method: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> float:
-    """Seconds of one forward and backward pass."""
-    started = time.perf_counter()
+def seconds_of(method: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Seconds by the clock, and core seconds, of one forward and backward pass."""
+    started, core_started = time.perf_counter(), time.process_time()
     cuda = hidden.device.type == "cuda"
     with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
         loss = METHODS[method](hidden, weight, targets)
     loss.backward()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - core_started
 
 
 def peak_bytes(device: str) -> int:
@@ -69,14 +70,14 @@ def inputs(tokens: int, vocabulary: int, hidden: int, device: str) -> tuple[Tens
     return states, weight, targets
 
 
-def measure(method: str, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Seconds and bytes of one forward and backward pass, in this process."""
+def measure(method: str, arguments: argparse.Namespace) -> tuple[float, float, float]:
+    """Seconds, core seconds and bytes of one forward and backward pass, in this process."""
     torch.manual_seed(0)
     seconds_of(method, *inputs(256, 256, arguments.hidden, arguments.device))  # starts threads and kernels
     measured = inputs(arguments.tokens, arguments.vocabulary, arguments.hidden, arguments.device)
     before = peak_bytes(arguments.device)
-    seconds = seconds_of(method, *measured)
-    return seconds, peak_bytes(arguments.device) - before
+    seconds, core_seconds = seconds_of(method, *measured)
+    return seconds, core_seconds, peak_bytes(arguments.device) - before
 
 
 def main() -> None:
@@ -99,20 +100,22 @@ def main() -> None:
             command = [sys.executable, *sys.argv, "--method", method]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             measurements.append([float(number) for number in output.split()])
-    print_table(results)
+    print_table(results, arguments.device)
 
 
-def print_table(results: dict[str, list[list[float]]]) -> None:
+def print_table(results: dict[str, list[list[float]]], device: str) -> None:
     """One row a method: medians, and how they compare with the plain loss."""
     medians = {
         method: [statistics.median(column) for column in zip(*measurements, strict=True)]
         for method, measurements in results.items()
     }
-    plain_seconds, plain_bytes = medians["plain"]
-    print(f"{'method':<10}{'seconds':>10}{'speed':>10}{'GB':>10}{'memory':>10}")
-    for method, (seconds, peak) in medians.items():
-        speed, memory = f"{plain_seconds / seconds:.2f}x", f"{peak / plain_bytes:.2f}x"
-        print(f"{method:<10}{seconds:>10.2f}{speed:>10}{peak / 1e9:>10.2f}{memory:>10}")
+    compared = 0 if device == "cuda" else 1
+    print(f"{'method':<10}{'seconds':>10}{'core s':>10}{'speed':>10}{'GB':>10}{'memory':>10}")
+    for method, row in medians.items():
+        seconds, core_seconds, peak = row
+        speed = medians["plain"][compared] / row[compared]
+        memory = peak / medians["plain"][2]
+        print(f"{method:<10}{seconds:>10.2f}{core_seconds:>10.2f}{speed:>9.2f}x{peak / 1e9:>10.2f}{memory:>9.2f}x")
 
 
 if __name__ == "__main__":
