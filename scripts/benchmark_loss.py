@@ -4,9 +4,9 @@
     python scripts/benchmark_loss.py --device cuda --tokens 65536
 
 Each measurement is a process of its own, because the peak of a process's memory cannot be reset, and the methods take
-turns, so that a busy machine slows all of them. Core seconds are processor time summed over threads, which other programs
-disturb least; the speed is compared by them on the CPU and by the clock on CUDA. Memory is what the call takes above
-its inputs, both gradients included. The products run in fp32 on the CPU and in bf16 on CUDA, as in training.
+turns, so that a busy machine slows all of them. Core seconds are processor time summed over threads: other programs
+disturb it least, so on the CPU it decides the speed; on CUDA the clock does. Memory is what the call takes above its
+inputs, both gradients included. The products run in fp32 on the CPU and in bf16 on CUDA, as in training.
 """
 
 import argparse

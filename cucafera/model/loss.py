@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK_TOKENS = {"cpu": 512, "cuda": 2048}
+"""C by device. On the CPU 512 measured as fast as 1,024 and 6% to 15% faster than 256 and 128; CUDA is not measured."""
 
 
 def linear_cross_entropy(
@@ -86,8 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        # One buffer for the logits of all chunks: fresh memory would cost the CPU a sixth of the time.
-        buffer = torch.empty(min(chunk_tokens, hidden.shape[0]), weight.shape[0], device=hidden.device)
+        # One buffer for the logits of all chunks: the CPU would have to fetch fresh pages for each.
+        shape = (min(chunk_tokens, hidden.shape[0]), weight.shape[0])
+        buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             chunk = hidden[rows].to(dtype)

@@ -85,7 +85,8 @@ class Attention(nn.Module):
         return output
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
+        return heads
 
 
 class MLP(nn.Module):

@@ -10,7 +10,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from cucafera.model import attention
 from cucafera.model.attention import attend, attention_mask, block_mask, dense_mask
 
-BATCH, QUERY_HEADS, KEY_VALUE_HEADS, TOKENS = 2, 6, 2, 150
+BATCH, QUERY_HEADS, KEY_VALUE_HEADS, TOKENS = 2, 6, 2, 300
+"""More tokens than one block of queries, and no multiple of it."""
+
 CPU = torch.device("cpu")
 
 
@@ -31,7 +33,7 @@ def visible_tokens(documents: Tensor) -> Tensor:
 
 
 def random_documents() -> Tensor:
-    starts = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.03
+    starts = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(1)) < 0.02
     return starts.cumsum(1, dtype=torch.int32)
 
 
@@ -68,7 +70,7 @@ def test_attention_within_documents_equals_the_reference(head_dim: int) -> None:
     assert_same_as_reference(mask, random_heads(head_dim), visible_tokens(documents), 1e-5)
 
 
-@pytest.mark.parametrize("new", [1, 7])
+@pytest.mark.parametrize("new", [1, 7, 290])
 def test_new_tokens_of_a_cache_see_all_before_and_themselves(new: int) -> None:
     visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-new:]
     mask = attention_mask(new, TOKENS - new, None, CPU)
@@ -88,6 +90,17 @@ def test_flex_attention_equals_the_path_of_the_cpu(head_dim: int) -> None:
     documents = random_documents()
     queries, keys, values, _ = (head.detach() for head in random_heads(head_dim))
     result = attend(queries, keys, values, block_mask(documents))
+    torch.testing.assert_close(result, attend(queries, keys, values, dense_mask(documents)), atol=1e-5, rtol=1e-5)
+
+
+def test_flex_attention_is_traced_without_graph_breaks() -> None:
+    documents = random_documents()
+    queries, keys, values, _ = (head.detach() for head in random_heads(32))
+
+    def masked_attention(queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor) -> Tensor:
+        return attend(queries, keys, values, block_mask(documents))
+
+    result = torch.compile(masked_attention, fullgraph=True, backend="eager")(queries, keys, values, documents)
     torch.testing.assert_close(result, attend(queries, keys, values, dense_mask(documents)), atol=1e-5, rtol=1e-5)
 
 
