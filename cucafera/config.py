@@ -234,9 +234,9 @@ class Config:
     """The run folder."""
     seed: int = 1337
     """Decides the initial weights, the order of windows and the samples."""
-    budget_tokens: int | float = 1_000_000
+    budget_tokens: int | float = 700_000
     """Tokens to train on, over the whole run; 5.5e9 is understood."""
-    batch_tokens: int | float = 4096
+    batch_tokens: int | float = 2048
     """Tokens of one optimizer step over all devices: a multiple of sequence_length."""
     sequence_length: int = II("model.max_position_embeddings")
     """Tokens that one window trains on."""

@@ -58,7 +58,7 @@ def job(composed: DictConfig) -> float | None:
     multirun = hydra_config.mode == RunMode.MULTIRUN
     try:
         config = typed_config(composed)
-        config.run_dir = hydra_config.runtime.output_dir
+        config.run_dir = os.path.relpath(hydra_config.runtime.output_dir)
         if multirun and config.trainer.devices != 1:
             raise UserError(
                 "--multirun runs its jobs in one process, which cannot start the processes of several devices: "
@@ -98,8 +98,6 @@ def train(config: Config, overrides: list[str]) -> float | None:
     from cucafera.training.run_folder import RunFolder, read_checkpoint, weights_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan
 
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
     folder = RunFolder(Path(config.run_dir))
     checkpoint = folder.checkpoint_to_resume(config)
     first_step = read_checkpoint(checkpoint)["steps_done"] if checkpoint else 0

@@ -1,6 +1,7 @@
 """The Lightning Trainer and the callbacks of a run."""
 
 import dataclasses
+import logging
 import warnings
 from typing import Any
 
@@ -75,6 +76,8 @@ def build_trainer(
 
     One Lightning epoch holds all the steps that are left; validation, checkpoints and clipping are our own.
     """
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # the plan and the report say what they would
     # Reading is measured, and one file at a time is fast enough; see Throughput's speed/data_wait.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 with torch 2.13
