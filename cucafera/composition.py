@@ -10,6 +10,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
@@ -26,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cucafera.config import Config, UserError, shown, value_problems
+from cucafera.config import Config, DataConfig, UserError, shown, value_problems
 
 CONFIG_NAME = "config"
 SCHEMA_NAME = "schema"
@@ -39,9 +40,26 @@ def config_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+@dataclasses.dataclass
+class _OpenDataConfig(DataConfig):
+    """Hydra can add no dataclass by a key below it, so it takes any source; `typed_config` checks them."""
+
+    sources: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Schema(Config):
+    data: DataConfig = dataclasses.field(default_factory=_OpenDataConfig)
+
+
 def register_schema() -> None:
     """Makes the dataclasses the schema that stands first in the defaults list."""
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=Config)
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=_Schema)
+
+
+def hydra_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments as Hydra needs them: it must be told with ++ to set a field of a source that no file mentions."""
+    return [f"++{text}" if _is_source_key(text.split("=")[0]) else text for text in arguments]
 
 
 def typed_config(composed: DictConfig) -> Config:
@@ -60,7 +78,7 @@ def composed_config(overrides: Sequence[str]) -> Config:
         raise UserError(listed(problems))
     register_schema()
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        return typed_config(compose(CONFIG_NAME, overrides=list(overrides)))
+        return typed_config(compose(CONFIG_NAME, overrides=hydra_arguments(overrides)))
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -183,11 +201,9 @@ def _compose_loosely(overrides: Sequence[str]) -> DictConfig:
     """The configuration without types, in which a key that does not exist is no error yet."""
     loose_schema = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
     ConfigStore.instance().store(name=SCHEMA_NAME, node=loose_schema)
-    # A key that the dataclasses have, and no file mentions, must be added to the loose dictionaries.
-    forced = [f"++{text}" if _is_source_key(text.split("=")[0]) else text for text in overrides]
     try:
         with initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return compose(CONFIG_NAME, overrides=forced)
+            return compose(CONFIG_NAME, overrides=hydra_arguments(overrides))
     finally:
         register_schema()
 
@@ -268,7 +284,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if typing.get_origin(hint) in (Union, types.UnionType):
         return any(_fits(option, value) for option in typing.get_args(hint))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is str:

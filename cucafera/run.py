@@ -4,10 +4,12 @@ Composes and checks the configuration, builds, fits, reports. What is heavy to i
 configuration is known to be right.
 """
 
+import json
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -20,6 +22,7 @@ from cucafera.composition import (
     command_line_problems,
     config_directory,
     help_text,
+    hydra_arguments,
     listed,
     register_schema,
     typed_config,
@@ -43,6 +46,7 @@ def main() -> None:
     if problems:
         print(listed(problems), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    sys.argv[1:] = hydra_arguments(sys.argv[1:])
     register_schema()
     application = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=CONFIG_NAME)(job)
     try:
@@ -94,43 +98,80 @@ def train(config: Config, overrides: list[str]) -> float | None:
 
     from cucafera.data.packed import PackedDataModule
     from cucafera.training.module import LanguageModel
-    from cucafera.training.report import collect_metrics, write_report
-    from cucafera.training.run_folder import RunFolder, read_checkpoint, weights_to_begin_with
+    from cucafera.training.report import collect_metrics, terminal_report, write_report
+    from cucafera.training.run_folder import (
+        RunFolder,
+        checkpoint_to_begin_with,
+        read_checkpoint,
+        tokenizer_to_begin_with,
+    )
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan
 
+    if config.init_from and config.tokenizer.path is None:
+        config.tokenizer.path = tokenizer_to_begin_with(config.init_from)
     folder = RunFolder(Path(config.run_dir))
-    checkpoint = folder.checkpoint_to_resume(config)
-    first_step = read_checkpoint(checkpoint)["steps_done"] if checkpoint else 0
-    initial_weights = weights_to_begin_with(config) if config.init_from and not checkpoint else None
-
-    pl.seed_everything(config.seed, verbose=False)
-    torch.set_float32_matmul_precision("high")
-    module = LanguageModel(config, hardware.micro_batch_windows, hardware.compile)
-    if initial_weights is not None:
-        module.load_state_dict(initial_weights)
-    data = PackedDataModule(config, first_step, hardware.num_workers, pin_memory=hardware.accelerator == "cuda")
+    resumed_path = folder.checkpoint_to_resume(config)
+    resumed = read_checkpoint(resumed_path) if resumed_path else None
+    first_step, expected = (resumed["steps_done"], resumed["identity"]) if resumed else (0, {})
     callbacks = build_callbacks(config, hardware, folder)
-    trainer = build_trainer(config, hardware, folder, callbacks, first_step)
-    if trainer.is_global_zero:
-        folder.begin(config, overrides, resumed=checkpoint is not None)
-        log.info("%s", describe_plan(config, hardware, first_step))
-
-    if first_step < config.total_steps:
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    elif checkpoint is not None:
-        callbacks.restore(read_checkpoint(checkpoint))
+    if resumed and first_step >= config.total_steps:
+        callbacks.restore(resumed)
         log.info(
             "This run is complete. Train longer with a larger budget_tokens, begin anew with resume=overwrite, "
             "or choose another name."
         )
+        if not folder.metrics.exists():  # it was killed between its last checkpoint and its report
+            write_report(collect_metrics(config, hardware, callbacks), folder)
+        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+        log.info("%s", terminal_report(metrics, folder))
+        return float(metrics["validation"][-1]["bpb"])
+
+    pl.seed_everything(config.seed, verbose=False)
+    torch.set_float32_matmul_precision("high")
+    module = LanguageModel(config, hardware.micro_batch_windows, hardware.compile)
+    if config.init_from and not resumed:
+        initial = checkpoint_to_begin_with(config)
+        module.load_state_dict(initial["state_dict"])
+        expected = {"tokenizer": initial["identity"]["tokenizer"]}
+    data = PackedDataModule(config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected)
+    trainer = build_trainer(config, hardware, folder, callbacks, first_step)
+    if trainer.is_global_zero:
+        log.info("%s", describe_plan(config, hardware, first_step))
+        if resumed:
+            warn_of_another_horizon(config, resumed["config"])
+    if trainer.world_size == 1:
+        data.prepare_data()  # Lightning would do it in `fit`, and end Ctrl-C with code 1 and no word
+        data.setup()  # what is wrong with the text is known before an earlier run is erased
+    if trainer.is_global_zero:
+        folder.begin(config, overrides, resumed=resumed is not None)
+    try:
+        trainer.fit(module, data, ckpt_path=resumed_path, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU has too little memory for {hardware.micro_batch_windows} windows at a time: set "
+            f"trainer.micro_batch_windows={max(1, hardware.micro_batch_windows // 2)}. The result stays the same"
+        ) from error
 
     if callbacks.interruption.received is not None:
         log.info("Stopped and saved after step %s; the same command goes on from there.", f"{module.steps_done:,}")
         sys.exit(128 + callbacks.interruption.received)
     metrics = collect_metrics(config, hardware, callbacks)
     if trainer.is_global_zero:
-        print(write_report(config, metrics, folder))
+        write_report(metrics, folder)
+        log.info("%s", terminal_report(metrics, folder))
     return float(metrics["validation"][-1]["bpb"])
+
+
+def warn_of_another_horizon(config: Config, before: dict[str, Any]) -> None:
+    """Says so if a run goes on with another budget whose end the learning rate follows."""
+    steps_before = int(before["budget_tokens"]) // int(before["batch_tokens"])
+    follows_budget = config.schedule.horizon_steps is None and config.schedule.name != "constant"
+    if follows_budget and steps_before != config.total_steps:
+        log.warning(
+            "The budget was %s steps and is %s now, and the learning rate follows it: it does not go on from where it "
+            "was, but as if this budget had been given from the start. schedule.horizon_steps=%s keeps it.",
+            f"{steps_before:,}", f"{config.total_steps:,}", steps_before,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ WRONG_COMMAND_LINES = [
     # Values
     (["seed=-1"], "seed is -1; it must be at least 0"),
     (["optimizer.lr=-1e-3"], "optimizer.lr is -0.001; it must be above zero"),
+    (["optimizer.lr=inf"], "optimizer.lr is inf; it must be a number"),
     (["optimizer.lr=0"], "optimizer.lr is 0; it must be above zero"),
     (["optimizer.betas=[0.9,1.0]"], "it must be two numbers in [0, 1)"),
     (["optimizer.clip_norm=0"], "optimizer.clip_norm is 0; it must be above zero"),
@@ -131,7 +132,8 @@ def test_every_value_of_a_sweep_is_checked_before_the_first_job():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_without_problems(experiment):
-    assert isinstance(composed_config([f"+experiment={experiment}"]), Config)
+    text = ["data.sources.files.path=x"] if experiment == "own_text" else []
+    assert isinstance(composed_config([f"+experiment={experiment}", *text]), Config)
 
 
 @pytest.mark.parametrize("trainer", ["auto", "cpu", "a100", "small_gpu"])
@@ -155,6 +157,16 @@ def test_budgets_may_be_written_as_floats():
     config = composed_config(["budget_tokens=5.5e6", "batch_tokens=8192.0"])
     assert (config.budget_tokens, config.batch_tokens) == (5_500_000, 8192)
     assert isinstance(config.batch_tokens, int)
+
+
+def test_sources_can_be_added_and_changed_on_the_command_line():
+    config = composed_config(
+        ["data=files", "data.sources.files.path=a.txt", "data.sources.files.column=body",
+         "+data.sources.books.path=b.jsonl", "+data.sources.books.weight=2"]
+    )  # fmt: skip
+    files, books = config.data.sources["files"], config.data.sources["books"]
+    assert (files.path, files.column, files.weight) == ("a.txt", "body", 1.0)
+    assert (books.path, books.column, books.weight) == ("b.jsonl", "text", 2.0)
 
 
 def test_every_knob_is_documented_and_shown_by_help():

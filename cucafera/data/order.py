@@ -45,10 +45,6 @@ class WindowOrder:
         """M: windows of one epoch of the mixture."""
         return int(self._first_slots[-1])
 
-    def epoch_of(self, n: int) -> int:
-        """The epoch that the n-th window of the run belongs to, from 0."""
-        return n // self.windows_per_epoch
-
     def windows(self, first: int, count: int) -> tuple[Integers, Integers]:
         """The windows first, ..., first + count - 1 of the run.
 

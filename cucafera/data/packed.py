@@ -7,6 +7,7 @@ T  sequence_length
 import hashlib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cucafera.config import Config, SourceConfig, UserError
 from cucafera.data.corpus import ReadCounts, is_held_out, read_source, source_fingerprint
 from cucafera.data.order import WindowOrder
-from cucafera.data.shards import TokenStream, prepare_source
+from cucafera.data.shards import MANIFEST, TokenStream, prepare_source
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,8 @@ class PackedDataModule(pl.LightningDataModule):
         first_step: The step that training begins or goes on with.
         num_workers: Processes that read windows; 0: the training process.
         pin_memory: Put batches into memory that a GPU can copy from at once.
+        expected: What `identity` gave when the weights were trained that training goes on or begins with, as far as
+            it must be the same.
 
     Attributes:
         tokenizer: Known after `setup`.
@@ -121,12 +124,20 @@ class PackedDataModule(pl.LightningDataModule):
 
     tokenizer: Tokenizer
 
-    def __init__(self, config: Config, first_step: int = 0, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        first_step: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        expected: dict[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.first_step = first_step
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.expected = expected or {}
         self.prepared = Path(config.data.prepared_dir)
 
     def prepare_data(self) -> None:
@@ -148,7 +159,8 @@ class PackedDataModule(pl.LightningDataModule):
         """Opens tokenizer and shards.
 
         Raises:
-            UserError: the tokenizer does not fit the model, or there is too little text for one window.
+            UserError: tokenizer or text are not those that the weights were trained with, the tokenizer does not fit
+                the model, or there is too little text for one window.
         """
         self.tokenizer = self._tokenizer()
         fingerprint, vocabulary = self.tokenizer.fingerprint, self.config.model.vocab_size
@@ -157,6 +169,7 @@ class PackedDataModule(pl.LightningDataModule):
             folder = self._shard_folder(source, self.tokenizer)
             self.training_streams.append(TokenStream.open(folder / "train", fingerprint, vocabulary))
             self.validation_streams.append(TokenStream.open(folder / "validation", fingerprint, vocabulary))
+        self._refuse_other_text()
         length = self.config.sequence_length
         for name, stream in zip(self.config.data.sources, self.training_streams, strict=True):
             if not _windows_in(stream, length):
@@ -167,12 +180,30 @@ class PackedDataModule(pl.LightningDataModule):
         if not sum(_windows_in(stream, length) for stream in self.validation_streams):
             raise UserError(
                 f"the held-out documents give {sum(map(len, self.validation_streams)):,} tokens; one window needs "
-                f"{length + 1:,}: give more text, or a larger data.validation_fraction"
+                f"{length + 1:,}: give more documents, or a larger data.validation_fraction (a .txt file is one "
+                "document unless its source has a document_separator)"
             )
-        rank, world_size = self._rank_and_world_size()
-        self.training_steps = TrainingSteps(self.training_streams, self.config, rank, world_size)
-        if rank == 0:
-            log.info("%s", self.describe())
+        self.training_steps = TrainingSteps(self.training_streams, self.config, *self._rank_and_world_size())
+
+    def identity(self) -> dict[str, str]:
+        """Hashes of what the weights depend on: the tokenizer, and the training tokens of each source."""
+        tokens = {
+            f"data.sources.{name}": hashlib.sha256(
+                (self._shard_folder(source, self.tokenizer) / "train" / MANIFEST).read_bytes()
+            ).hexdigest()
+            for name, source in self.config.data.sources.items()
+        }
+        return {"tokenizer": self.tokenizer.fingerprint, **tokens}
+
+    def _refuse_other_text(self) -> None:
+        identity = self.identity()
+        changed = [name for name, value in self.expected.items() if identity.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{' and '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what these weights were trained "
+                "with: their files have changed, or a tokenizer was trained on other text. Bring them back, set "
+                "tokenizer.path to the tokenizer.json of the run, or begin a new run under another name=..."
+            )
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The steps that are left, each a Batch of this device's windows."""
@@ -183,6 +214,7 @@ class PackedDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_interrupts_to_the_parent,
             prefetch_factor=4 if self.num_workers else None,
         )
 
@@ -269,6 +301,11 @@ class PackedDataModule(pl.LightningDataModule):
         settings = (data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
         key = _short_hash(source_fingerprint(source), tokenizer.fingerprint, *settings)
         return self.prepared / f"shards-{key}"
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a reader must live until the step has been saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _windows_in(stream: TokenStream, length: int) -> int:

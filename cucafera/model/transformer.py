@@ -25,11 +25,6 @@ class Cache(Protocol):
         ...
 
 
-def document_numbers(input_ids: Tensor, document_start_id: int) -> Tensor:
-    """Numbers the documents of each window: [B, T] int32, one more from each document start on."""
-    return (input_ids == document_start_id).cumsum(1, dtype=torch.int32)
-
-
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles (Su et al., 2021, RoFormer), each [max_position_embeddings, d / 2]."""
     head_dim = config.hidden_size // config.num_attention_heads

@@ -6,13 +6,10 @@ import os
 import torch
 
 from cucafera.config import Config, UserError
-from cucafera.model.flops import peak_flops
+from cucafera.model.flops import parameter_count, peak_flops
 
-# Tokens of one forward pass that keep a device busy and fit it, for a model of some hundred million parameters.
 MICRO_BATCH_TOKENS_CPU = 4096
-MICRO_BATCH_TOKENS_SMALL_GPU = 4096
-MICRO_BATCH_TOKENS_LARGE_GPU = 65_536
-LARGE_GPU_BYTES = 40e9
+"""More gain nothing on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +90,29 @@ def _device_count(config: Config, accelerator: str) -> int:
 
 
 def _micro_batch_windows(config: Config, accelerator: str, windows_per_device: int) -> int:
-    """The largest divisor of a device's windows that the setting, or the device's memory, allows."""
+    """Windows of one forward pass, at most what the setting or the device's memory allows.
+
+    The largest divisor of a device's windows, unless that is less than half of what is allowed; then the last forward
+    pass of a step is smaller.
+    """
     most = config.trainer.micro_batch_windows
     if most is None:
-        if accelerator == "cpu":
-            tokens = MICRO_BATCH_TOKENS_CPU
-        elif torch.cuda.get_device_properties(0).total_memory < LARGE_GPU_BYTES:
-            tokens = MICRO_BATCH_TOKENS_SMALL_GPU
-        else:
-            tokens = MICRO_BATCH_TOKENS_LARGE_GPU
+        tokens = MICRO_BATCH_TOKENS_CPU
+        if accelerator == "cuda":
+            tokens = tokens_in_memory(config, torch.cuda.get_device_properties(0).total_memory)
         most = max(1, tokens // config.sequence_length)
-    return max(n for n in range(1, min(most, windows_per_device) + 1) if windows_per_device % n == 0)
+    most = min(most, windows_per_device)
+    divisor = max(n for n in range(1, most + 1) if windows_per_device % n == 0)
+    return divisor if 2 * divisor > most else most
+
+
+def tokens_in_memory(config: Config, memory_bytes: float) -> int:
+    """Tokens whose activations fit a GPU beside the weights, with a fifth of its memory left free.
+
+    Weights, gradients and both AdamW moments take 16 bytes a parameter. A layer keeps 34 bytes a token and unit of
+    width for its backward pass in 16-bit precision (Korthikanti et al., 2022, equation 1, without the attention
+    matrix, which flash and flex attention do not keep).
+    """
+    state = 16 * parameter_count(config.model)
+    per_token = 34 * config.model.num_hidden_layers * config.model.hidden_size
+    return int(max(0.0, 0.8 * memory_bytes - state) / per_token)

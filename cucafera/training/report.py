@@ -65,13 +65,10 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     ]
 
 
-def write_report(config: Config, metrics: dict[str, Any], folder: RunFolder) -> str:
-    """Writes metrics.json and report.md into the run folder; returns the text for the terminal."""
-    write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
-    lines = summary(metrics, folder)
-    next_command = f"tensorboard --logdir {folder.path.parent}"
-    report = [f"# {config.name}", ""]
-    report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in lines), ""]
+def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
+    """Writes metrics.json and report.md into the run folder."""
+    report = [f"# {metrics['name']}", ""]
+    report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary(metrics, folder)), ""]
     report += ["## Validation", "", "| step | tokens | loss | perplexity | bpb |", "|---:|---:|---:|---:|---:|"]
     report += [
         f"| {record['step']:,} | {record['tokens']:,} | {record['loss']:.4f} | {record['perplexity']:.2f} "
@@ -81,12 +78,22 @@ def write_report(config: Config, metrics: dict[str, Any], folder: RunFolder) -> 
     report += ["", "## Samples", ""]
     for sample in metrics["samples"]:
         report += ["> " + f"**{sample['prompt']}**{sample['continuation']}".replace("\n", "\n> "), ""]
-    report += ["## Next", "", f"    {next_command}", ""]
+    report += ["## Next", "", f"    {next_command(folder)}", ""]
     write_text(folder.report, "\n".join(report))
+    write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
 
+
+def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:
+    """The report for the terminal."""
+    lines = summary(metrics, folder)
     width = max(len(what) for what, _ in lines)
     terminal = ["", *(f"  {what:<{width}}  {value}" for what, value in lines), ""]
     for sample in metrics["samples"]:
         terminal += [f"  «{sample['prompt']}{sample['continuation']}»", ""]
-    terminal += [f"  Report: {folder.report}", f"  Curves: {next_command}"]
+    terminal += [f"  Report: {folder.report}", f"  Curves: {next_command(folder)}"]
     return "\n".join(terminal)
+
+
+def next_command(folder: RunFolder) -> str:
+    """What to type next."""
+    return f"tensorboard --logdir {folder.path.parent}"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = ("name", "run_dir", "resume", "budget_tokens", "trainer", "callbacks", "logger")
 """Keys that a run may be continued with other values of: hardware, budget, and what happens beside training."""
 MAY_CHANGE_IN_DATA = ("data.prepared_dir", "data.processes", "data.validation_windows")
-
-LOG_NAME = "run.log"
 
 
 class RunFolder:
@@ -56,6 +53,11 @@ class RunFolder:
         if config.resume == "overwrite" or not self.step_checkpoints():
             if config.resume == "required":
                 raise UserError(f"resume=required, and {self.path} holds no checkpoint to go on from")
+            if config.resume == "auto" and (foreign := self._not_ours_to_erase()):
+                raise UserError(
+                    f"{self.path} holds no checkpoint to go on from, but {', '.join(map(str, foreign))}. Choose "
+                    "another name=..., or erase the run there with resume=overwrite"
+                )
             return None
         for path in reversed(self.step_checkpoints()):
             try:
@@ -69,13 +71,27 @@ class RunFolder:
             f"{self.path} holds checkpoints, and none of them can be read; resume=overwrite erases them and begins anew"
         )
 
+    def _not_ours_to_erase(self) -> list[Path]:
+        """What a run that failed before its first checkpoint cannot have left."""
+        found = [path for path in self.checkpoints.glob("*") if path.suffix != ".tmp"]
+        return found + [path for path in (self.metrics, self.report) if path.exists()]
+
     def _refuse_another_run(self, config: Config, saved: dict[str, Any]) -> None:
-        now = dict(_flat(dataclasses.asdict(config)))
-        before = dict(_flat(saved))
+        now, before = dataclasses.asdict(config), saved
+        sources = {name for side in (now, before) for name in side["data"]["sources"]}
         differences = [
-            f"{key} is {shown(now.get(key))} here and {shown(before.get(key))} there"
-            for key in sorted(now.keys() | before.keys())
-            if now.get(key) != before.get(key) and key.split(".")[0] not in MAY_CHANGE and key not in MAY_CHANGE_IN_DATA
+            f"data.sources.{name} is {'only here' if name in now['data']['sources'] else 'only there'}"
+            for name in sorted(sources)
+            if not (name in now["data"]["sources"] and name in before["data"]["sources"])
+        ]
+        flat_now, flat_before = dict(_flat(now)), dict(_flat(before))
+        differences += [
+            f"{key} is {shown(flat_now[key])} here and {shown(flat_before[key])} there"
+            for key in flat_now
+            if key in flat_before
+            and flat_now[key] != flat_before[key]
+            and key.split(".")[0] not in MAY_CHANGE
+            and key not in MAY_CHANGE_IN_DATA
         ]
         if differences:
             raise UserError(
@@ -85,16 +101,18 @@ class RunFolder:
             )
 
     def begin(self, config: Config, overrides: Sequence[str], resumed: bool) -> None:
-        """Writes what the run is; a run that begins anew erases what the folder held before."""
+        """Writes what the run is; a run that begins anew erases what an earlier one left."""
         if not resumed:
             self._erase()
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.checkpoints.glob("*.tmp"):
+            unfinished.unlink()
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
     def _erase(self) -> None:
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        for path in (self.metrics, self.report, self.tokenizer, *self.path.glob("events.out.tfevents.*")):
+        events = self.path.glob("events.out.tfevents.*")
+        for path in (*self.step_checkpoints(), self.best_checkpoint, self.metrics, self.report, *events):
             path.unlink(missing_ok=True)
 
 
@@ -112,8 +130,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} cannot be read: {reason}")
 
 
-def weights_to_begin_with(config: Config) -> dict[str, torch.Tensor]:
-    """The weights that init_from names, checked against the model's shape.
+def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
+    """The checkpoint that init_from names, the best of a run folder, checked against the model's shape.
 
     Raises:
         UserError: nothing readable there, or a model of another shape.
@@ -140,7 +158,14 @@ def weights_to_begin_with(config: Config) -> dict[str, torch.Tensor]:
         raise UserError(
             f"init_from={config.init_from} holds another model:\n" + "\n".join(f"  - {line}" for line in differences)
         )
-    return dict(checkpoint["state_dict"])
+    return checkpoint
+
+
+def tokenizer_to_begin_with(init_from: str) -> str:
+    """The tokenizer.json beside the checkpoints that init_from names: another would give the weights other words."""
+    source = Path(init_from).expanduser()
+    folder = source.parent.parent if source.is_file() else source
+    return str(RunFolder(folder).tokenizer)
 
 
 def write_text(path: Path, text: str) -> None:

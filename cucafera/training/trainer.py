@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
@@ -29,14 +30,14 @@ class Callbacks:
     """The callbacks of a run, in the order in which they run after a step."""
 
     throughput: Throughput
+    interruption: Interruption
     validation: Validation
     samples: Samples
     checkpoints: Checkpoints
-    interruption: Interruption
     progress: Progress
 
     def in_order(self) -> list[pl.Callback]:
-        """Curves first, before others take time; then what is measured, before it is saved."""
+        """Curves and signals first, before others take time; then what is measured, before it is saved."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
@@ -50,13 +51,12 @@ def build_callbacks(config: Config, hardware: Hardware, folder: RunFolder) -> Ca
     """The callbacks, which know of each other what they need."""
     throughput = Throughput(config, hardware)
     validation = Validation(config)
-    checkpoints = Checkpoints(config, folder, validation)
     return Callbacks(
         throughput=throughput,
         validation=validation,
         samples=Samples(config, validation),
-        checkpoints=checkpoints,
-        interruption=Interruption(checkpoints, throughput),
+        checkpoints=Checkpoints(config, folder, validation),
+        interruption=Interruption(throughput),
         progress=Progress(config, throughput, validation),
     )
 
@@ -99,6 +99,8 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         profiler=_profiler(config, folder),
+        # On SLURM, Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         default_root_dir=folder.path,
     )
 

@@ -91,11 +91,6 @@ def test_windows_do_not_depend_on_how_they_are_asked_for():
     assert one_by_one == pairs(order, 0, 100) == pairs(order, 0, 37) + pairs(order, 37, 63)
 
 
-def test_the_epoch_of_a_window_is_known():
-    order = WindowOrder([10], [1.0], seed=0)
-    assert [order.epoch_of(n) for n in (0, 9, 10, 25)] == [0, 0, 1, 2]
-
-
 def pairs(order: WindowOrder, first: int, count: int) -> list[tuple[int, int]]:
     sources, windows = order.windows(first, count)
     return list(zip(sources.tolist(), windows.tolist(), strict=True))

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cucafera.config import ModelConfig
-from cucafera.model.transformer import Decoder, document_numbers
+from cucafera.model.transformer import Decoder
 
 CUCAFERA = ModelConfig(
     vocab_size=65_536,
@@ -21,6 +21,11 @@ CUCAFERA = ModelConfig(
     max_position_embeddings=2048,
 )
 DOCUMENT_START = 1
+
+
+def documents_of(input_ids: Tensor) -> Tensor:
+    """The number of each token's document within its window."""
+    return (input_ids == DOCUMENT_START).cumsum(1, dtype=torch.int32)
 
 
 class Holder(torch.nn.Module):
@@ -169,17 +174,10 @@ def test_a_changed_token_changes_nothing_before_it(masked: bool) -> None:
     assert (before[:, 30:] != after[:, 30:]).any(dim=-1).all()
 
 
-def test_document_numbers_rise_at_each_document_start() -> None:
-    input_ids = torch.tensor([[9, 1, 5, 1, 1, 7], [1, 2, 3, 4, 5, 6]])
-    numbers = document_numbers(input_ids, DOCUMENT_START)
-    assert numbers.dtype == torch.int32
-    assert numbers.tolist() == [[0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1]]
-
-
 def test_a_changed_document_changes_nothing_in_its_neighbours() -> None:
     decoder, input_ids = small_decoder(), random_ids(2, 60)
     input_ids[:, [20, 40]] = DOCUMENT_START
-    documents = document_numbers(input_ids, DOCUMENT_START)
+    documents = documents_of(input_ids)
     changed = input_ids.clone()
     changed[:, 21:40] = random_ids(2, 19) // 2 + 1
     with torch.no_grad():
@@ -193,7 +191,7 @@ def test_a_window_of_two_documents_equals_the_two_alone() -> None:
     decoder, input_ids = small_decoder(), random_ids(1, 50)
     input_ids[:, [0, 22]] = DOCUMENT_START
     with torch.no_grad():
-        together = decoder(input_ids, documents=document_numbers(input_ids, DOCUMENT_START))
+        together = decoder(input_ids, documents=documents_of(input_ids))
         alone = torch.cat([decoder(input_ids[:, :22]), decoder(input_ids[:, 22:])], dim=1)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
@@ -222,7 +220,7 @@ def test_the_loss_is_the_sum_of_the_cross_entropy_over_valid_targets() -> None:
 def test_bf16_autocast_changes_the_loss_by_little() -> None:
     decoder, input_ids, targets = small_decoder(), random_ids(2, 48), random_ids(2, 48)
     input_ids[:, 20] = DOCUMENT_START
-    documents = document_numbers(input_ids, DOCUMENT_START)
+    documents = documents_of(input_ids)
     expected = decoder(input_ids, targets, documents)
     with torch.autocast("cpu", torch.bfloat16):
         loss = decoder(input_ids, targets, documents)
@@ -237,7 +235,7 @@ def test_a_decoder_compiled_in_place_gives_the_same_loss_and_gradients() -> None
     decoder, input_ids, targets = small_decoder(), random_ids(2, 48), random_ids(2, 48)
     input_ids[:, 20] = DOCUMENT_START
     targets[:, :5] = -100
-    documents = document_numbers(input_ids, DOCUMENT_START)
+    documents = documents_of(input_ids)
     expected = decoder(input_ids, targets, documents)
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in decoder.named_parameters()}

@@ -1,12 +1,13 @@
 """Checkpoints: whole or not there."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
-from cucafera.config import Config
+from cucafera.config import Config, UserError
 from cucafera.data.packed import PackedDataModule
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel
@@ -14,11 +15,11 @@ from cucafera.training.run_folder import RunFolder
 
 
 class Checkpoints(pl.Callback):
-    """Saves every `checkpoint_every_steps` and after the last step; keeps the last few and the best.
+    """Saves every `checkpoint_every_steps`, after the last step, and when training is told to stop.
 
-    A checkpoint is written under another name, flushed to disk, and renamed: a file named step-*.ckpt is whole.
-    best.ckpt is a second name of the checkpoint with the lowest validation loss; only steps that are both validated
-    and saved can be the best.
+    The last few are kept, and the best. A checkpoint is written under another name, flushed to disk, and renamed: a
+    file named step-*.ckpt is whole. best.ckpt is a second name of the checkpoint with the lowest validation loss; only
+    steps that are both validated and saved can be the best.
     """
 
     def __init__(self, config: Config, folder: RunFolder, validation: Validation) -> None:
@@ -48,7 +49,7 @@ class Checkpoints(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         every = self.config.callbacks.checkpoint_every_steps
         step = pl_module.steps_done
-        if step == self.config.total_steps or (every and step % every == 0):
+        if step == self.config.total_steps or (every and step % every == 0) or trainer.should_stop:
             self.save(trainer, step)
 
     def save(self, trainer: pl.Trainer, step: int) -> None:
@@ -61,7 +62,14 @@ class Checkpoints(pl.Callback):
             logger.save()  # the curves up to a checkpoint are on disk before it is
         path = self.folder.checkpoint_at(step)
         temporary = path.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
+        try:
+            trainer.save_checkpoint(temporary)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"the checkpoint of step {step:,} cannot be written to {self.folder.checkpoints}: "
+                f"{error.strerror or error}. Those before it are whole: make room, and the same command goes on"
+            ) from error
         if trainer.is_global_zero:
             _flush_to_disk(temporary)
             temporary.replace(path)
@@ -83,5 +91,8 @@ def _flush_to_disk(path: Path) -> None:
 def _link(path: Path, name: Path) -> None:
     temporary = name.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a disk without hard links, as many network volumes are
+        shutil.copyfile(path, temporary)
     temporary.replace(name)

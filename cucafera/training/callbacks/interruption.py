@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.module import LanguageModel
 
@@ -21,14 +20,13 @@ class Interruption(pl.Callback):
         received: The signal that ended training, or None.
     """
 
-    def __init__(self, checkpoints: Checkpoints, throughput: Throughput) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
         self.received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals over."""
+        """Takes the signals over; Lightning's own handler would end with status 0 and save nothing."""
         for number in (signal.SIGINT, signal.SIGTERM):
             self._previous[number] = signal.signal(number, self._on_signal)
 
@@ -40,7 +38,7 @@ class Interruption(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves and stops if a signal came during the step."""
+        """Stops if a signal came; `Checkpoints`, which runs later in the same step, saves."""
         assert isinstance(pl_module, LanguageModel)
         step = pl_module.steps_done
         stop = self.received is not None
@@ -51,11 +49,17 @@ class Interruption(pl.Callback):
             if stop and self.received is None:
                 self.received = signal.SIGTERM
         if stop:
-            self.checkpoints.save(trainer, step)
             trainer.should_stop = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Gives the signals back, so that a later run of the process starts afresh."""
+        self._give_back()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gives the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

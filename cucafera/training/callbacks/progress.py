@@ -78,8 +78,15 @@ class Progress(pl.callbacks.ProgressBar):
         if not sys.stdout.isatty():
             print(text, flush=True)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Closes the bar before the message."""
+        self._close()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Closes the bar, whatever ended training."""
+        """Closes the bar."""
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -1,5 +1,6 @@
 """Training curves: loss, gradient norm, learning rate, tokens, speed, memory."""
 
+import logging
 import math
 import resource
 import sys
@@ -17,9 +18,11 @@ from cucafera.model.flops import training_flops_per_token
 from cucafera.training.hardware import Hardware
 from cucafera.training.module import LanguageModel
 
+log = logging.getLogger(__name__)
+
 
 class Throughput(pl.Callback):
-    """Reads the device's clocks and losses on log steps, and lets every other step run ahead without waiting for it.
+    """Reads the device's losses on log steps only, so that between them the device is never waited for.
 
     A log step is one at which something is written: curves, a validation, a checkpoint, and the last step.
 
@@ -71,12 +74,17 @@ class Throughput(pl.Callback):
         return step == self.config.total_steps or any(interval and step % interval == 0 for interval in intervals)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the configuration, and starts the clock."""
+        """Tells the amounts of text, writes the configuration, and starts the clock."""
         assert isinstance(pl_module, LanguageModel)
+        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            log.info("%s", data.describe())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 text = f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```"
                 logger.experiment.add_text("config", text, pl_module.steps_done)
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._log_step = pl_module.steps_done
         self._since = self._own_hook_done_at = time.perf_counter()
 
@@ -100,9 +108,9 @@ class Throughput(pl.Callback):
             self._write(trainer, pl_module, step, loss, gradient_norm)
             if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
                 raise UserError(
-                    f"at step {step:,} the loss is {loss} and the gradient norm {gradient_norm}: the run has diverged. "
-                    "Its last checkpoint is from before; lower optimizer.lr, lengthen schedule.warmup_steps, or set "
-                    "optimizer.clip_norm"
+                    f"by step {step:,} the run has diverged: the loss is {loss}, the gradient norm {gradient_norm}. "
+                    "Lower optimizer.lr, lengthen schedule.warmup_steps, or set optimizer.clip_norm; then begin anew "
+                    "with resume=overwrite or another name"
                 )
         self._own_hook_done_at = time.perf_counter()
 

@@ -1,0 +1,46 @@
+"""What the README says is true of the code."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cucafera.composition import command_line_problems
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"python -m cucafera\.run(?![^\n]*--help)([^\n#`]*)", README)
+REFUSED = re.findall(r"^\$ python -m cucafera\.run ([^\n]*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_models_is_what_the_code_computes():
+    assert load_script("model_table").model_table() in README
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_its_commands_compose(command):
+    if any(command.strip() == refused.strip() for refused, _ in REFUSED):
+        return
+    arguments = [word for word in shlex.split(command) if not word.startswith("--") and word != "job"]
+    assert command_line_problems(arguments, multirun="--multirun" in command) == []
+
+
+def test_its_example_of_a_refusal_is_what_is_printed():
+    (refused,) = REFUSED
+    command, printed = refused
+    told = [line.removeprefix("  - ") for line in printed.splitlines() if line.startswith("  - ")]
+    assert told == command_line_problems(shlex.split(command))
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:conf|cucafera|scripts|tests|outputs)/[\w/.]*)`", README))
+def test_the_places_it_names_exist(path):
+    assert (ROOT / path).exists()
