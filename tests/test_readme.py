@@ -11,7 +11,8 @@ from cucafera.composition import command_line_problems
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python -m cucafera\.run(?![^\n]*--help)([^\n#`]*)", README)
+JOINED = README.replace("\\\n", "")  # commands over several lines
+COMMANDS = re.findall(r"python -m cucafera\.run(?![^\n]*--help)([^\n#`]*)", JOINED)
 REFUSED = re.findall(r"^\$ python -m cucafera\.run ([^\n]*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
