@@ -33,6 +33,9 @@ SMALL_RUN = [
 ]
 """Twelve steps of eight windows of 32 tokens: seconds on any machine."""
 
+CUCAFERA = composed_config(["+experiment=pretrain"]).model
+"""The 245M model, from its preset."""
+
 torch.set_num_threads(1)  # for models this small, threads only get in each other's way
 
 WORDS = (

@@ -157,6 +157,19 @@ def test_changed_text_is_not_gone_on_with(small_run, corpus):
     assert Path("outputs/changed/tokenizer.json").read_bytes() == tokenizer
 
 
+def test_text_that_changes_during_a_run_does_not_disturb_it(small_run, corpus, monkeypatch):
+    config = small_run("name=meanwhile")
+    save = pl.Trainer.save_checkpoint
+
+    def remove_the_text_and_save(trainer, *arguments):
+        corpus.unlink(missing_ok=True)
+        save(trainer, *arguments)
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", remove_the_text_and_save)
+    train(config, [])
+    assert json.loads(Path("outputs/meanwhile/metrics.json").read_text())["steps"] == 12
+
+
 def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_begins_with(small_run, corpus, tmp_path):
     train(small_run("name=base"), [])
     write_corpus(tmp_path / "other.jsonl", documents=80, seed=1)

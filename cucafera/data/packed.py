@@ -115,14 +115,17 @@ class PackedDataModule(pl.LightningDataModule):
         first_step: The step that training begins or goes on with.
         num_workers: Processes that read windows; 0: the training process.
         pin_memory: Put batches into memory that a GPU can copy from at once.
-        expected: What `identity` gave when the weights were trained that training goes on or begins with, as far as
+        expected: What `identity` was when the weights were trained that training goes on or begins with, as far as
             it must be the same.
 
     Attributes:
         tokenizer: Known after `setup`.
+        identity: Hashes of what the weights depend on, the tokenizer and the training tokens of each source; known
+            after `setup`, and the same until the end, whatever becomes of the files meanwhile.
     """
 
     tokenizer: Tokenizer
+    identity: dict[str, str]
 
     def __init__(
         self,
@@ -164,11 +167,14 @@ class PackedDataModule(pl.LightningDataModule):
         """
         self.tokenizer = self._tokenizer()
         fingerprint, vocabulary = self.tokenizer.fingerprint, self.config.model.vocab_size
+        self.identity = {"tokenizer": fingerprint}
         self.training_streams, self.validation_streams = [], []
-        for source in self.config.data.sources.values():
+        for name, source in self.config.data.sources.items():
             folder = self._shard_folder(source, self.tokenizer)
             self.training_streams.append(TokenStream.open(folder / "train", fingerprint, vocabulary))
             self.validation_streams.append(TokenStream.open(folder / "validation", fingerprint, vocabulary))
+            manifest = (folder / "train" / MANIFEST).read_bytes()
+            self.identity[f"data.sources.{name}"] = hashlib.sha256(manifest).hexdigest()
         self._refuse_other_text()
         length = self.config.sequence_length
         for name, stream in zip(self.config.data.sources, self.training_streams, strict=True):
@@ -185,19 +191,8 @@ class PackedDataModule(pl.LightningDataModule):
             )
         self.training_steps = TrainingSteps(self.training_streams, self.config, *self._rank_and_world_size())
 
-    def identity(self) -> dict[str, str]:
-        """Hashes of what the weights depend on: the tokenizer, and the training tokens of each source."""
-        tokens = {
-            f"data.sources.{name}": hashlib.sha256(
-                (self._shard_folder(source, self.tokenizer) / "train" / MANIFEST).read_bytes()
-            ).hexdigest()
-            for name, source in self.config.data.sources.items()
-        }
-        return {"tokenizer": self.tokenizer.fingerprint, **tokens}
-
     def _refuse_other_text(self) -> None:
-        identity = self.identity()
-        changed = [name for name, value in self.expected.items() if identity.get(name) != value]
+        changed = [name for name, value in self.expected.items() if self.identity.get(name) != value]
         if changed:
             raise UserError(
                 f"{' and '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what these weights were trained "

@@ -133,7 +133,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint.pop("loops", None)
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["steps_done"] = self.steps_done
-        checkpoint["identity"] = cast(PackedDataModule, self.trainer.datamodule).identity()  # type: ignore[attr-defined]
+        checkpoint["identity"] = cast(PackedDataModule, self.trainer.datamodule).identity  # type: ignore[attr-defined]
         checkpoint["random_state"] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,

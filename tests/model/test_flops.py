@@ -9,16 +9,7 @@ import torch
 from cucafera.config import ModelConfig
 from cucafera.model.flops import parameter_count, peak_flops, training_flops_per_token
 from cucafera.model.transformer import Decoder
-
-CUCAFERA = ModelConfig(
-    vocab_size=65_536,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=30,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=2048,
-)
+from tests.conftest import CUCAFERA
 
 
 @pytest.mark.parametrize("config", [CUCAFERA, ModelConfig(), ModelConfig(num_key_value_heads=6, num_hidden_layers=1)])

@@ -10,16 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cucafera.config import ModelConfig
 from cucafera.model.transformer import Decoder
+from tests.conftest import CUCAFERA
 
-CUCAFERA = ModelConfig(
-    vocab_size=65_536,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=30,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=2048,
-)
 DOCUMENT_START = 1
 
 
