@@ -14,7 +14,7 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cucafera.config import Config, DataConfig, UserError, shown, value_problems
+from cucafera.config import Config, DataConfig, ModelConfig, UserError, shown, value_problems
 
 CONFIG_NAME = "config"
 SCHEMA_NAME = "schema"
@@ -53,8 +53,42 @@ class _Schema(Config):
 
 
 def register_schema() -> None:
-    """Makes the dataclasses the schema that stands first in the defaults list."""
+    """Makes the dataclasses the schema that stands first in the defaults list, and `${inherited:...}` known."""
     ConfigStore.instance().store(name=SCHEMA_NAME, node=_Schema)
+    OmegaConf.register_new_resolver("inherited", _inherited, replace=True)
+
+
+def _inherited(key: str, *, _root_: DictConfig) -> Any:
+    """The value of a key in the run that init_from names."""
+    return OmegaConf.select(_config_of_run(_root_.init_from), key, throw_on_missing=True)
+
+
+def _config_of_run(init_from: str) -> DictConfig:
+    """The configuration of a run folder, or of the run that a checkpoint belongs to."""
+    source = Path(init_from).expanduser()
+    config = OmegaConf.load((source.parent.parent if source.is_file() else source) / "config.yaml")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _inheritance_problem(composed: DictConfig) -> str | None:
+    """Why the model cannot be taken from the run that init_from names, if that is asked for."""
+    model = OmegaConf.to_container(composed.model, resolve=False) if OmegaConf.is_config(composed.model) else {}
+    if not isinstance(model, dict) or not any("${inherited:" in str(value) for value in model.values()):
+        return None
+    if composed.init_from is None:
+        return (
+            "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with "
+            "(model=inherited takes its model)"
+        )
+    try:
+        _config_of_run(str(composed.init_from)).model  # noqa: B018
+    except (OSError, YAMLError, OmegaConfBaseException, AssertionError):
+        return (
+            f"init_from={composed.init_from}: there is no run there whose model could be taken (a run folder holds a "
+            "config.yaml); name one that is, or the model with model=..."
+        )
+    return None
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
@@ -194,11 +228,16 @@ def _composition_problems(overrides: Sequence[str]) -> list[str]:
         return [" ".join(str(error).split("\n")[0].split())]
     except YAMLError as error:
         return [f"a configuration file cannot be read: {' '.join(str(error).split())}"]
-    return _checked(_plain(composed))[1]
+    inheritance = _inheritance_problem(composed)
+    if inheritance is None:
+        return _checked(_plain(composed))[1]
+    composed.model = OmegaConf.to_container(OmegaConf.structured(ModelConfig))  # stands in, for the other problems
+    return [inheritance, *_checked(_plain(composed), {"init_from"})[1]]
 
 
 def _compose_loosely(overrides: Sequence[str]) -> DictConfig:
     """The configuration without types, in which a key that does not exist is no error yet."""
+    register_schema()
     loose_schema = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
     ConfigStore.instance().store(name=SCHEMA_NAME, node=loose_schema)
     try:
@@ -229,10 +268,10 @@ def _resolved(composed: DictConfig, key: str) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _checked(values: dict[str, Any]) -> tuple[Config, list[str]]:
-    """The dataclasses of plain values, and every problem of keys, types and values."""
+def _checked(values: dict[str, Any], known_to_be_wrong: Iterable[str] = ()) -> tuple[Config, list[str]]:
+    """The dataclasses of plain values, and every problem of keys, types and values that is not known yet."""
     problems: list[str] = []
-    unusable: set[str] = set()
+    unusable = set(known_to_be_wrong)
     config = _build(Config, values, "", problems, unusable)
     problems += value_problems(config, unusable)
     return config, problems
@@ -384,12 +423,14 @@ def help_text() -> str:
     """What --help prints: the commands, each group with its choices, and every knob with its sentence."""
     root = config_directory()
     lines = [
-        "cucafera trains a small Catalan language model from raw text.",
+        "cucafera trains a small Catalan language model, from raw text to a chat model.",
         "",
         "  python -m cucafera.run                                  the quickstart: minutes on a laptop, no download",
         "  python -m cucafera.run +experiment=pretrain             the 245M model on one A100 or H100",
         "  python -m cucafera.run data=files data.sources.files.path='texts/*.txt'     your own text",
         "  python -m cucafera.run +experiment=pretrain --cfg job   show the configuration, run nothing",
+        "  python -m cucafera.run +experiment=finetune init_from=outputs/pretrain      a chat model out of it",
+        "  python -m cucafera.chat outputs/finetune                talk to it",
         "  python -m cucafera.run --multirun optimizer.lr=1e-3,3e-3                    one run a value",
         "  tensorboard --logdir outputs                            watch",
         "",

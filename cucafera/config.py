@@ -34,6 +34,10 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 """The control tokens and the 256 bytes: the least with which every text can be written."""
 
 
+ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a block, which may have adapters."""
+
+
 class UserError(Exception):
     """What the user can mend: the doors print its text and exit with code 2, without a stack trace."""
 
@@ -75,7 +79,7 @@ class SourceConfig:
     dataset: str | None = None
     """Name of a Hugging Face dataset."""
     embedded: bool = False
-    """The Catalan corpus that comes with the package."""
+    """The Catalan texts, or conversations, that come with the package."""
     subset: str | None = None
     """Configuration of the Hugging Face dataset."""
     split: str = "train"
@@ -88,24 +92,38 @@ class SourceConfig:
     """Column of jsonl, parquet and Hugging Face rows that holds the document."""
     document_separator: str | None = None
     """Text between documents of a .txt file; null: a file is one document."""
+    messages_column: str | None = None
+    """Conversations: column with a list of messages; null: messages, conversations or conversation."""
+    system_column: str | None = None
+    """Conversations: column with the system message; null: system or system_prompt, if there is one."""
+    prompt_column: str | None = None
+    """Conversations: column with what the user says; null: prompt, instruction or question."""
+    input_column: str | None = None
+    """Conversations: column whose text, if any, is put behind the prompt; null: input, if there is one."""
+    answer_column: str | None = None
+    """Conversations: column with the answer; null: completion, output, answer, response or summary."""
     weight: float = 1.0
     """How often its text is seen in one epoch of the mixture: 2 twice, 0.5 every second epoch."""
 
 
 @dataclass
 class DataConfig:
-    """From documents to windows."""
+    """From documents or conversations to windows."""
 
+    kind: str = "documents"
+    """What the sources hold: documents, for pretraining, or conversations, for finetuning."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Named sources of text, mixed by their weights."""
+    """Named sources, mixed by their weights."""
     validation_fraction: float = 0.01
-    """Share of documents held out for validation, chosen by the hash of their text."""
+    """Share held out for validation, chosen by the hash of a document or of a conversation's first question."""
     validation_windows: int | None = 256
     """Held-out windows to evaluate, spread evenly; null: all of them."""
     document_masking: bool = True
-    """Tokens attend only to their own document of the window."""
+    """Tokens attend only to their own document or conversation of the window."""
     skip_broken_lines: bool = False
-    """Leave out and count lines that cannot be read, instead of stopping at the first."""
+    """Leave out and count lines that cannot be read or used, instead of stopping at the first."""
+    repeated_5grams: int | None = None
+    """Conversations: leave out those in which an answer has one run of five words so often; null: none."""
     shard_tokens: int = 100_000_000
     """Tokens of one shard file (2 bytes each)."""
     prepared_dir: str = "outputs/prepared"
@@ -114,6 +132,18 @@ class DataConfig:
     """Processes that tokenize; null: one a core."""
     overfit_steps: int | None = None
     """Train on the windows of the first so many steps again and again; null: on everything."""
+
+
+@dataclass
+class AdapterConfig:
+    """Low-rank adapters (LoRA): train small matrices beside the weights, which stay as they are."""
+
+    rank: int = 0
+    """Rank of the matrices; 0: no adapters, all weights are trained."""
+    alpha: float = 32.0
+    """What the adapters add is multiplied by alpha / rank."""
+    modules: list[str] = field(default_factory=lambda: list(ADAPTED_MODULES))
+    """Linear layers that get them."""
 
 
 @dataclass
@@ -184,20 +214,22 @@ class TrainerConfig:
 
 @dataclass
 class SamplingConfig:
-    """Texts written by the model at each validation."""
+    """How the model writes."""
 
-    prompts: list[str] = field(default_factory=list)
-    """Beginnings to continue."""
     max_new_tokens: int = 64
-    """Longest continuation, in tokens."""
+    """Longest text, in tokens."""
     temperature: float = 0.6
     """Divides the logits; 0: always the likeliest token."""
     top_k: int = 50
     """Draw from so many of the likeliest tokens; 0: from all."""
     top_p: float = 0.9
     """Draw from the likeliest tokens that hold this share of the probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this fraction as probable as the likeliest; 0: from all."""
     repetition_penalty: float = 1.2
-    """Divides the positive and multiplies the negative logits of tokens already seen."""
+    """Divides the positive and multiplies the negative logits of tokens already seen; control tokens apart."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end what is written; they are not part of it."""
 
 
 @dataclass
@@ -212,8 +244,10 @@ class CallbacksConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 2
     """Checkpoints to keep, beside the best."""
+    prompts: list[str] = field(default_factory=list)
+    """Beginnings that the model continues, or questions that it answers, at each validation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Texts written by the model at each validation."""
+    """How it writes them."""
 
 
 @dataclass
@@ -236,6 +270,8 @@ class Config:
     """Decides the initial weights, the order of windows and the samples."""
     budget_tokens: int | float = 700_000
     """Tokens to train on, over the whole run; 5.5e9 is understood."""
+    epochs: float | None = None
+    """Passes over the training data, instead of budget_tokens; null: budget_tokens decides."""
     batch_tokens: int | float = 2048
     """Tokens of one optimizer step over all devices: a multiple of sequence_length."""
     sequence_length: int = II("model.max_position_embeddings")
@@ -246,6 +282,8 @@ class Config:
     """auto: go on where the run folder stopped; required: refuse to begin anew; overwrite: erase and begin anew."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The transformer."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What is trained of it."""
     data: DataConfig = field(default_factory=DataConfig)
     """The text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -280,6 +318,7 @@ class Config:
 CHOICES: dict[str, tuple[Any, ...]] = {
     "resume": ("auto", "required", "overwrite"),
     "model.hidden_act": ("gelu_pytorch_tanh", "gelu", "silu"),
+    "data.kind": ("documents", "conversations"),
     "schedule.name": ("cosine", "wsd", "constant"),
     "trainer.accelerator": ("auto", "cpu", "cuda"),
     "trainer.precision": ("auto", "fp32", "bf16"),
@@ -300,6 +339,8 @@ AT_LEAST: dict[str, float] = {
     "model.max_position_embeddings": 2,
     "model.initializer_range": 0,
     "data.validation_windows": 1,
+    "data.repeated_5grams": 2,
+    "adapter.rank": 0,
     "data.shard_tokens": 1024,
     "data.processes": 1,
     "data.overfit_steps": 1,
@@ -317,6 +358,7 @@ AT_LEAST: dict[str, float] = {
     "callbacks.sampling.max_new_tokens": 1,
     "callbacks.sampling.temperature": 0,
     "callbacks.sampling.top_k": 0,
+    "callbacks.sampling.min_p": 0,
 }
 
 ABOVE_ZERO = (
@@ -325,6 +367,8 @@ ABOVE_ZERO = (
     "optimizer.lr",
     "optimizer.eps",
     "optimizer.clip_norm",
+    "adapter.alpha",
+    "epochs",
     "callbacks.sampling.top_p",
     "callbacks.sampling.repetition_penalty",
 )
@@ -336,6 +380,7 @@ AT_MOST: dict[str, float] = {
     "schedule.final_lr_ratio": 1,
     "schedule.decay_fraction": 1,
     "callbacks.sampling.top_p": 1,
+    "callbacks.sampling.min_p": 1,
     "seed": 2**32 - 1,
 }
 
@@ -387,9 +432,25 @@ def value_problems(config: Config, unusable: set[str]) -> Iterator[str]:
     if rule("name") and (not config.name or "/" in config.name or config.name in (".", "..")):
         yield broken("name", "a plain folder name")
 
+    if rule("adapter.modules") and (
+        not config.adapter.modules or not set(config.adapter.modules) <= set(ADAPTED_MODULES)
+    ):
+        yield broken("adapter.modules", f"a list of some of {', '.join(ADAPTED_MODULES)}")
+    if rule("callbacks.sampling.stop") and "" in config.callbacks.sampling.stop:
+        yield broken("callbacks.sampling.stop", "a list of texts that are not empty")
+
     yield from _shape_problems(config, rule)
     yield from _budget_problems(config, rule)
     yield from _source_problems(config, rule)
+    yield from _finetuning_problems(config, rule)
+
+
+def sampling_problems(sampling: SamplingConfig) -> list[str]:
+    """A sentence for each value of a SamplingConfig that cannot be, by the same rules."""
+    config = Config(callbacks=CallbacksConfig(sampling=sampling))
+    prefix = "callbacks.sampling."
+    problems = value_problems(config, {"sequence_length", "tokenizer.vocab_size"})  # which have no value here
+    return [problem.removeprefix(prefix) for problem in problems if problem.startswith(prefix)]
 
 
 def _limits() -> list[tuple[Any, Callable[[str], str], Callable[[str, Any], bool]]]:
@@ -475,8 +536,8 @@ def _budget_problems(config: Config, rule: Callable[..., bool]) -> Iterator[str]
             f"a step has {config.windows_per_step} windows (batch_tokens / sequence_length); they cannot be "
             f"shared evenly among {devices * config.trainer.num_nodes} devices (trainer.devices x trainer.num_nodes)"
         )
-    if not rule("budget_tokens"):
-        return
+    if config.epochs is not None or not rule("budget_tokens", "epochs"):
+        return  # with epochs, the budget is known when the data is
     if config.budget_tokens < batch:
         yield (
             f"budget_tokens is {shown(config.budget_tokens)}; it must pay for at least one step, "
@@ -506,6 +567,25 @@ def _source_problems(config: Config, rule: Callable[..., bool]) -> Iterator[str]
             )
         if not source.weight > 0:
             yield f"{key}.weight is {shown(source.weight)}; it must be above zero"
+
+
+def _finetuning_problems(config: Config, rule: Callable[..., bool]) -> Iterator[str]:
+    begins_with_nothing = rule("init_from") and config.init_from is None
+    if (
+        rule("data.kind", "tokenizer.path")
+        and config.data.kind == "conversations"
+        and begins_with_nothing
+        and config.tokenizer.path is None
+    ):
+        yield (
+            "conversations need a model or at least a tokenizer to begin with: init_from=RUN, the folder or a "
+            "checkpoint of a pretrained model (or tokenizer.path=TOKENIZER.json, to train a new model on them alone)"
+        )
+    if rule("adapter.rank") and config.adapter.rank and begins_with_nothing:
+        yield (
+            f"adapter.rank is {config.adapter.rank}; adapters need trained weights beside them: init_from=RUN, the "
+            "folder or a checkpoint of a pretrained model"
+        )
 
 
 def shown(value: Any) -> str:

@@ -6,10 +6,11 @@ configuration is known to be right.
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -28,6 +29,9 @@ from cucafera.composition import (
     typed_config,
 )
 from cucafera.config import Config, UserError
+
+if TYPE_CHECKING:
+    from cucafera.data.windows import WindowDataModule
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +100,7 @@ def train(config: Config, overrides: list[str]) -> float | None:
     import lightning.pytorch as pl
     import torch
 
+    from cucafera.data.conversations import ChatDataModule
     from cucafera.data.packed import PackedDataModule
     from cucafera.training.module import LanguageModel
     from cucafera.training.report import collect_metrics, terminal_report, write_report
@@ -112,13 +117,25 @@ def train(config: Config, overrides: list[str]) -> float | None:
     folder = RunFolder(Path(config.run_dir))
     resumed_path = folder.checkpoint_to_resume(config)
     resumed = read_checkpoint(resumed_path) if resumed_path else None
-    first_step, expected = (resumed["steps_done"], resumed["identity"]) if resumed else (0, {})
+    initial = checkpoint_to_begin_with(config) if config.init_from and not resumed else None
+    first_step, expected = 0, {}
+    if resumed:
+        first_step, expected = resumed["steps_done"], resumed["identity"]
+    elif initial:
+        expected = {"tokenizer": initial["identity"]["tokenizer"]}
+    data_module = ChatDataModule if config.data.kind == "conversations" else PackedDataModule
+    data = data_module(config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected)
+    if config.epochs is not None:
+        if resumed and resumed["config"]["epochs"] == config.epochs:
+            config.budget_tokens = resumed["config"]["budget_tokens"]
+        else:
+            config.budget_tokens = budget_of_epochs(config, data)
     callbacks = build_callbacks(config, hardware, folder)
     if resumed and first_step >= config.total_steps:
         callbacks.restore(resumed)
         log.info(
-            "This run is complete. Train longer with a larger budget_tokens, begin anew with resume=overwrite, "
-            "or choose another name."
+            "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
+            "resume=overwrite, or choose another name."
         )
         if not folder.metrics.exists():  # it was killed between its last checkpoint and its report
             write_report(collect_metrics(config, hardware, callbacks), folder)
@@ -129,11 +146,9 @@ def train(config: Config, overrides: list[str]) -> float | None:
     pl.seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
     module = LanguageModel(config, hardware.micro_batch_windows, hardware.compile)
-    if config.init_from and not resumed:
-        initial = checkpoint_to_begin_with(config)
-        module.load_state_dict(initial["state_dict"])
-        expected = {"tokenizer": initial["identity"]["tokenizer"]}
-    data = PackedDataModule(config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected)
+    if initial:
+        adapters = {name: value for name, value in module.state_dict().items() if ".lora_" in name}
+        module.load_state_dict(adapters | initial["state_dict"])
     trainer = build_trainer(config, hardware, folder, callbacks, first_step)
     if trainer.is_global_zero:
         log.info("%s", describe_plan(config, hardware, first_step))
@@ -160,6 +175,19 @@ def train(config: Config, overrides: list[str]) -> float | None:
         write_report(metrics, folder)
         log.info("%s", terminal_report(metrics, folder))
     return float(metrics["validation"][-1]["bpb"])
+
+
+def budget_of_epochs(config: Config, data: "WindowDataModule") -> int:
+    """Tokens of the whole steps that show the training data `epochs` times at least."""
+    data.prepare_data()
+    data.setup()
+    steps = math.ceil(config.epochs / data.epochs_at(1)) if config.epochs else 0
+    if config.schedule.warmup_steps > (config.schedule.horizon_steps or steps):
+        raise UserError(
+            f"epochs={config.epochs:g} are {steps:,} steps of {int(config.batch_tokens):,} tokens, fewer than "
+            f"schedule.warmup_steps={config.schedule.warmup_steps}: lower it or batch_tokens, or train for more epochs"
+        )
+    return steps * int(config.batch_tokens)
 
 
 def warn_of_another_horizon(config: Config, before: dict[str, Any]) -> None:

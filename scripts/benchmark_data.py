@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 
 from cucafera.config import SourceConfig
-from cucafera.data.corpus import ReadCounts, read_source
+from cucafera.data.corpus import ReadCounts, read_documents
 from cucafera.data.shards import prepare_source
 from cucafera.data.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     source = SourceConfig(path=arguments.corpus)
-    texts = [text for text, _ in read_source("corpus", source, False, ReadCounts())]
+    texts = [text for text, _ in read_documents("corpus", source, False, ReadCounts())]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = Tokenizer.load(arguments.tokenizer)
     works = {

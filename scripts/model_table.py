@@ -9,7 +9,7 @@ from cucafera.model.flops import parameter_count, training_flops_per_token
 
 def model_table() -> str:
     """A Markdown table: one row a preset, smallest first."""
-    presets = [path.stem for path in (config_directory() / "model").glob("*.yaml")]
+    presets = [path.stem for path in (config_directory() / "model").glob("*.yaml") if path.stem != "inherited"]
     configs = {
         preset: composed_config([f"model={preset}", "batch_tokens=524_288", "budget_tokens=1e9"]) for preset in presets
     }

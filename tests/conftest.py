@@ -1,5 +1,6 @@
 """A small corpus and a small run, made by the tests themselves."""
 
+import functools
 import json
 import random
 from pathlib import Path
@@ -66,8 +67,38 @@ def write_corpus(path: Path, documents: int, seed: int = 0) -> None:
 def small_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Composes the small run with further overrides; its run folder is outputs/NAME below the test's own folder."""
     monkeypatch.chdir(tmp_path)
+    return functools.partial(compose_small_run, corpus)
 
-    def compose(*overrides: str) -> Config:
-        return composed_config([*SMALL_RUN, f"data.sources.files.path={corpus}", *overrides])
 
-    return compose
+def compose_small_run(corpus: Path, *overrides: str) -> Config:
+    """The small run on a corpus, with further overrides."""
+    return composed_config([*SMALL_RUN, f"data.sources.files.path={corpus}", *overrides])
+
+
+@pytest.fixture
+def small_chat(small_run, tmp_path: Path):
+    """Composes a small finetuning run with further overrides, on conversations that the test makes."""
+    return functools.partial(compose_small_chat, tmp_path)
+
+
+def compose_small_chat(folder: Path, *overrides: str) -> Config:
+    """A run of twelve steps on conversations that it writes into a folder."""
+    generator = random.Random(0)
+    rows = [
+        {
+            "messages": [
+                {"role": role, "content": " ".join(generator.choices(WORDS, k=generator.randint(1, 4)))}
+                for _ in range(generator.randint(1, 2))
+                for role in ("user", "assistant")
+            ]
+        }
+        for _ in range(120)
+    ]
+    path = folder / "chat.jsonl"
+    if not path.exists():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = [override for override in SMALL_RUN if not override.startswith(("data=", "model."))]
+    return composed_config(
+        [*settings, "model=inherited", "data=chat_files", f"data.sources.files.path={path}", "callbacks=chat",
+         "callbacks.sampling.max_new_tokens=8", "batch_tokens=512", "budget_tokens=6144", *overrides]
+    )  # fmt: skip

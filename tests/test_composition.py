@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cucafera.composition import (
     command_line_problems,
@@ -82,6 +83,16 @@ WRONG_COMMAND_LINES = [
     (["data.sources.embedded.path=x"], "data.sources.embedded gives path and embedded; it must give exactly one"),
     (["data.sources.embedded.embedded=false"], "data.sources.embedded gives no place to read from"),
     (["data.sources.embedded.weight=0"], "data.sources.embedded.weight is 0; it must be above zero"),
+    (["data=conversations"], "conversations need a model or at least a tokenizer to begin with: init_from=RUN"),
+    (["adapter=lora"], "adapter.rank is 16; adapters need trained weights beside them: init_from=RUN"),
+    (["adapter.modules=[head]"], "adapter.modules is ['head']; it must be a list of some of q_proj, k_proj"),
+    (["adapter.rank=-1"], "adapter.rank is -1; it must be at least 0"),
+    (["data.kind=chats"], "data.kind is chats; it must be one of documents, conversations"),
+    (["data.repeated_5grams=1"], "data.repeated_5grams is 1; it must be at least 2"),
+    (["epochs=0"], "epochs is 0; it must be above zero"),
+    (["callbacks.sampling.min_p=2"], "callbacks.sampling.min_p is 2; it must be at most 1"),
+    (["callbacks.sampling.stop=['']"], "it must be a list of texts that are not empty"),
+    (["data=chat_files"], "data.sources.files.path must be given: data.sources.files.path=..."),
     (["model.hidden_size=${width}"], "model.hidden_size is '${width}', which refers to a key that does not exist"),
 ]
 
@@ -130,10 +141,43 @@ def test_every_value_of_a_sweep_is_checked_before_the_first_job():
     assert any("optimizer.lr is -1" in problem for problem in problems)
 
 
+@pytest.fixture
+def base_run(tmp_path):
+    """A folder that looks like a run of the 245M model."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = composed_config(["model=cucafera", "batch_tokens=4096"])
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return folder
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_without_problems(experiment):
-    text = ["data.sources.files.path=x"] if experiment == "own_text" else []
-    assert isinstance(composed_config([f"+experiment={experiment}", *text]), Config)
+def test_every_experiment_composes_without_problems(experiment, base_run):
+    needed = ["data.sources.files.path=x"] if experiment == "own_text" else []
+    needed += [f"init_from={base_run}"] if experiment.startswith("finetune") else []
+    assert isinstance(composed_config([f"+experiment={experiment}", *needed]), Config)
+
+
+def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
+    config = composed_config(["+experiment=finetune", f"init_from={base_run}"])
+    assert config.model == composed_config(["model=cucafera"]).model
+    assert config.sequence_length == 2048
+    assert config.data.kind == "conversations"
+    assert len(config.data.sources) == 6
+    checkpoint = base_run / "checkpoints" / "best.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert composed_config(["+experiment=finetune", f"init_from={checkpoint}"]).model == config.model
+
+
+def test_a_run_that_cannot_be_begun_with_is_told_beside_the_other_problems(tmp_path):
+    problems = command_line_problems(["+experiment=finetune", f"init_from={tmp_path}", "optimizer.lr=-1"])
+    assert len(problems) == 2
+    assert "there is no run there whose model could be taken" in problems[0]
+    assert command_line_problems(["+experiment=finetune"]) == [
+        "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with "
+        "(model=inherited takes its model)"
+    ]
 
 
 @pytest.mark.parametrize("trainer", ["auto", "cpu", "a100", "small_gpu"])

@@ -6,8 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from cucafera.composition import command_line_problems
+from cucafera.chat import command_line_parser
+from cucafera.composition import command_line_problems, composed_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,11 +30,21 @@ def test_the_table_of_models_is_what_the_code_computes():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_its_commands_compose(command):
+def test_its_commands_compose(command, tmp_path, monkeypatch):
     if any(command.strip() == refused.strip() for refused, _ in REFUSED):
         return
+    monkeypatch.chdir(tmp_path)
+    for run_dir in re.findall(r"init_from=(\S+)", command):  # the runs that commands before it leave
+        run = tmp_path / run_dir / "config.yaml"
+        run.parent.mkdir(parents=True)
+        run.write_text(OmegaConf.to_yaml(OmegaConf.structured(composed_config([]))))
     arguments = [word for word in shlex.split(command) if not word.startswith("--") and word != "job"]
     assert command_line_problems(arguments, multirun="--multirun" in command) == []
+
+
+@pytest.mark.parametrize("command", re.findall(r"python -m cucafera\.chat( [^\n#`]*)", JOINED))
+def test_its_chat_commands_are_understood(command):
+    command_line_parser().parse_args(shlex.split(command))
 
 
 def test_its_example_of_a_refusal_is_what_is_printed():

@@ -55,7 +55,7 @@ def test_a_run_leaves_a_whole_folder_behind(small_run, caplog):
     assert metrics["tokens"] == 3072
     assert metrics["validation"][0]["step"] == 0
     assert metrics["validation"][-1]["bpb"] == bpb < metrics["validation"][0]["bpb"]
-    assert [sample["prompt"] for sample in metrics["samples"]] == config.callbacks.sampling.prompts
+    assert [sample["prompt"] for sample in metrics["samples"]] == config.callbacks.prompts
     assert folder.config.exists() and folder.overrides.exists() and folder.tokenizer.exists()
     assert [path.name for path in folder.step_checkpoints()] == ["step-00000008.ckpt", "step-00000012.ckpt"]
     assert folder.best_checkpoint.exists()
@@ -71,7 +71,8 @@ def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
-        "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "val/loss", "val/perplexity", "val/bpb",
+        "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "val/loss", "val/perplexity", "val/accuracy",
+        "val/bpb",
     }  # fmt: skip
     assert [step for step, _ in scalars(config.run_dir, "train/loss")] == list(range(1, 13))
     assert [step for step, _ in scalars(config.run_dir, "val/bpb")] == [0, 4, 8, 12]

@@ -1,6 +1,6 @@
-"""Where documents come from: files on this machine, the Hugging Face hub, and the corpus of this package.
+"""Where documents and rows come from: files on this machine, the Hugging Face hub, and the texts of this package.
 
-Each reader yields (document, bytes): the text, and the bytes of input read since the document before.
+Each reader yields (document or row, bytes): what was read, and the bytes of input since the one before.
 What cannot be read is answered with its place, or left out and counted where the user asked for that.
 """
 
@@ -9,17 +9,19 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from cucafera.config import SourceConfig, UserError
 
 Document = tuple[str, int]
+Row = dict[str, Any]
+T = TypeVar("T")
 
 FORMATS = (".jsonl", ".txt", ".parquet")
 PACKINGS = (".gz", ".zst")
@@ -44,6 +46,7 @@ class ReadCounts:
     """What a pass over a source met."""
 
     documents: int = 0
+    """Documents or rows that were read."""
     empty: int = 0
     """Documents left out because they are null, empty or only whitespace."""
     broken: int = 0
@@ -52,7 +55,7 @@ class ReadCounts:
     """Where the first of those is, and what is wrong with it."""
 
 
-def read_source(name: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> Iterator[Document]:
+def read_documents(name: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> Iterator[Document]:
     """Yields each document of a source, and the bytes of input it took to get there, for progress.
 
     Args:
@@ -76,19 +79,46 @@ def read_source(name: str, source: SourceConfig, skip_broken_lines: bool, counts
         read = 0
 
 
+def read_rows(
+    name: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts, convert: Callable[[Row], T]
+) -> Iterator[tuple[T, int]]:
+    """Yields what `convert` makes of each row of a source, and the bytes of input it took to get there.
+
+    Args:
+        name, source, skip_broken_lines, counts: As for `read_documents`; a source of rows is no .txt file.
+        convert: Gets the columns of a row by name; raises UserError for a row that cannot be used, which is then
+            treated like a line that cannot be read.
+
+    Raises:
+        CorpusError: the source is not there, or holds something that cannot be read.
+    """
+    reader = _Reader(f"data.sources.{name}", source, skip_broken_lines, counts)
+    read = 0
+    for place, row, size in reader.rows():
+        read += size
+        try:
+            converted = convert(row)
+        except UserError as problem:
+            reader.unreadable(place, problem)
+            continue
+        counts.documents += 1
+        yield converted, read
+        read = 0
+
+
 def source_bytes(source: SourceConfig) -> int | None:
-    """Bytes of input that reading a source will take; None when nobody knows before.
+    """Bytes of input that reading a source will take; None where there are no files to ask.
 
     Raises:
         CorpusError: no file is there.
     """
     if source.path is not None:
         return sum(file.stat().st_size for file in _files(source.path))
-    return len(embedded_corpus().read_bytes()) if source.embedded else None
+    return None
 
 
 def source_fingerprint(source: SourceConfig) -> str:
-    """A hash that changes when the documents of a source may have changed.
+    """A hash that changes when the content of a source may have changed.
 
     Files count by relative name, size and time of change; a Hugging Face dataset by name and revision, so without
     a revision new content on the hub is not noticed.
@@ -98,14 +128,15 @@ def source_fingerprint(source: SourceConfig) -> str:
     """
     parts: list[Any]
     if source.path is not None:
-        files = _files(source.path)
-        base = _common_folder(files)
-        listed = [(file.relative_to(base).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        found = _files(source.path)
+        base = _common_folder(found)
+        listed = [(file.relative_to(base).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
         parts = ["files", listed, source.column, source.document_separator]
     elif source.dataset is not None:
         parts = ["dataset", source.dataset, source.subset, source.split, source.revision, source.column]
     else:
-        parts = ["embedded", hashlib.sha256(embedded_corpus().read_bytes()).hexdigest()]
+        files = (embedded_corpus(), embedded_conversations())
+        parts = ["embedded", [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -124,8 +155,13 @@ def embedded_corpus() -> Traversable:
     return resources.files("cucafera").joinpath("corpora/catalan.jsonl")
 
 
+def embedded_conversations() -> Traversable:
+    """The Catalan conversations of this package: jsonl with topic and messages."""
+    return resources.files("cucafera").joinpath("corpora/conversations.jsonl")
+
+
 class _Reader:
-    """One pass over one source. Documents that are null come as None, to be counted."""
+    """One pass over one source, by documents or by rows."""
 
     def __init__(self, key: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> None:
         self.key = key
@@ -134,6 +170,7 @@ class _Reader:
         self.counts = counts
 
     def documents(self) -> Iterator[tuple[str | None, int]]:
+        """Each document with the bytes of input it took; None for one that is null, to be counted."""
         if self.source.path is not None:
             for file in _files(self.source.path):
                 yield from self._file(file)
@@ -145,7 +182,19 @@ class _Reader:
                     row = json.loads(line)
                     yield f"{row['title']}\n\n{row['text']}", len(line)
 
-    def _unreadable(self, place: str, problem: object) -> None:
+    def rows(self) -> Iterator[tuple[str, Row, int]]:
+        """Each row with its place, for messages, and the bytes of input it took."""
+        if self.source.path is not None:
+            for file in _files(self.source.path):
+                yield from self._rows_of_file(file)
+        elif self.source.dataset is not None:
+            yield from self._rows_of_dataset(None)
+        else:
+            with embedded_conversations().open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    yield f"embedded conversation {number}", json.loads(line), len(line)
+
+    def unreadable(self, place: str, problem: object) -> None:
         """Counts what stands at a place as broken, or stops there."""
         if not self.skip_broken_lines:
             raise CorpusError(f"{place}: {problem}. Mend it, or set data.skip_broken_lines=true to leave it out")
@@ -154,27 +203,51 @@ class _Reader:
         self.counts.broken += 1
 
     def _file(self, path: Path) -> Iterator[tuple[str | None, int]]:
-        try:
-            if _format(path) == ".parquet":
-                yield from self._parquet(path)
-                return
-            with path.open("rb") as raw, _unpacked(raw, path) as content:
+        if _format(path) == ".parquet":
+            yield from self._parquet(path)
+        elif _format(path) == ".jsonl":
+            for place, row, size in self._jsonl(path):
+                try:
+                    text = _text_of_row(row, self.source.column)
+                except _UnreadableError as problem:
+                    self.unreadable(place, problem)
+                    continue
+                yield text, size
+        else:
+            with self._opened(path) as (raw, content):
                 position = 0
-                texts = self._jsonl(path, content) if _format(path) == ".jsonl" else self._txt(path, content)
-                for text in texts:
+                for text in self._txt(path, content):
                     yield text, raw.tell() - position
                     position = raw.tell()
+
+    def _rows_of_file(self, path: Path) -> Iterator[tuple[str, Row, int]]:
+        if _format(path) == ".txt":
+            raise CorpusError(f"{path} is a .txt file, which has no columns: give .jsonl or .parquet")
+        yield from self._rows_of_parquet(path) if _format(path) == ".parquet" else self._jsonl(path)
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+        """The file as it lies on disk, whose position shows progress, and its unpacked content."""
+        try:
+            with path.open("rb") as raw, _unpacked(raw, path) as content:
+                yield raw, content
         except OSError as error:
             raise CorpusError(f"{self.key}: cannot read {path}: {error.strerror or error}") from error
 
-    def _jsonl(self, path: Path, content: IO[bytes]) -> Iterator[str | None]:
-        for number, line in enumerate(_lines(content), start=1):
-            if not line.strip():
-                continue
-            try:
-                yield _text_of_line(line, self.source.column)
-            except _UnreadableError as problem:
-                self._unreadable(f"{path}:{number}", problem)
+    def _jsonl(self, path: Path) -> Iterator[tuple[str, Row, int]]:
+        with self._opened(path) as (raw, content):
+            position = 0
+            for number, line in enumerate(_lines(content), start=1):
+                if not line.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    row = _row_of_line(line)
+                except _UnreadableError as problem:
+                    self.unreadable(place, problem)
+                    continue
+                yield place, row, raw.tell() - position
+                position = raw.tell()
 
     def _txt(self, path: Path, content: IO[bytes]) -> Iterator[str | None]:
         number = 1
@@ -183,29 +256,61 @@ class _Reader:
                 yield document.decode()
             except UnicodeDecodeError as error:
                 line = number + document.count(b"\n", 0, error.start)
-                self._unreadable(f"{path}:{line}", _bad_byte(error))
+                self.unreadable(f"{path}:{line}", _bad_byte(error))
             number += document.count(b"\n") + (self.source.document_separator or "").count("\n")
 
-    def _parquet(self, path: Path) -> Iterator[tuple[str | None, int]]:
+    @contextmanager
+    def _parquet_file(self, path: Path) -> Iterator[Any]:
         import pyarrow
         from pyarrow import parquet
 
         try:
             with parquet.ParquetFile(path) as file:
-                self._check_column(str(path), file.schema_arrow.names)
-                size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
-                number = 0
-                for batch in file.iter_batches(batch_size=ROWS, columns=[self.source.column]):
-                    for content in _as_bytes(batch.column(0), f"{path}, column {self.source.column}"):
-                        number += 1
-                        try:
-                            yield None if content is None else _decoded(content), size // rows
-                        except _UnreadableError as problem:
-                            self._unreadable(f"{path}, row {number}", problem)
+                yield file
         except pyarrow.ArrowException as error:
             raise CorpusError(f"{path} is not a whole parquet file: {_first_line(error)}") from error
+        except OSError as error:
+            raise CorpusError(f"{self.key}: cannot read {path}: {error.strerror or error}") from error
+
+    def _parquet(self, path: Path) -> Iterator[tuple[str | None, int]]:
+        with self._parquet_file(path) as file:
+            self._check_column(str(path), file.schema_arrow.names)
+            size = path.stat().st_size // max(1, file.metadata.num_rows)
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS, columns=[self.source.column]):
+                for content in _as_bytes(batch.column(0), f"{path}, column {self.source.column}"):
+                    number += 1
+                    try:
+                        yield None if content is None else _decoded(content), size
+                    except _UnreadableError as problem:
+                        self.unreadable(f"{path}, row {number}", problem)
+
+    def _rows_of_parquet(self, path: Path) -> Iterator[tuple[str, Row, int]]:
+        with self._parquet_file(path) as file:
+            size = path.stat().st_size // max(1, file.metadata.num_rows)
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS):
+                for offset in range(batch.num_rows):
+                    number += 1
+                    place = f"{path}, row {number}"
+                    try:
+                        (row,) = batch.slice(offset, 1).to_pylist()
+                    except UnicodeDecodeError as error:
+                        self.unreadable(place, _bad_byte(error))
+                        continue
+                    yield place, row, size
 
     def _dataset(self) -> Iterator[tuple[str | None, int]]:
+        for place, row, size in self._rows_of_dataset(self.source.column):
+            try:
+                text = _checked(row[self.source.column])
+            except _UnreadableError as problem:
+                self.unreadable(place, problem)
+                continue
+            yield text, size
+
+    def _rows_of_dataset(self, column: str | None) -> Iterator[tuple[str, Row, int]]:
+        """Rows of a Hugging Face dataset, with all columns or only one; their size in characters."""
         source = self.source
         place = " ".join(part for part in (f"dataset {source.dataset}", source.subset, f"split {source.split}") if part)
         with _hub_errors(f"{self.key}: {place}"):
@@ -214,9 +319,9 @@ class _Reader:
             rows = datasets.load_dataset(
                 source.dataset, source.subset, split=source.split, revision=source.revision, streaming=source.streaming
             )
-            if rows.column_names is not None:
+            if column is not None and rows.column_names is not None:
                 self._check_column(place, rows.column_names)
-                rows = rows.select_columns([source.column])
+                rows = rows.select_columns([column])
             batches = iter(rows.iter(batch_size=ROWS))
         number = 0
         while True:
@@ -224,14 +329,12 @@ class _Reader:
                 batch = next(batches, None)
             if batch is None:
                 return
-            self._check_column(place, list(batch))
-            for value in batch[source.column]:
+            if column is not None:
+                self._check_column(place, list(batch))
+            for values in zip(*batch.values(), strict=True):
                 number += 1
-                try:
-                    text = _checked(value)
-                    yield text, len(text or "")
-                except _UnreadableError as problem:
-                    self._unreadable(f"{place}, row {number}", problem)
+                size = sum(len(value) for value in values if isinstance(value, str))
+                yield f"{place}, row {number}", dict(zip(batch, values, strict=True)), size
 
     def _check_column(self, place: str, columns: list[str]) -> None:
         if self.source.column not in columns:
@@ -371,7 +474,7 @@ def _split(content: IO[bytes], separator: str | None) -> Iterator[bytes]:
     yield from rest.split(separator.encode())
 
 
-def _text_of_line(line: bytes, column: str) -> str | None:
+def _row_of_line(line: bytes) -> Row:
     try:
         row = json.loads(_decoded(line))
     except json.JSONDecodeError as error:
@@ -380,6 +483,10 @@ def _text_of_line(line: bytes, column: str) -> str | None:
         raise _UnreadableError("not JSON: nested too deeply") from error
     if not isinstance(row, dict):
         raise _UnreadableError("not a JSON object")
+    return row
+
+
+def _text_of_row(row: Row, column: str) -> str | None:
     if column not in row:
         raise _UnreadableError(f"no column {column!r}; it has {', '.join(row) or 'none'}")
     return _checked(row[column])

@@ -6,23 +6,16 @@ shards.json, which is written last: without it there is nothing. Each block of t
 compared when the block is first read; so a stream of any length opens at once, and damage is found before use.
 """
 
-import errno
-import fcntl
 import json
-import logging
 import multiprocessing
 import os
-import shutil
 import signal
-import sys
 import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -30,13 +23,20 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from cucafera.config import SourceConfig, UserError
-from cucafera.data.corpus import CorpusError, Document, ReadCounts, is_held_out, read_source, source_bytes
+from cucafera.config import SourceConfig
+from cucafera.data.corpus import CorpusError, Document, ReadCounts, is_held_out, read_documents, source_bytes
+from cucafera.data.prepared import (
+    SUMMARY,
+    PreparationProgress,
+    PreparedDataError,
+    damaged,
+    flush,
+    prepare_once,
+    start_again,
+    write_json,
+)
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
-
-log = logging.getLogger(__name__)
 
 Tokens = NDArray[np.uint16]
 
@@ -48,17 +48,11 @@ MOST_BLOCKS = 1024
 """Checksums that the header has room for."""
 TOKEN_TYPE = np.dtype("<u2")
 MANIFEST = "shards.json"
-SUMMARY = "prepared.json"
 
 BATCH_BYTES = 1 << 20
 """Text that a process tokenizes at a time."""
 SMALL_CORPUS_BATCHES = 8
 """A corpus of fewer batches is done before another process has even started."""
-SECONDS_BETWEEN_LINES = 10
-
-
-class ShardError(UserError):
-    """Prepared tokens that are not there, damaged, or made for something else."""
 
 
 class ShardWriter:
@@ -103,7 +97,7 @@ class ShardWriter:
             "shards": self._shards,
         }
         manifest["crc32"] = _checksum(manifest)
-        _write_json(self._folder / MANIFEST, manifest)
+        write_json(self._folder / MANIFEST, manifest)
 
     def abandon(self) -> None:
         """Closes the file that is being written, when there will be no manifest."""
@@ -148,7 +142,7 @@ class ShardWriter:
         with self._file as file:
             file.seek(0)
             file.write(header)
-            _flush(file)
+            flush(file)
         self._file = None
         self._path.with_suffix(".partial").replace(self._path)
         self._shards.append({"name": self._path.name, "tokens": self._count, "header_crc32": zlib.crc32(header)})
@@ -172,25 +166,25 @@ class TokenStream:
             vocab_size: Ids must be below it.
 
         Raises:
-            ShardError: nothing complete is there, it is damaged, of another version or another tokenizer.
+            PreparedDataError: nothing complete is there, it is damaged, of another version or another tokenizer.
         """
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
         except FileNotFoundError as error:
-            raise ShardError(f"{folder} holds no prepared tokens: it has no {MANIFEST}") from error
+            raise PreparedDataError(f"{folder} holds no prepared tokens: it has no {MANIFEST}") from error
         except ValueError as error:
-            raise _damaged(folder / MANIFEST, f"it is not JSON ({error})") from error
+            raise damaged(folder / MANIFEST, f"it is not JSON ({error})") from error
         if manifest.get("version") != VERSION:
-            raise ShardError(
+            raise PreparedDataError(
                 f"{folder} has format version {manifest.get('version')}, and this program reads {VERSION}. "
-                + _start_again(folder)
+                + start_again(folder)
             )
         if manifest.pop("crc32", None) != _checksum(manifest):
-            raise _damaged(folder / MANIFEST, "it is not what was written")
+            raise damaged(folder / MANIFEST, "it is not what was written")
         if manifest["tokenizer"] != tokenizer_fingerprint:
-            raise ShardError(
+            raise PreparedDataError(
                 f"the tokens in {folder} were made by another tokenizer: its fingerprint is {manifest['tokenizer']}, "
-                f"that of the tokenizer in use {tokenizer_fingerprint}. {_start_again(folder)}"
+                f"that of the tokenizer in use {tokenizer_fingerprint}. {start_again(folder)}"
             )
         return cls(folder, [_open_shard(folder, entry, vocab_size) for entry in manifest["shards"]])
 
@@ -202,7 +196,7 @@ class TokenStream:
 
         Raises:
             IndexError: they are not all within the stream.
-            ShardError: a block that holds some of them is not what was written.
+            PreparedDataError: a block that holds some of them is not what was written.
         """
         if not 0 <= start <= start + length <= len(self):
             raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
@@ -245,9 +239,7 @@ class _Shard:
     def _verify(self, content: Tokens, block: int) -> None:
         tokens = content[block * self._block_tokens : (block + 1) * self._block_tokens]
         if zlib.crc32(tokens.data) != self._checksums[block]:
-            raise _damaged(
-                self.path, f"block {block} (at token {block * self._block_tokens:,}) is not what was written"
-            )
+            raise damaged(self.path, f"block {block} (at token {block * self._block_tokens:,}) is not what was written")
         self._verified[block] = True
 
 
@@ -260,15 +252,15 @@ def _open_shard(folder: Path, entry: dict[str, Any], vocab_size: int) -> _Shard:
             size = os.fstat(file.fileno()).st_size
             header = file.read(HEADER_BYTES)
     except OSError as error:
-        raise _damaged(path, f"it cannot be read ({error.strerror})") from error
+        raise damaged(path, f"it cannot be read ({error.strerror})") from error
     if size != expected:
-        raise _damaged(path, f"it has {size:,} bytes instead of {expected:,}")
+        raise damaged(path, f"it has {size:,} bytes instead of {expected:,}")
     if zlib.crc32(header) != entry["header_crc32"] or (described := _parsed_header(header)) is None:
-        raise _damaged(path, "its header is not what was written")
+        raise damaged(path, "its header is not what was written")
     if described["max_id"] >= vocab_size:
-        raise ShardError(
+        raise PreparedDataError(
             f"{path} holds the id {described['max_id']:,}; the vocabulary has {vocab_size:,} entries. "
-            + _start_again(folder)
+            + start_again(folder)
         )
     return _Shard(path, described["tokens"], described["block_tokens"], described["block_crc32"])
 
@@ -292,30 +284,6 @@ def _parsed_header(header: bytes) -> dict[str, Any] | None:
 
 def _checksum(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest).encode())
-
-
-def _damaged(path: Path, problem: str) -> ShardError:
-    return ShardError(f"{path} is damaged: {problem}. {_start_again(path.parent)}")
-
-
-def _start_again(folder: Path) -> str:
-    """What to do about shards that cannot be used."""
-    owner = folder.parent if (folder.parent / SUMMARY).exists() else folder
-    return f"Delete the folder {owner}: it is prepared again at the next start"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(content, indent=1).encode())
-        _flush(file)
-    partial.replace(path)
-
-
-def _flush(file: BinaryIO) -> None:
-    """Brings what was written onto the disk, so that no rename can come before it."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @dataclass
@@ -387,49 +355,11 @@ def prepare_source(
     Raises:
         UserError: the source cannot be read or has no document, or the folder cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(folder.name + ".lock")):
-            if not (folder / SUMMARY).exists():
-                if folder.exists():
-                    raise ShardError(f"{folder} is not whole: it has no {SUMMARY}. {_start_again(folder)}")
-                _remove(partial)  # of a run that was killed
-                _prepare(
-                    name, source, tokenizer, partial, validation_fraction, shard_tokens, skip_broken_lines, processes
-                )
-                partial.rename(folder)
-            return PreparedSource(**json.loads((folder / SUMMARY).read_bytes()))
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    except BrokenProcessPool as error:
-        raise ShardError(
-            f"data.sources.{name}: a process that tokenizes was killed, perhaps for want of memory. "
-            "Set data.processes to a smaller number and start again"
-        ) from error
 
+    def fill(partial: Path) -> None:
+        _prepare(name, source, tokenizer, partial, validation_fraction, shard_tokens, skip_broken_lines, processes)
 
-def _cannot_write(folder: Path, error: OSError) -> ShardError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some, or set data.prepared_dir to a folder on a larger disk" if full else "set data.prepared_dir"
-    return ShardError(f"cannot write prepared tokens to {folder}: {error.strerror or error}; {remedy}")
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process of this machine at a time."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("Another process is preparing %s: waiting for it", path.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    return PreparedSource(**prepare_once(name, folder, fill))
 
 
 def _prepare(
@@ -442,22 +372,26 @@ def _prepare(
     skip_broken_lines: bool,
     processes: int | None,
 ) -> None:
-    """Fills a folder; leaves nothing behind when it does not come to the end."""
+    """Fills a folder."""
     counts = ReadCounts()
     summary = PreparedSource(tokenizer=tokenizer.fingerprint)
     training = ShardWriter(folder / "train", tokenizer.fingerprint, shard_tokens)
     held_out = ShardWriter(folder / "validation", tokenizer.fingerprint, shard_tokens)
     try:
-        batches = _batches(read_source(name, source, skip_broken_lines, counts))
+        batches = _batches(read_documents(name, source, skip_broken_lines, counts))
         with (
-            _Progress(f"Tokenizing {name}", source_bytes(source)) as progress,
+            PreparationProgress(f"Tokenizing {name}", source_bytes(source)) as progress,
             closing(_encoded(batches, tokenizer, validation_fraction, processes)) as results,
         ):
             for encoded in results:
                 training.append(encoded.training)
                 held_out.append(encoded.held_out)
                 _count(summary, encoded)
-                progress.advance(encoded)
+                progress.advance(
+                    encoded.input_bytes,
+                    encoded.text_bytes + encoded.held_out_bytes,
+                    encoded.training.size + encoded.held_out.size,
+                )
         if not counts.documents:
             raise CorpusError(_no_document(name, counts))
         summary.empty_documents, summary.broken_lines = counts.empty, counts.broken
@@ -466,11 +400,10 @@ def _prepare(
         summary.bytes_per_token = (summary.text_bytes + summary.held_out_text_bytes) / tokens
         training.close()
         held_out.close()
-        _write_json(folder / SUMMARY, asdict(summary))
+        write_json(folder / SUMMARY, asdict(summary))
     except BaseException:
         training.abandon()
         held_out.abandon()
-        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -579,40 +512,3 @@ def _encode(tokenizer: Tokenizer, fraction: float, batch: _Batch) -> _Encoded:
         text_bytes=text_bytes[False],
         input_bytes=batch.input_bytes,
     )
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line now and then. Both on stderr."""
-
-    def __init__(self, title: str, total_bytes: int | None) -> None:
-        self._title = title
-        self._tokens = 0
-        self._text_bytes = 0
-        self._started = self._last_line = time.monotonic()
-        self._on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(desc=title, total=total_bytes, unit="B", unit_scale=True, disable=not self._on_terminal)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self._bar.close()
-        if kind is None and not self._on_terminal:
-            self._line()
-
-    def advance(self, encoded: _Encoded) -> None:
-        self._tokens += encoded.training.size + encoded.held_out.size
-        self._text_bytes += encoded.text_bytes + encoded.held_out_bytes
-        self._bar.set_postfix_str(self._figures(), refresh=False)
-        self._bar.update(encoded.input_bytes)
-        if not self._on_terminal and time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._line()
-
-    def _figures(self) -> str:
-        megabytes = self._text_bytes / 1e6
-        speed = megabytes / (time.monotonic() - self._started)
-        return f"{megabytes:,.1f} MB of text, {self._tokens:,} tokens, {speed:.1f} MB/s"
-
-    def _line(self) -> None:
-        self._last_line = time.monotonic()
-        print(f"{self._title}: {self._figures()}", file=sys.stderr)

@@ -161,9 +161,12 @@ class Tokenizer:
             skip_control: Leave control tokens out instead of showing their names.
         """
         first = len(SPECIAL_TOKENS) if skip_control else 0
-        known = self._bytes
-        parts = (known[token] if token < len(known) else REPLACEMENT for token in ids if token >= first)
+        parts = (self.bytes_of(token) for token in ids if token >= first)
         return b"".join(parts).decode("utf-8", errors="replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that an id stands for, perhaps a part of a character; for a control token, its name."""
+        return self._bytes[token] if token < len(self._bytes) else REPLACEMENT
 
     def token_bytes(self) -> NDArray[np.int64]:
         """UTF-8 bytes that each token stands for, [vocab_size]; 0 for control tokens. The denominator of bpb."""

@@ -17,14 +17,22 @@ class KeyValueCache:
         batch_size: Texts that are written side by side.
         capacity: Most tokens it can hold.
         device, dtype: Those of the model's hidden states.
+        padding: How many tokens at the beginning of each text are padding, [B]; None: there is none.
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        padding: Tensor | None = None,
     ) -> None:
         head_dim = config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, head_dim)
         self.length = 0
+        self.padding = padding
         self._layers = config.num_hidden_layers
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)

@@ -1,39 +1,183 @@
-"""Continuing a text."""
+"""Writing: prompts to tokens, and to text as it comes.
+
+B texts, P tokens of the longest prompt
+"""
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cucafera.config import SamplingConfig
+from cucafera.config import SamplingConfig, UserError
+from cucafera.data.tokenizer import PAD_ID, Tokenizer
 from cucafera.generation.cache import KeyValueCache
-from cucafera.generation.sampling import next_tokens
+from cucafera.generation.sampling import SeenTokens, next_tokens
 from cucafera.model.transformer import Decoder
 
 
-@torch.no_grad()
+class ContextFullError(UserError):
+    """A prompt that leaves no room for an answer."""
+
+
+@dataclass
+class Written:
+    """What was written after a prompt.
+
+    Attributes:
+        ids: Token ids, without the one that ended it.
+        text: The same as text, without the stop text that ended it.
+        ended: Why it ended: `stop` (a stop token or text), `length` (max_new_tokens) or `context` (no room left).
+    """
+
+    ids: list[int]
+    text: str
+    ended: str
+
+
 def generate(
-    model: Decoder, prompt: Tensor, sampling: SamplingConfig, generator: torch.Generator, stop_ids: frozenset[int]
-) -> Tensor:
-    """Continues a prompt until a stop token, `max_new_tokens` or the end of the context, whichever comes first.
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    sampling: SamplingConfig,
+    stop_ids: frozenset[int],
+    generator: torch.Generator | None = None,
+) -> list[Written]:
+    """Continues prompts of any lengths side by side.
 
     Args:
         model: The decoder, on any device.
-        prompt: Token ids [1, P]; shorter than the context.
-        sampling: How the next token is drawn.
-        generator: Source of randomness, on the model's device.
-        stop_ids: Tokens that end the text; the one met is not returned.
+        tokenizer: Gives the texts.
+        prompts: Token ids; each shorter than the context.
+        sampling: How the next tokens are drawn, and what ends a text.
+        stop_ids: Tokens that end a text.
+        generator: Source of randomness, on the model's device; None: torch's global one.
 
-    Returns:
-        The new token ids, [N].
+    Raises:
+        ContextFullError: a prompt leaves no room.
     """
-    capacity = min(prompt.shape[1] + sampling.max_new_tokens, model.config.max_position_embeddings)
+    writers = [TextWriter(tokenizer, sampling.stop) for _ in prompts]
+    ids: list[list[int]] = [[] for _ in prompts]
+    ended = [""] * len(prompts)
+    for tokens in token_columns(model, prompts, sampling, generator):
+        for text, token in enumerate(tokens):
+            if ended[text]:
+                continue
+            if token in stop_ids:
+                ended[text] = "stop"
+                continue
+            ids[text].append(token)
+            writers[text].add(token)
+            if writers[text].stopped:
+                ended[text] = "stop"
+        if all(ended):
+            break
+    for text, writer in enumerate(writers):
+        writer.finish()
+        ended[text] = ended[text] or ("length" if len(ids[text]) == sampling.max_new_tokens else "context")
+    return [Written(*written) for written in zip(ids, (writer.text for writer in writers), ended, strict=True)]
+
+
+def stream(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    sampling: SamplingConfig,
+    stop_ids: frozenset[int],
+    generator: torch.Generator | None = None,
+) -> Iterator[str]:
+    """The text after one prompt, in pieces as soon as they are certain: never half a character or stop text.
+
+    Arguments and errors are those of `generate`.
+    """
+    writer = TextWriter(tokenizer, sampling.stop)
+    for (token,) in token_columns(model, [prompt], sampling, generator):
+        if token in stop_ids:
+            break
+        if piece := writer.add(token):
+            yield piece
+        if writer.stopped:
+            return
+    if piece := writer.finish():
+        yield piece
+
+
+class TextWriter:
+    """Tokens to text, piece by piece.
+
+    A piece holds whole UTF-8 characters, and nothing that may still turn out to be the beginning of a stop text.
+
+    Attributes:
+        text: The pieces so far.
+        stopped: Whether a stop text was met; nothing comes after it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.text = ""
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held_back = ""
+
+    def add(self, token: int) -> str:
+        """Takes a token; returns the piece that it makes certain, perhaps nothing."""
+        return self._take(self._decoder.decode(self._tokenizer.bytes_of(token)))
+
+    def finish(self) -> str:
+        """The last piece, when no token comes any more."""
+        if self.stopped:
+            return ""
+        piece = self._take(self._decoder.decode(b"", final=True))
+        if self.stopped:
+            return piece
+        piece += self._held_back
+        self.text += self._held_back
+        self._held_back = ""
+        return piece
+
+    def _take(self, new: str) -> str:
+        waiting = self._held_back + new
+        found = [place for place in (waiting.find(stop) for stop in self._stop) if place >= 0]
+        if found:
+            self.stopped = True
+            certain = min(found)
+        else:
+            certain = len(waiting) - max((_overlap(waiting, stop) for stop in self._stop), default=0)
+        piece, self._held_back = waiting[:certain], waiting[certain:]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text that may be the beginning of a stop text."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@torch.inference_mode()
+def token_columns(
+    model: Decoder, prompts: Sequence[list[int]], sampling: SamplingConfig, generator: torch.Generator | None
+) -> Iterator[list[int]]:
+    """The next token of every text, again and again until max_new_tokens or the end of the context."""
+    context = model.config.max_position_embeddings
+    longest = max(map(len, prompts))
+    if longest >= context:
+        raise ContextFullError(
+            f"the prompt has {longest:,} tokens and the model's context {context:,}: there is no room for an answer. "
+            "Shorten the prompt"
+        )
     weight = model.embed_tokens.weight
-    cache = KeyValueCache(model.config, 1, capacity, weight.device, weight.dtype)
-    tokens, new = prompt, prompt
-    while tokens.shape[1] < capacity:
+    missing = [longest - len(prompt) for prompt in prompts]
+    padded = [[PAD_ID] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
+    padding = torch.tensor(missing, device=weight.device) if any(missing) else None
+    capacity = min(longest + sampling.max_new_tokens, context)
+    cache = KeyValueCache(model.config, len(prompts), capacity, weight.device, weight.dtype, padding)
+    seen = SeenTokens(list(prompts), model.config.vocab_size, weight.device)
+    new: Tensor = torch.tensor(padded, device=weight.device)
+    for _ in range(capacity - longest):
         # `forward` and not `model(...)`: a model compiled for windows would be compiled again for one token.
         hidden = model.forward(new, cache=cache)
-        new = next_tokens(model.logits(hidden[:, -1]).float(), tokens, sampling, generator)
-        if int(new) in stop_ids:
-            break
-        tokens = torch.cat([tokens, new], dim=1)
-    return tokens[0, prompt.shape[1] :]
+        new = next_tokens(model.logits(hidden[:, -1]).float(), seen.mask, sampling, generator)
+        seen.add(new)
+        yield new[:, 0].tolist()

@@ -6,7 +6,8 @@ B batch, T new tokens, S tokens so far (T of them new), H heads, K key/value hea
 |-----------------------|---------------------------|-------------------------------------|
 | causal                | SDPA, is_causal           | SDPA, is_causal                     |
 | causal, in documents  | SDPA, mask [B, 1, T, T]   | flex_attention, which skips blocks  |
-| new tokens of a cache | SDPA, mask [T, S]         | SDPA, mask [T, S]                   |
+| one token of a cache  | two matrix products       | two matrix products                 |
+| more, or padded texts | SDPA, mask [(B, 1,) T, S] | SDPA, mask [(B, 1,) T, S]           |
 
 SDPA with a mask computes the masked half as well, so queries go in blocks that are given no keys after them. Forward
 and backward on the CPU, in core milliseconds (medians, mean of two runs; B x T = 4,096):
@@ -35,13 +36,16 @@ Mask = Tensor | BlockMask | None
 """What `attend` needs to know of who sees whom; None: every token sees itself and all before it."""
 
 
-def attention_mask(tokens: int, past: int, documents: Tensor | None, device: torch.device) -> Mask:
+def attention_mask(
+    tokens: int, past: int, documents: Tensor | None, padding: Tensor | None, device: torch.device
+) -> Mask:
     """The mask of one forward pass, made once and shared by all layers.
 
     Args:
         tokens: T, new tokens.
         past: Tokens before them in the cache (S - T); 0 when there are documents.
         documents: Document number of each token [B, T], int32, or None: all tokens are of one document.
+        padding: How many tokens at the beginning of each text nobody sees but padding itself, [B]; None: there is none.
         device: Where attention will run.
 
     Returns:
@@ -49,7 +53,14 @@ def attention_mask(tokens: int, past: int, documents: Tensor | None, device: tor
     """
     if documents is not None:
         return block_mask(documents) if device.type == "cuda" else dense_mask(documents)
-    if past:
+    if padding is not None:
+        keys = torch.arange(past + tokens, device=device)
+        queries = keys[past:, None]
+        # Padding sees itself: a row without any key would be NaN.
+        visible = (keys >= padding[:, None, None]) | (keys == queries)
+        mask: Tensor = (visible & (keys <= queries))[:, None]
+        return mask
+    if past and tokens > 1:
         return torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)
     return None
 
@@ -67,9 +78,20 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     """
     if isinstance(mask, BlockMask):
         return _fused(flex_attention)(queries, keys, values, block_mask=mask, enable_gqa=True)  # type: ignore[no-any-return]
+    if mask is None and queries.shape[2] == 1:
+        return _attend_with_one(queries, keys, values)
     if mask is None:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
     return _attend_in_blocks(queries, keys, values, mask)
+
+
+def _attend_with_one(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`attend` of one new token that sees all keys. The heads that share keys are rows of one matrix product."""
+    batch, heads, _, head_dim = queries.shape
+    grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], head_dim)
+    weights = (grouped @ keys.transpose(2, 3) * head_dim**-0.5).softmax(-1, dtype=torch.float32).to(values.dtype)
+    mixed: Tensor = weights @ values
+    return mixed.view(batch, heads, 1, head_dim)
 
 
 def _attend_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

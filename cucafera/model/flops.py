@@ -2,10 +2,10 @@
 
 Nothing here imports torch: tables and --help need these numbers too.
 
-    L layers, D hidden, F intermediate, V vocabulary, T sequence length
+    L layers, D hidden, F intermediate, V vocabulary, T sequence length, r rank of adapters
 """
 
-from cucafera.config import ModelConfig
+from cucafera.config import AdapterConfig, ModelConfig
 
 PEAK_FLOPS = {
     "A10": 125e12,
@@ -30,14 +30,31 @@ The names are whole, because a part would take one GPU for another: an L40 for a
 """
 
 
+def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each linear layer of a block, by name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    key_value = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    return {
+        "q_proj": (hidden, hidden),
+        "k_proj": (key_value, hidden),
+        "v_proj": (key_value, hidden),
+        "o_proj": (hidden, hidden),
+        "gate_proj": (inner, hidden),
+        "up_proj": (inner, hidden),
+        "down_proj": (hidden, inner),
+    }
+
+
 def matrix_parameter_count(config: ModelConfig) -> int:
     """Parameters that take part in matrix products: all but the gains. The tied embedding counts once, as the head."""
-    head_dim = config.hidden_size // config.num_attention_heads
-    query_and_output = 2 * config.hidden_size * config.num_attention_heads * head_dim
-    key_and_value = 2 * config.hidden_size * config.num_key_value_heads * head_dim
-    mlp = 3 * config.hidden_size * config.intermediate_size
-    embedding = config.vocab_size * config.hidden_size
-    return embedding + config.num_hidden_layers * (query_and_output + key_and_value + mlp)
+    block = sum(outputs * inputs for outputs, inputs in layer_shapes(config).values())
+    return config.vocab_size * config.hidden_size + config.num_hidden_layers * block
+
+
+def adapter_parameter_count(config: ModelConfig, adapter: AdapterConfig) -> int:
+    """Parameters of low-rank adapters: r * (outputs + inputs) of each layer that has one."""
+    shapes = layer_shapes(config)
+    return config.num_hidden_layers * sum(adapter.rank * sum(shapes[name]) for name in adapter.modules)
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -46,23 +63,30 @@ def parameter_count(config: ModelConfig) -> int:
     return matrix_parameter_count(config) + gains
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int, causal_half: bool = False) -> int:
+def training_flops_per_token(
+    config: ModelConfig, sequence_length: int, adapter: AdapterConfig | None = None, causal_half: bool = False
+) -> int:
     """Floating point operations that one training token costs, forward and backward, without any recomputation.
 
     6 * matrix parameters + 12 * L * D * T (Chowdhery et al., 2022, PaLM, appendix B; the same as nanoGPT's
     `estimate_mfu`). The second term counts attention over the whole window. This is the usual convention, although a
-    causal model needs only half of it.
+    causal model needs only half of it. Beside adapters the matrices are frozen, and 4 of the 6 remain: no gradient of
+    the weights is computed.
 
     Args:
         config: The model.
         sequence_length: T, tokens of one window.
+        adapter: The adapters that are trained; None or rank 0: all weights are.
         causal_half: Count only the half of the attention matrix that a causal model needs.
 
     Returns:
         FLOPs a token; documents that mask each other are not taken into account.
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
-    return 6 * matrix_parameter_count(config) + (attention // 2 if causal_half else attention)
+    matrices = 6 * matrix_parameter_count(config)
+    if adapter is not None and adapter.rank:
+        matrices = 4 * matrix_parameter_count(config) + 6 * adapter_parameter_count(config, adapter)
+    return matrices + (attention // 2 if causal_half else attention)
 
 
 def peak_flops(device_name: str) -> float | None:

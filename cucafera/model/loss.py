@@ -31,27 +31,43 @@ def linear_cross_entropy(
     Returns:
         An fp32 scalar; 0 if no target is valid.
     """
-    device = hidden.device.type
     if chunk_tokens is None:
-        chunk_tokens = CHUNK_TOKENS.get(device, CHUNK_TOKENS["cuda"])
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        chunk_tokens = CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cuda"])
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        arguments = (hidden, weight, targets, ignore_index, chunk_tokens, dtype)
+        arguments = (hidden, weight, targets, ignore_index, chunk_tokens, _dtype(hidden, weight))
         return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return _loss(hidden, weight, targets, ignore_index, chunk_tokens, dtype)
+    return linear_scores(hidden, weight, targets, ignore_index, chunk_tokens)[0]
 
 
-def _loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int, dtype: torch.dtype
-) -> Tensor:
-    weight = weight.to(dtype)
+def linear_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What validation measures, again without all the logits at once; no gradients.
+
+    Args:
+        hidden, weight, targets, ignore_index, chunk_tokens: As for `linear_cross_entropy`.
+
+    Returns:
+        The cross-entropy summed over the valid targets, an fp32 scalar; and how many of them are the likeliest token,
+        an int64 scalar.
+    """
+    chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cuda"])
+    weight = weight.to(_dtype(hidden, weight))
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     for chunk, chunk_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        logits = (chunk.to(dtype) @ weight.T).float()
+        logits = (chunk.to(weight.dtype) @ weight.T).float()
         valid = chunk_targets != ignore_index
         target_logits = logits.gather(1, torch.where(valid, chunk_targets, 0)[:, None])[:, 0]
         loss += torch.where(valid, logits.logsumexp(1) - target_logits, 0).sum()
-    return loss
+        correct += (valid & (logits.argmax(1) == chunk_targets)).sum()
+    return loss, correct
+
+
+def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the matrix products: autocast's, or that of the weight."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
@@ -86,7 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        # Beside adapters the weight is frozen: a third of the work is not needed.
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         # One buffer for the logits of all chunks: the CPU would have to fetch fresh pages for each.
         shape = (min(chunk_tokens, hidden.shape[0]), weight.shape[0])
         buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -109,12 +126,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counts = valid[:, None].float()
             logits_gradient = exponentials.mul_(counts / total).scatter_add_(1, index, -counts).to(dtype)
             hidden_gradient[rows] = logits_gradient @ matrix
-            _add_product(weight_gradient, logits_gradient.T, chunk)
-        ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+            if weight_gradient is not None:
+                _add_product(weight_gradient, logits_gradient.T, chunk)
+        ctx.save_for_backward(hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         # In place, for memory. A second backward pass meets autograd's version check and raises.
-        return hidden_gradient.mul_(upstream[0]), weight_gradient.mul_(upstream[0]), None, None, None, None
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.mul_(upstream[0])
+        return hidden_gradient.mul_(upstream[0]), weight_gradient, None, None, None, None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cucafera.config import ModelConfig
 from cucafera.model.attention import Mask, attend, attention_mask
+from cucafera.model.linear import Linear, linear
 from cucafera.model.loss import linear_cross_entropy
 
 
@@ -19,6 +20,8 @@ class Cache(Protocol):
 
     length: int
     """Tokens in it; `update` of the last layer adds the new ones."""
+    padding: Tensor | None
+    """How many tokens at the beginning of each text are padding, [B]; None: there is none."""
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, K, T, d] of new tokens; returns those of all tokens so far, [B, K, S, d]."""
@@ -38,14 +41,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: Queries or keys [B, T, heads, d].
-        cos, sin: [T, d / 2].
+        cos, sin: [T, d / 2], or [B, T, d / 2] where positions differ between texts.
 
     Returns:
         [B, T, heads, d], in the dtype of x.
     """
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def positions_within(documents: Tensor) -> Tensor:
+    """Position of each token within its own document, from document numbers [B, T]: [B, T] int64."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(1).values
 
 
 def activation(name: str, x: Tensor) -> Tensor:
@@ -63,10 +73,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.hidden_size // config.num_attention_heads
         key_value_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, key_value_size)
+        self.v_proj = Linear(config.hidden_size, key_value_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
         """Mixes tokens: [B, T, D] to [B, T, D]."""
@@ -90,9 +100,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.hidden_act = config.hidden_act
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D], through [B, T, F]."""
@@ -133,12 +143,16 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        cos, sin = rotary_tables(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.make_rotary_tables()
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=config.initializer_range)
+
+    def make_rotary_tables(self) -> None:
+        """Computes the tables, which no checkpoint holds: needed again for a decoder that was made without memory."""
+        cos, sin = rotary_tables(self.config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(
         self,
@@ -153,7 +167,7 @@ class Decoder(nn.Module):
             input_ids: [B, T] int64.
             targets: [B, T] int64, the token after each; -100: none.
             documents: Document number of each token within its window, [B, T] int32; tokens see only their own
-                document. None: they see the whole window. Not together with a cache that holds tokens.
+                document, which begins at position 0. None: they see the whole window. Not together with a cache.
             cache: Keys and values of the tokens before `input_ids`; the new ones are added.
 
         Returns:
@@ -162,8 +176,15 @@ class Decoder(nn.Module):
         """
         tokens = input_ids.shape[1]
         past = 0 if cache is None else cache.length
-        cos, sin = self.cos[past : past + tokens], self.sin[past : past + tokens]
-        mask = attention_mask(tokens, past, documents, input_ids.device)
+        padding = None if cache is None else cache.padding
+        positions: slice | Tensor = slice(past, past + tokens)
+        if documents is not None:
+            positions = positions_within(documents)
+        elif padding is not None:
+            places = torch.arange(past, past + tokens, device=input_ids.device)
+            positions = (places - padding[:, None]).clamp_min(0)
+        cos, sin = self.cos[positions], self.sin[positions]
+        mask = attention_mask(tokens, past, documents, padding, input_ids.device)
 
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
@@ -175,4 +196,4 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: [..., D] to [..., V]."""
-        return F.linear(hidden, self.embed_tokens.weight)
+        return linear(hidden, self.embed_tokens.weight)

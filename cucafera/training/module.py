@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cucafera.config import Config
-from cucafera.data.packed import IGNORED, Batch, PackedDataModule
+from cucafera.data.windows import IGNORED, Batch, WindowDataModule
+from cucafera.model.lora import add_adapters
+from cucafera.model.loss import linear_scores
 from cucafera.model.transformer import Decoder
 from cucafera.training.metrics import LanguageModelingMetrics
 from cucafera.training.optimizers import build_optimizer
@@ -28,7 +30,7 @@ from cucafera.training.schedules import lr_ratio
 
 
 class LanguageModel(pl.LightningModule):
-    """Trains a Decoder. Its state dict is that of Hugging Face's LlamaForCausalLM with a tied head.
+    """Trains a Decoder. Its state dict is that of Hugging Face's LlamaForCausalLM with a tied head, and the adapters.
 
     Args:
         config: The run.
@@ -43,12 +45,13 @@ class LanguageModel(pl.LightningModule):
         self.micro_batch_windows = micro_batch_windows
         self.compile_model = compile_model
         self.model = Decoder(config.model)
+        add_adapters(self.model, config.adapter)
         self.steps_done = 0
         self.other_hooks_done_at = time.perf_counter()
 
     def setup(self, stage: str) -> None:
         """Takes from the data module what validation needs to know of the tokenizer."""
-        data = cast(PackedDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        data = cast(WindowDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
         token_bytes = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
         token_bytes[: data.tokenizer.vocab_size] = torch.from_numpy(data.tokenizer.token_bytes())
         self.token_bytes = token_bytes.to(self.device)
@@ -57,7 +60,7 @@ class LanguageModel(pl.LightningModule):
             self.model.compile()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over matrices and vectors."""
+        """AdamW over the matrices and vectors that are trained."""
         return build_optimizer(self.model, self.config.optimizer)
 
     def learning_rate(self, step: int) -> float:
@@ -121,11 +124,16 @@ class LanguageModel(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the windows of a batch, tensors [n, T], to `validation_metrics`."""
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for micro_batch in batch.split(self.micro_batch_windows):
-            nats += self.model(micro_batch.input_ids, micro_batch.targets, micro_batch.documents)
+            hidden = self.model(micro_batch.input_ids, documents=micro_batch.documents)
+            wanted = micro_batch.targets != IGNORED
+            scores = linear_scores(hidden[wanted], self.model.embed_tokens.weight, micro_batch.targets[wanted])
+            nats += scores[0]
+            correct += scores[1]
         valid = batch.targets != IGNORED
         text_bytes = self.token_bytes[batch.targets.clamp_min(0)] * valid
-        self.validation_metrics.update(nats, valid.sum(), text_bytes.sum())
+        self.validation_metrics.update(nats, correct, valid.sum(), text_bytes.sum())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the configuration, the step and the random state: plain data, readable with weights_only=True."""
@@ -133,7 +141,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint.pop("loops", None)
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["steps_done"] = self.steps_done
-        checkpoint["identity"] = cast(PackedDataModule, self.trainer.datamodule).identity  # type: ignore[attr-defined]
+        checkpoint["identity"] = cast(WindowDataModule, self.trainer.datamodule).identity  # type: ignore[attr-defined]
         checkpoint["random_state"] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from cucafera.config import Config
-from cucafera.model.flops import parameter_count, training_flops_per_token
+from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.progress import count, duration
 from cucafera.training.hardware import Hardware
 from cucafera.training.run_folder import RunFolder, write_text
@@ -17,13 +17,15 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
     steps_done, tokens = int(validation.history[-1]["step"]), int(validation.history[-1]["tokens"])
     seconds = throughput.training_seconds
     tokens_per_second = tokens / seconds if seconds else None
-    flops_per_token = training_flops_per_token(config.model, config.sequence_length)
+    flops_per_token = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     mfu = None
     if hardware.peak_flops is not None and tokens_per_second is not None:
         mfu = flops_per_token * tokens_per_second / hardware.world_size / hardware.peak_flops
     return {
         "name": config.name,
+        "kind": config.data.kind,
         "parameters": parameter_count(config.model),
+        "adapter_parameters": adapter_parameter_count(config.model, config.adapter),
         "steps": steps_done,
         "tokens": tokens,
         "training_seconds": seconds,
@@ -38,7 +40,7 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
         "peak_memory_gib": throughput.latest.get("memory/peak_gib"),
         "validation": validation.history,
         "best_bpb": min(record["bpb"] for record in validation.history),
-        "samples": [{"prompt": prompt, "continuation": text} for prompt, text in callbacks.samples.latest],
+        "samples": callbacks.samples.latest,
     }
 
 
@@ -51,8 +53,11 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     mfu = "unknown: the peak of this device is not in the table"
     if metrics["mfu"] is not None:
         mfu = f"{metrics['mfu']:.1%} (full-attention convention, dense bf16 peak)"
-    return [
-        ("Parameters", f"{metrics['parameters']:,}"),
+    parameters = f"{metrics['parameters']:,}"
+    if metrics["adapter_parameters"]:
+        parameters += f"; {metrics['adapter_parameters']:,} of adapters were trained"
+    lines = [
+        ("Parameters", parameters),
         ("Trained on", f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"),
         ("Time", f"{duration(metrics['training_seconds'])} of training"),
         ("Speed", speed),
@@ -61,24 +66,30 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         ("Train loss", f"{metrics['train_loss']:.3f} nats a token"),
         ("Validation loss", f"{first['loss']:.3f} -> {last['loss']:.3f} (perplexity {last['perplexity']:.1f})"),
         ("Validation bpb", f"{first['bpb']:.3f} -> {last['bpb']:.3f} bits a byte (best {metrics['best_bpb']:.3f})"),
-        ("Checkpoint", str(folder.step_checkpoints()[-1])),
+        ("Accuracy", f"{first['accuracy']:.1%} -> {last['accuracy']:.1%} of the tokens were the likeliest"),
     ]
+    if metrics["kind"] == "conversations":
+        stopped = sum(sample["ended"] == "stop" for sample in metrics["samples"])
+        lines.append(("Answers", f"{stopped} of {len(metrics['samples'])} stopped by themselves"))
+    return [*lines, ("Checkpoint", str(folder.step_checkpoints()[-1]))]
 
 
 def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
     """Writes metrics.json and report.md into the run folder."""
     report = [f"# {metrics['name']}", ""]
     report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary(metrics, folder)), ""]
-    report += ["## Validation", "", "| step | tokens | loss | perplexity | bpb |", "|---:|---:|---:|---:|---:|"]
+    report += ["## Validation", "", "| step | tokens | loss | perplexity | accuracy | bpb |"]
+    report += ["|---:|---:|---:|---:|---:|---:|"]
     report += [
         f"| {record['step']:,} | {record['tokens']:,} | {record['loss']:.4f} | {record['perplexity']:.2f} "
-        f"| {record['bpb']:.4f} |"
+        f"| {record['accuracy']:.4f} | {record['bpb']:.4f} |"
         for record in metrics["validation"]
     ]
     report += ["", "## Samples", ""]
+    between = "\n\n" if metrics["kind"] == "conversations" else ""
     for sample in metrics["samples"]:
-        report += ["> " + f"**{sample['prompt']}**{sample['continuation']}".replace("\n", "\n> "), ""]
-    report += ["## Next", "", f"    {next_command(folder)}", ""]
+        report += ["> " + f"**{sample['prompt']}**{between}{_continuation(sample)}".replace("\n", "\n> "), ""]
+    report += ["## Next", "", *(f"    {command}" for _, command in next_commands(folder)), ""]
     write_text(folder.report, "\n".join(report))
     write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
 
@@ -89,11 +100,22 @@ def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:
     width = max(len(what) for what, _ in lines)
     terminal = ["", *(f"  {what:<{width}}  {value}" for what, value in lines), ""]
     for sample in metrics["samples"]:
-        terminal += [f"  «{sample['prompt']}{sample['continuation']}»", ""]
-    terminal += [f"  Report: {folder.report}", f"  Curves: {next_command(folder)}"]
+        if metrics["kind"] == "conversations":
+            terminal += [f"  > {sample['prompt']}", f"  {_continuation(sample)}", ""]
+        else:
+            terminal += [f"  «{sample['prompt']}{_continuation(sample)}»", ""]
+    terminal += [f"  Report: {folder.report}", *(f"  {what}: {command}" for what, command in next_commands(folder))]
     return "\n".join(terminal)
 
 
-def next_command(folder: RunFolder) -> str:
-    """What to type next."""
-    return f"tensorboard --logdir {folder.path.parent}"
+def next_commands(folder: RunFolder) -> list[tuple[str, str]]:
+    """What to type next, and what for."""
+    return [
+        ("Curves", f"tensorboard --logdir {folder.path.parent}"),
+        ("Talk", f"python -m cucafera.chat {folder.path}"),
+    ]
+
+
+def _continuation(sample: dict[str, str]) -> str:
+    """What was written; an ellipsis says that it was cut."""
+    return sample["continuation"] + ("" if sample["ended"] == "stop" else " …")

@@ -1,6 +1,7 @@
 """The run folder: configuration, tokenizer, checkpoints, TensorBoard events, metrics, report and log of a run."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from cucafera.config import Config, UserError, shown
+from cucafera.config import SPECIAL_TOKENS, Config, ModelConfig, UserError, shown
+from cucafera.data.chat import CHAT_TEMPLATE
+from cucafera.data.tokenizer import Tokenizer
+from cucafera.model.lora import merged_weights
+from cucafera.model.transformer import Decoder
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = ("name", "run_dir", "resume", "budget_tokens", "trainer", "callbacks", "logger")
+MAY_CHANGE = ("name", "run_dir", "resume", "budget_tokens", "epochs", "trainer", "callbacks", "logger")
 """Keys that a run may be continued with other values of: hardware, budget, and what happens beside training."""
 MAY_CHANGE_IN_DATA = ("data.prepared_dir", "data.processes", "data.validation_windows")
 
@@ -31,6 +36,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.overrides = path / "overrides.yaml"
         self.tokenizer = path / "tokenizer.json"
+        self.tokenizer_config = path / "tokenizer_config.json"
         self.metrics = path / "metrics.json"
         self.report = path / "report.md"
         self.best_checkpoint = self.checkpoints / "best.ckpt"
@@ -110,6 +116,20 @@ class RunFolder:
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Writes the tokenizer, and beside it what transformers needs to load it, with the chat template."""
+        tokenizer.save(self.tokenizer)
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL_TOKENS[0],
+            "eos_token": "<im_end>",
+            "unk_token": "<unk>",
+            "pad_token": "<pad>",
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        write_text(self.tokenizer_config, json.dumps(described, indent=2) + "\n")
+
     def _erase(self) -> None:
         events = self.path.glob("events.out.tfevents.*")
         for path in (*self.step_checkpoints(), self.best_checkpoint, self.metrics, self.report, *events):
@@ -130,24 +150,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} cannot be read: {reason}")
 
 
+def checkpoint_of(source: str, key: str) -> Path:
+    """The checkpoint that a path names: a file, or the best of a run folder, or else its newest.
+
+    Args:
+        source: The path.
+        key: What the user gave it as, for messages.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        folder = RunFolder(path)
+        candidates = [folder.best_checkpoint, *reversed(folder.step_checkpoints())]
+        found = next((candidate for candidate in candidates if candidate.exists()), None)
+        if found is None:
+            raise UserError(f"{key}{source}: the folder holds no checkpoint")
+        return found
+    if not path.exists():
+        raise UserError(f"{key}{source}: there is no such run folder or checkpoint")
+    return path
+
+
 def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
-    """The checkpoint that init_from names, the best of a run folder, checked against the model's shape.
+    """The checkpoint that init_from names, checked against the model's shape, with its adapters merged.
 
     Raises:
         UserError: nothing readable there, or a model of another shape.
     """
     assert config.init_from is not None
-    source = Path(config.init_from).expanduser()
-    if source.is_dir():
-        folder = RunFolder(source)
-        candidates = [folder.best_checkpoint, *reversed(folder.step_checkpoints())]
-        found = next((path for path in candidates if path.exists()), None)
-        if found is None:
-            raise UserError(f"init_from={config.init_from}: the folder holds no checkpoint")
-        source = found
-    elif not source.exists():
-        raise UserError(f"init_from={config.init_from}: there is no such run folder or checkpoint")
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(checkpoint_of(config.init_from, "init_from="))
     here, there = dataclasses.asdict(config.model), checkpoint["config"]["model"]
     differences = [
         f"model.{key} is {shown(here[key])} here and {shown(there.get(key))} there"
@@ -158,7 +191,53 @@ def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
         raise UserError(
             f"init_from={config.init_from} holds another model:\n" + "\n".join(f"  - {line}" for line in differences)
         )
+    checkpoint["state_dict"] = merged_weights(checkpoint["state_dict"], checkpoint["config"]["adapter"])
     return checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A model out of a run, ready to write.
+
+    Attributes:
+        model: In fp32 on the CPU, adapters merged.
+        tokenizer: Its tokenizer.
+        checkpoint: Where its weights come from.
+        step: After how many steps.
+        chats: Whether it was trained on conversations.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    checkpoint: Path
+    step: int
+    chats: bool
+
+
+def load_trained(source: str) -> TrainedModel:
+    """The model of a run folder or checkpoint, from its path alone.
+
+    Raises:
+        UserError: no checkpoint or tokenizer there, or one that cannot be read.
+    """
+    path = checkpoint_of(source, "")
+    checkpoint = read_checkpoint(path)
+    config = checkpoint["config"]
+    tokenizer = Tokenizer.load(tokenizer_to_begin_with(str(path)))
+    if tokenizer.fingerprint != checkpoint["identity"]["tokenizer"]:
+        raise UserError(f"{tokenizer_to_begin_with(str(path))} is not the tokenizer that {path} was trained with")
+    weights = merged_weights(checkpoint["state_dict"], config["adapter"])
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(**config["model"]))
+    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
+    model.make_rotary_tables()
+    return TrainedModel(
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        checkpoint=path,
+        step=checkpoint["steps_done"],
+        chats=config["data"]["kind"] == "conversations",
+    )
 
 
 def tokenizer_to_begin_with(init_from: str) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from lightning.pytorch.strategies import DDPStrategy
 
 from cucafera.config import Config
-from cucafera.model.flops import parameter_count, training_flops_per_token
+from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.callbacks.progress import Progress, count
@@ -117,13 +117,14 @@ def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
     """What is about to be done, in figures, for the terminal."""
     windows = config.windows_per_step // hardware.world_size
     micro_batches = windows // hardware.micro_batch_windows
-    flops = training_flops_per_token(config.model, config.sequence_length)
+    flops = training_flops_per_token(config.model, config.sequence_length, config.adapter)
+    adapters = adapter_parameter_count(config.model, config.adapter)
     compiled = ", compiled" if hardware.compile else ""
     devices = f"{hardware.world_size} x " if hardware.world_size > 1 else ""
     lines = [
         f"Run     {config.run_dir}" + (f", going on after step {first_step:,}" if first_step else ""),
         f"Model   {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, "
-        f"{count(flops)}FLOP a token",
+        f"{count(flops)}FLOP a token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
         f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}",
         f"Budget  {config.total_steps * int(config.batch_tokens):,} tokens = {config.total_steps:,} steps x "
         f"{int(config.batch_tokens):,} tokens",

@@ -1,25 +1,52 @@
-"""Batches of windows."""
+"""Windows of a token stream, and batches of them."""
 
 import numpy as np
 import torch
 
-from cucafera.data.packed import batch_of_windows
+from cucafera.data.packed import StreamWindows
 from cucafera.data.tokenizer import DOCUMENT_START_ID
+from cucafera.data.windows import batch_of_windows
 
-WINDOWS = np.array([[7, 8, DOCUMENT_START_ID, 9, 10, DOCUMENT_START_ID, 11]] * 5, dtype=np.uint16)
+
+class Stream:
+    """Tokens in memory."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = np.array(tokens, dtype=np.uint16)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return self.tokens[start : start + length].copy()
+
+
+START = DOCUMENT_START_ID
 
 
 def test_targets_are_the_next_tokens_and_documents_are_numbered_from_their_start_tokens():
-    batch = batch_of_windows(WINDOWS, document_masking=True)
-    assert batch.input_ids[0].tolist() == [7, 8, 1, 9, 10, 1]
-    assert batch.targets[0].tolist() == [8, 1, 9, 10, 1, 11]
-    assert batch.documents is not None
-    assert batch.documents[0].tolist() == [0, 0, 1, 1, 1, 2]
-    assert batch_of_windows(WINDOWS, document_masking=False).documents is None
+    windows = StreamWindows(Stream([7, 8, START, 9, 10, START, 11, 12]), 6)
+    assert len(windows) == 1
+    window = windows.window(0)
+    assert window.input_ids.tolist() == [7, 8, START, 9, 10, START]
+    assert window.targets.tolist() == [8, START, 9, 10, START, 11]
+    assert window.documents.tolist() == [0, 0, 1, 1, 1, 2]
 
 
-def test_a_split_batch_holds_every_window_once():
-    batch = batch_of_windows(WINDOWS, document_masking=True)
+def test_each_window_begins_with_the_last_target_of_the_one_before():
+    windows = StreamWindows(Stream(list(range(10, 65_536, 3))), 128)
+    for number in range(len(windows) - 1):
+        assert windows.window(number).targets[-1] == windows.window(number + 1).input_ids[0]
+
+
+def test_a_batch_holds_windows_side_by_side_and_splits_into_parts_that_hold_each_once():
+    windows = StreamWindows(Stream([START, *range(10, 40)]), 6)
+    batch = batch_of_windows([windows.window(number) for number in range(5)], document_masking=True)
+    assert batch.input_ids.shape == batch.targets.shape == batch.documents.shape == (5, 6)
+    assert (batch.input_ids.dtype, batch.targets.dtype, batch.documents.dtype) == (
+        torch.int64, torch.int64, torch.int32,
+    )  # fmt: skip
     parts = list(batch.split(2))
     assert [len(part.input_ids) for part in parts] == [2, 2, 1]
     assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
+    assert batch_of_windows([windows.window(0)], document_masking=False).documents is None

@@ -17,7 +17,8 @@ import pytest
 from cucafera.config import SourceConfig, UserError
 from cucafera.data import shards
 from cucafera.data.corpus import is_held_out
-from cucafera.data.shards import HEADER_BYTES, PreparedSource, ShardError, ShardWriter, TokenStream, prepare_source
+from cucafera.data.prepared import PreparedDataError
+from cucafera.data.shards import HEADER_BYTES, PreparedSource, ShardWriter, TokenStream, prepare_source
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
 
 
@@ -43,7 +44,7 @@ def open_stream(folder: Path, vocab_size: int = 65_536) -> TokenStream:
 
 
 def refusal(folder: Path, **settings: int) -> str:
-    with pytest.raises(ShardError) as caught:
+    with pytest.raises(PreparedDataError) as caught:
         open_stream(folder, **settings)
     return str(caught.value)
 
@@ -160,14 +161,14 @@ class TestDamage:
         flip_bit(folder / "00001.shard", HEADER_BYTES + 2 * token)
         stream = open_stream(folder)
         block = token // 64
-        with pytest.raises(ShardError, match=rf"00001\.shard is damaged: block {block} "):
+        with pytest.raises(match=rf"00001\.shard is damaged: block {block} "):
             stream.read(500 + 64 * block, 1)
-        with pytest.raises(ShardError):
+        with pytest.raises(PreparedDataError):
             stream.read(0, 1200)
         assert stream.read(0, 500).size == 500
 
     def test_shards_of_another_tokenizer_are_refused(self, folder):
-        with pytest.raises(ShardError, match="fingerprint is print, that of the tokenizer in use other"):
+        with pytest.raises(match="fingerprint is print, that of the tokenizer in use other"):
             TokenStream.open(folder, "other", 65_536)
 
     def test_ids_behind_the_vocabulary_are_refused_when_opening(self, folder):
@@ -260,19 +261,19 @@ class TestPrepare:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(ShardWriter, place, full)
-        with pytest.raises(ShardError, match=r"/p: No space left on device; .*data\.prepared_dir"):
+        with pytest.raises(match=r"/p: No space left on device; .*data\.prepared_dir"):
             prepare(corpus, tokenizer, tmp_path / "p")
         assert names(tmp_path) == ["p.lock", "web.jsonl"]
 
     def test_a_folder_that_cannot_be_made_is_named(self, corpus, tokenizer, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(ShardError, match=r"cannot write prepared tokens to .*data\.prepared_dir"):
+        with pytest.raises(match=r"cannot write prepared tokens to .*data\.prepared_dir"):
             prepare(corpus, tokenizer, tmp_path / "file" / "p")
 
     def test_a_folder_that_lost_its_summary_is_not_overwritten(self, corpus, tokenizer, tmp_path):
         (tmp_path / "p").mkdir()
         (tmp_path / "p" / "mine").touch()
-        with pytest.raises(ShardError, match="is not whole"):
+        with pytest.raises(match="is not whole"):
             prepare(corpus, tokenizer, tmp_path / "p")
         assert (tmp_path / "p" / "mine").exists()
 
@@ -325,7 +326,7 @@ class TestProcesses:
             original(self, tokens)
 
         monkeypatch.setattr(ShardWriter, "append", kill_workers)
-        with pytest.raises(ShardError, match=r"was killed.*data\.processes"):
+        with pytest.raises(match=r"was killed.*data\.processes"):
             prepare(corpus, tokenizer, tmp_path / "p", processes=2)
         assert names(tmp_path) == ["p.lock", "web.jsonl"]
 

@@ -60,20 +60,20 @@ def assert_same_as_reference(mask: attention.Mask, heads: list[Tensor], visible:
 @pytest.mark.parametrize("head_dim", [32, 96])
 def test_causal_attention_equals_the_reference(head_dim: int) -> None:
     visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    assert_same_as_reference(attention_mask(TOKENS, 0, None, CPU), random_heads(head_dim), visible, 1e-5)
+    assert_same_as_reference(attention_mask(TOKENS, 0, None, None, CPU), random_heads(head_dim), visible, 1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [32, 96])
 def test_attention_within_documents_equals_the_reference(head_dim: int) -> None:
     documents = random_documents()
-    mask = attention_mask(TOKENS, 0, documents, CPU)
+    mask = attention_mask(TOKENS, 0, documents, None, CPU)
     assert_same_as_reference(mask, random_heads(head_dim), visible_tokens(documents), 1e-5)
 
 
 @pytest.mark.parametrize("new", [1, 7, 290])
 def test_new_tokens_of_a_cache_see_all_before_and_themselves(new: int) -> None:
     visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-new:]
-    mask = attention_mask(new, TOKENS - new, None, CPU)
+    mask = attention_mask(new, TOKENS - new, None, None, CPU)
     assert_same_as_reference(mask, random_heads(32, queries=new), visible, 1e-5)
 
 
@@ -114,6 +114,6 @@ def test_attention_within_documents_on_cuda_equals_the_reference(
     cuda = torch.device("cuda")
     documents = random_documents().to(cuda)
     heads = [head.detach().to(cuda, dtype).requires_grad_() for head in random_heads(head_dim)]
-    mask = attention_mask(TOKENS, 0, documents, cuda)
+    mask = attention_mask(TOKENS, 0, documents, None, cuda)
     assert isinstance(mask, BlockMask)
     assert_same_as_reference(mask, heads, visible_tokens(documents), tolerance)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cucafera.config import ModelConfig
-from cucafera.model.transformer import Decoder
+from cucafera.model.transformer import Decoder, positions_within
 from tests.conftest import CUCAFERA
 
 DOCUMENT_START = 1
@@ -33,6 +33,7 @@ class ListCache:
 
     def __init__(self, config: ModelConfig) -> None:
         self.length = 0
+        self.padding: Tensor | None = None
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * config.num_hidden_layers
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,6 +199,23 @@ def test_a_cache_gives_the_logits_of_the_whole_text(prompt: int) -> None:
         whole = decoder.logits(decoder(input_ids))
         pieced = torch.cat([decoder.logits(decoder(piece, cache=cache)) for piece in pieces], dim=1)
     torch.testing.assert_close(pieced, whole, atol=1e-5, rtol=0)
+
+
+def test_padding_in_front_of_a_text_changes_nothing_in_it() -> None:
+    decoder, text = small_decoder(), random_ids(1, 12)
+    padded = torch.cat([torch.full((1, 5), 3), text], dim=1)
+    cache = ListCache(decoder.config)
+    cache.padding = torch.tensor([5])
+    with torch.no_grad():
+        alone = decoder(text)
+        together = torch.cat([decoder(piece, cache=cache) for piece in (padded[:, :9], *padded[:, 9:].split(1, 1))], 1)
+    torch.testing.assert_close(together[:, 5:], alone, atol=1e-5, rtol=0)
+    assert together.isfinite().all()
+
+
+def test_positions_begin_anew_with_each_document() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 6]], dtype=torch.int32)
+    assert positions_within(documents).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]]
 
 
 def test_the_loss_is_the_sum_of_the_cross_entropy_over_valid_targets() -> None:

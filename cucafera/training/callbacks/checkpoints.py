@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cucafera.config import Config, UserError
-from cucafera.data.packed import PackedDataModule
+from cucafera.data.windows import WindowDataModule
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel
 from cucafera.training.run_folder import RunFolder
@@ -38,9 +38,9 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it they are of no use."""
-        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            data.tokenizer.save(self.folder.tokenizer)
+            self.folder.write_tokenizer(data.tokenizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

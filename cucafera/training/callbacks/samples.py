@@ -7,34 +7,33 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cucafera.config import Config
-from cucafera.data.packed import PackedDataModule
-from cucafera.data.tokenizer import DOCUMENT_START_ID
+from cucafera.data.windows import WindowDataModule
 from cucafera.generation.generate import generate
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel
 
 
 class Samples(pl.Callback):
-    """Continues the fixed prompts after each validation, with the same random numbers each time.
+    """Continues the fixed prompts, or answers them, after each validation, with the same random numbers each time.
 
     Emits, against steps: the text samples/N for the N-th prompt.
 
     Attributes:
-        latest: Prompt and continuation of the last time.
+        latest: For each prompt of the last time: prompt, continuation, and why it ended (see `Written.ended`).
     """
 
     def __init__(self, config: Config, validation: Validation) -> None:
         self.config = config
         self.validation = validation
-        self.latest: list[tuple[str, str]] = []
+        self.latest: list[dict[str, str]] = []
 
     def state_dict(self) -> dict[str, Any]:
         """The latest texts."""
-        return {"latest": [list(pair) for pair in self.latest]}
+        return {"latest": self.latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them back."""
-        self.latest = [(prompt, continuation) for prompt, continuation in state_dict["latest"]]
+        self.latest = state_dict["latest"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,26 +44,28 @@ class Samples(pl.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        sampling = self.config.callbacks.sampling
+        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        callbacks = self.config.callbacks
+        room = self.config.model.max_position_embeddings - 1
         self.latest = []
         module.eval()
-        for prompt in sampling.prompts:
-            room = self.config.model.max_position_embeddings - 1
-            ids = [DOCUMENT_START_ID, *data.tokenizer.encode(prompt)][:room]
-            generator = torch.Generator(module.device).manual_seed(self.config.seed)
-            continuation = generate(
+        for prompt in callbacks.prompts:
+            (written,) = generate(
                 module.model,
-                torch.tensor([ids], device=module.device),
-                sampling,
-                generator,
-                stop_ids=frozenset({DOCUMENT_START_ID}),
+                data.tokenizer,
+                [data.prompt_ids(prompt)[-room:]],
+                callbacks.sampling,
+                data.stop_ids,
+                torch.Generator(module.device).manual_seed(self.config.seed),
             )
-            self.latest.append((prompt, data.tokenizer.decode(continuation.tolist())))
+            self.latest.append({"prompt": prompt, "continuation": written.text, "ended": written.ended})
         module.train()
+        between = "\n\n" if self.config.data.kind == "conversations" else ""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for number, (prompt, continuation_text) in enumerate(self.latest, 1):
+                for number, sample in enumerate(self.latest, 1):
                     # Two spaces before a line's end keep it in Markdown, which TensorBoard shows texts as.
-                    text = f"**{prompt}**{continuation_text}".replace("\n", "  \n")
+                    text = f"**{sample['prompt']}**{between}{sample['continuation']}".replace("\n", "  \n")
+                    if sample["ended"] != "stop":
+                        text += " …"
                     logger.experiment.add_text(f"samples/{number}", text, module.steps_done)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from cucafera.config import Config, UserError
-from cucafera.data.packed import PackedDataModule
+from cucafera.data.windows import WindowDataModule
 from cucafera.model.flops import training_flops_per_token
 from cucafera.training.hardware import Hardware
 from cucafera.training.module import LanguageModel
@@ -30,7 +30,7 @@ class Throughput(pl.Callback):
         train/loss                  mean over all targets of the step, nats
         train/gradient_norm         global norm before clipping
         train/lr/GROUP              learning rate of each parameter group
-        train/tokens                tokens seen by the whole run
+        train/tokens                tokens seen by the whole run, padding included
         train/epoch                 passes over the training windows, a fraction
         speed/tokens_per_second     over the steps since the last log step; validation, samples and checkpoints left out
         speed/mfu                   against the dense bf16 peak, full-attention convention; only for known GPUs
@@ -43,7 +43,7 @@ class Throughput(pl.Callback):
     def __init__(self, config: Config, hardware: Hardware) -> None:
         self.config = config
         self.hardware = hardware
-        self.flops_per_token = training_flops_per_token(config.model, config.sequence_length)
+        self.flops_per_token = training_flops_per_token(config.model, config.sequence_length, config.adapter)
         self.training_seconds = 0.0
         self.waiting_seconds = 0.0
         self.latest: dict[str, float] = {}
@@ -76,7 +76,7 @@ class Throughput(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tells the amounts of text, writes the configuration, and starts the clock."""
         assert isinstance(pl_module, LanguageModel)
-        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             log.info("%s", data.describe())
         for logger in trainer.loggers:
@@ -120,7 +120,7 @@ class Throughput(pl.Callback):
         tokens_per_second = (step - self._log_step) * int(self.config.batch_tokens) / seconds
         self.training_seconds += seconds
         self.waiting_seconds += self._waited
-        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.latest = {
             "train/loss": loss,
             "train/gradient_norm": gradient_norm,

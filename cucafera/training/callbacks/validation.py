@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from cucafera.config import Config
-from cucafera.data.packed import PackedDataModule
+from cucafera.data.windows import WindowDataModule
 from cucafera.training.module import LanguageModel
 
 
@@ -16,10 +16,13 @@ class Validation(pl.Callback):
     Lightning's own loop validates after the hooks of a step, so a checkpoint of that step would not know the result,
     and it has no first and last time. Here validation is part of the step's hooks, ahead of samples and checkpoints.
 
-    Emits, against steps: val/loss (nats a token), val/perplexity, val/bpb (bits a UTF-8 byte).
+    What is measured are the targets: every token of documents, the assistant's tokens of conversations.
+
+    Emits, against steps: val/loss (nats a token), val/perplexity, val/accuracy (share of tokens that were the
+    likeliest), val/bpb (bits a UTF-8 byte).
 
     Attributes:
-        history: One record a validation: step, tokens, loss, perplexity, bpb.
+        history: One record a validation: step, tokens, loss, perplexity, accuracy, bpb.
     """
 
     def __init__(self, config: Config) -> None:
@@ -56,7 +59,7 @@ class Validation(pl.Callback):
 
     @torch.no_grad()
     def _validate(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        data: PackedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
         module.eval()
         module.validation_metrics.reset()
         with trainer.precision_plugin.val_step_context():

@@ -1,0 +1,121 @@
+"""ChatML: conversations to token ids and a mask of what is trained. The only place where control tokens frame text.
+
+    <im_start>role
+    content<im_end>
+    <im_start>assistant
+    ...
+
+The framing tokens are placed as ids, and contents are encoded as ordinary text: one that spells `<im_end>` stays text.
+Whitespace around a content is not part of it: no merge of the tokenizer can then reach from the line end before it into
+it, whether it is encoded apart, as here, or together with its frame, as by transformers.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cucafera.config import UserError
+from cucafera.data.tokenizer import IM_END_ID, IM_START_ID, Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the role ' ~ message['role'] ~ ' is not system, user or assistant') }}"
+    "{% endif %}"
+    "{{ '<im_start>' ~ message['role'] ~ '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim ~ '<im_end>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim ~ '<im_end>' }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<im_start>assistant\\n' }}{% endif %}"
+)
+"""The same rendering as a Jinja template for transformers, whose `{% generation %}` marks what is trained.
+
+transformers tokenizes the rendered text, so there, and not here, a content that spells a control token becomes one.
+"""
+
+
+class ConversationError(UserError):
+    """Messages that cannot be rendered or trained on."""
+
+
+class Message(NamedTuple):
+    """One turn: role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Conversation = Sequence[Message]
+
+
+class Rendered(NamedTuple):
+    """A conversation as the model sees it.
+
+    Attributes:
+        ids: Token ids [n].
+        trained: [n], true for the assistant's contents and the <im_end> that closes each.
+    """
+
+    ids: NDArray[np.uint16]
+    trained: NDArray[np.bool_]
+
+
+def check_conversation(conversation: Conversation) -> None:
+    """Refuses what cannot be trained on. Raises ConversationError."""
+    if not conversation:
+        raise ConversationError("the conversation has no messages")
+    for number, message in enumerate(conversation, 1):
+        if message.role not in ROLES:
+            raise ConversationError(f"message {number} has the role {message.role!r}; roles are {', '.join(ROLES)}")
+        if not message.content.strip():
+            raise ConversationError(f"message {number}, of the {message.role}, is empty")
+    if all(message.role != "assistant" for message in conversation):
+        raise ConversationError("the assistant says nothing in it, so there is nothing to train on")
+
+
+def render(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[Rendered]:
+    """Ids and mask of each conversation, all encoded together, which is faster."""
+    contents = [message.content.strip() for conversation in conversations for message in conversation]
+    encoded = iter(tokenizer.encode_batch(contents))
+    framing = _Framing(tokenizer)
+    return [framing.rendered([(message.role, next(encoded)) for message in messages]) for messages in conversations]
+
+
+def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a conversation, followed by the opening of the assistant's next answer."""
+    rendered = render([conversation], tokenizer)[0].ids
+    prompt: list[int] = np.concatenate([rendered, _Framing(tokenizer).opening("assistant")]).tolist()
+    return prompt
+
+
+class _Framing:
+    """The tokens around a content. Their texts are encoded apart, so that no merge reaches into the content."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._line_end = np.array(tokenizer.encode("\n"), dtype=np.uint16)
+        self._openings = {
+            role: np.array([IM_START_ID, *tokenizer.encode(role), *self._line_end], dtype=np.uint16) for role in ROLES
+        }
+        self._closing = np.array([IM_END_ID], dtype=np.uint16)
+
+    def opening(self, role: str) -> NDArray[np.uint16]:
+        return self._openings[role]
+
+    def rendered(self, messages: list[tuple[str, NDArray[np.uint16]]]) -> Rendered:
+        parts: list[NDArray[np.uint16]] = []
+        trained: list[NDArray[np.bool_]] = []
+        for role, content in messages:
+            opening = self.opening(role)
+            parts += [opening, content, self._closing, self._line_end]
+            trained.append(np.zeros(len(opening), dtype=np.bool_))
+            trained.append(np.full(len(content) + 1, role == "assistant"))
+            trained.append(np.zeros(len(self._line_end), dtype=np.bool_))
+        if not parts:
+            return Rendered(np.empty(0, np.uint16), np.empty(0, np.bool_))
+        return Rendered(np.concatenate(parts), np.concatenate(trained))

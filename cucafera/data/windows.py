@@ -1,0 +1,299 @@
+"""From windows to the batches of a run: what pretraining and finetuning have in common.
+
+n  windows of one device in one step
+T  sequence_length
+W  windows of one step over all devices
+"""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cucafera.config import Config, SourceConfig, UserError
+from cucafera.data.order import WindowOrder
+from cucafera.data.tokenizer import Tokenizer
+
+IGNORED = -100
+"""A target with this value is not trained on; the value is that of torch.nn.functional.cross_entropy."""
+
+
+class Window(NamedTuple):
+    """One training example: three arrays [T] of int64.
+
+    Attributes:
+        input_ids: Token ids.
+        targets: The next token of each, or IGNORED.
+        documents: Number of the document or conversation that each token belongs to, ascending within the window.
+    """
+
+    input_ids: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    documents: NDArray[np.int64]
+
+
+class WindowSource(Protocol):
+    """The windows of one source."""
+
+    def __len__(self) -> int:
+        """Windows in it."""
+        ...
+
+    def window(self, number: int) -> Window:
+        """The window of this number."""
+        ...
+
+
+class Batch(NamedTuple):
+    """Windows of one device.
+
+    Attributes:
+        input_ids: [n, T] int64.
+        targets: [n, T] int64: the next token of each, or IGNORED.
+        documents: [n, T] int32: number of the document that each token belongs to, within its window;
+            None where tokens may attend to the whole window.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+    def split(self, windows: int) -> Iterator["Batch"]:
+        """Batches of at most so many windows."""
+        for first in range(0, len(self.input_ids), windows):
+            part = slice(first, first + windows)
+            yield Batch(
+                self.input_ids[part], self.targets[part], None if self.documents is None else self.documents[part]
+            )
+
+
+def batch_of_windows(windows: Sequence[Window], document_masking: bool) -> Batch:
+    """The windows of a device, side by side."""
+    input_ids, targets, documents = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows, strict=True))
+    return Batch(input_ids, targets, documents.to(torch.int32) if document_masking else None)
+
+
+class TrainingSteps(Dataset[Batch]):
+    """Step s of the run: its share of the windows [s W, (s + 1) W).
+
+    Args:
+        sources: The training windows of each source.
+        config: The run.
+        rank, world_size: Which share.
+    """
+
+    def __init__(self, sources: Sequence[WindowSource], config: Config, rank: int, world_size: int) -> None:
+        self.sources = sources
+        self.config = config
+        self.rank = rank
+        self.share = config.windows_per_step // world_size
+        weights = [source.weight for source in config.data.sources.values()]
+        self.order = WindowOrder([len(source) for source in sources], weights, config.seed)
+
+    def __getitem__(self, step: int) -> Batch:
+        if self.config.data.overfit_steps is not None:
+            step %= self.config.data.overfit_steps
+        first = step * self.config.windows_per_step + self.rank * self.share
+        places = zip(*self.order.windows(first, self.share), strict=True)
+        windows = [self.sources[source].window(int(number)) for source, number in places]
+        return batch_of_windows(windows, self.config.data.document_masking)
+
+
+class StepsLeft(Sampler[int]):
+    """The steps of a run from one on."""
+
+    def __init__(self, first: int, total: int) -> None:
+        self.steps = range(first, total)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+class OpenedSource(NamedTuple):
+    """The windows of one source.
+
+    Attributes:
+        training, validation: Windows to train on and held-out windows.
+        identity: A hash of the training data.
+    """
+
+    training: WindowSource
+    validation: WindowSource
+    identity: str
+
+
+class WindowDataModule(pl.LightningDataModule):
+    """Prepares the sources of a run and serves their windows; subclasses say what a window is.
+
+    Args:
+        config: The run.
+        first_step: The step that training begins or goes on with.
+        num_workers: Processes that read windows; 0: the training process.
+        pin_memory: Put batches into memory that a GPU can copy from at once.
+        expected: What `identity` was when the weights were trained that training goes on or begins with, as far as
+            it must be the same.
+
+    Attributes:
+        tokenizer: Known after `setup`.
+        identity: Hashes of what the weights depend on, the tokenizer and the training data of each source; known
+            after `setup`, and the same until the end, whatever becomes of the files meanwhile.
+    """
+
+    stop_ids: frozenset[int]
+    """Tokens that end what the model writes after a prompt."""
+    tokenizer: Tokenizer
+    identity: dict[str, str]
+    validation_sources: list[WindowSource]
+    training_steps: TrainingSteps
+
+    def __init__(
+        self,
+        config: Config,
+        first_step: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        expected: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.first_step = first_step
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.expected = expected or {}
+        self.prepared = Path(config.data.prepared_dir)
+        self._is_prepared = False
+        self._training_sources: list[WindowSource] | None = None
+
+    def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
+        """Makes the tokens of a source, unless they are there."""
+        raise NotImplementedError
+
+    def open_source(self, name: str, source: SourceConfig) -> OpenedSource:
+        """Opens what `prepare_source` made. Raises UserError if it gives no training window."""
+        raise NotImplementedError
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What stands before a text that the model writes in answer to a prompt."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """The amounts of data, for the terminal."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Makes what is not there yet. Lightning calls it again, in one process of the job, after the door did."""
+        if self._is_prepared:
+            return
+        tokenizer = self.read_tokenizer()
+        for name, source in self.config.data.sources.items():
+            self.prepare_source(name, source, tokenizer)
+        self._is_prepared = True
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens tokenizer and sources, the first time, and takes this device's share of each step.
+
+        Raises:
+            UserError: tokenizer or data are not those that the weights were trained with, the tokenizer does not fit
+                the model, or there is too little data for one window.
+        """
+        if self._training_sources is None:
+            self._training_sources = self._open()
+        self.training_steps = TrainingSteps(self._training_sources, self.config, *self._rank_and_world_size())
+
+    def _open(self) -> list[WindowSource]:
+        """Opens everything; returns the training windows of each source."""
+        self.tokenizer = self.read_tokenizer()
+        opened = {name: self.open_source(name, source) for name, source in self.config.data.sources.items()}
+        self.identity = {"tokenizer": self.tokenizer.fingerprint}
+        self.identity |= {f"data.sources.{name}": source.identity for name, source in opened.items()}
+        self._refuse_other_data()
+        self.validation_sources = [source.validation for source in opened.values()]
+        if not sum(map(len, self.validation_sources)):
+            raise UserError(self.nothing_held_out())
+        return [source.training for source in opened.values()]
+
+    def nothing_held_out(self) -> str:
+        """The message that there is no window to validate on."""
+        raise NotImplementedError
+
+    def _refuse_other_data(self) -> None:
+        changed = [name for name, value in self.expected.items() if self.identity.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{' and '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what these weights were trained "
+                "with: their files have changed, or a tokenizer was trained on other text. Bring them back, set "
+                "tokenizer.path to the tokenizer.json of the run, or begin a new run under another name=..."
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """The steps that are left, each a Batch of this device's windows."""
+        return DataLoader(
+            self.training_steps,
+            sampler=StepsLeft(self.first_step, self.config.total_steps),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            prefetch_factor=4 if self.num_workers else None,
+        )
+
+    def val_dataloader(self) -> Iterator[Batch]:
+        """This device's share of the held-out windows, in batches as large as a training step's."""
+        rank, world_size = self._rank_and_world_size()
+        places = self.validation_places()[rank::world_size]
+        for first in range(0, len(places), self.training_steps.share):
+            here = places[first : first + self.training_steps.share]
+            windows = [self.validation_sources[source].window(number) for source, number in here]
+            yield batch_of_windows(windows, self.config.data.document_masking)
+
+    def epochs_at(self, step: int) -> float:
+        """Passes over the training windows after so many steps."""
+        return step * self.config.windows_per_step / self.training_steps.order.windows_per_epoch
+
+    def validation_places(self) -> list[tuple[int, int]]:
+        """Source and window of each held-out window that is evaluated, spread evenly over all."""
+        places = [
+            (source, number) for source, windows in enumerate(self.validation_sources) for number in range(len(windows))
+        ]
+        wanted = min(self.config.data.validation_windows or len(places), len(places))
+        return [places[index * len(places) // wanted] for index in range(wanted)]
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the configuration names."""
+        path = self.config.tokenizer.path
+        assert path is not None
+        tokenizer = Tokenizer.load(Path(path).expanduser())
+        if tokenizer.vocab_size > self.config.model.vocab_size:
+            raise UserError(
+                f"{path} has {tokenizer.vocab_size:,} entries and the model only {self.config.model.vocab_size:,} "
+                f"rows: set model.vocab_size={tokenizer.vocab_size}"
+            )
+        return tokenizer
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+
+def short_hash(*parts: object) -> str:
+    """A name for what was made from these parts."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _leave_interrupts_to_the_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; a reader must live until the step has been saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,64 @@
+"""Low-rank adapters (Hu et al., 2021, LoRA): y = x W' + (alpha / r) (x A') B', where only A and B are trained.
+
+I inputs, O outputs, r rank
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cucafera.config import AdapterConfig
+from cucafera.model.linear import Linear
+from cucafera.model.transformer import Decoder
+
+
+class AdaptedLinear(Linear):
+    """A linear layer with an adapter beside its frozen weight.
+
+    `lora_A` [r, I] is drawn like the weights of nn.Linear and `lora_B` [O, r] is zero, so at first it changes nothing.
+    """
+
+    def __init__(self, linear: Linear, rank: int, alpha: float) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight = linear.weight
+        self.weight.requires_grad_(False)
+        self.scale = alpha / rank
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def add_adapters(model: Decoder, config: AdapterConfig) -> None:
+    """Freezes a decoder and gives the linear layers that the configuration names an adapter; rank 0 changes nothing."""
+    if not config.rank:
+        return
+    model.requires_grad_(False)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name in config.modules and isinstance(child, Linear):
+                setattr(module, name, AdaptedLinear(child, config.rank, config.alpha))
+
+
+def merged_weights(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The plain weights that compute the same: W + (alpha / r) B A, in the dtype of W.
+
+    Args:
+        state_dict: Weights, with or without adapters.
+        config: Fields of the AdapterConfig that they were trained with.
+    """
+    merged = {name: value for name, value in state_dict.items() if not name.endswith((".lora_A", ".lora_B"))}
+    for name in state_dict:
+        if name.endswith(".lora_A"):
+            layer = name.removesuffix(".lora_A")
+            change = state_dict[f"{layer}.lora_B"].float() @ state_dict[name].float()
+            weight = merged[f"{layer}.weight"]
+            merged[f"{layer}.weight"] = (weight.float() + config["alpha"] / config["rank"] * change).to(weight.dtype)
+    return merged

@@ -1,0 +1,296 @@
+"""Conversations in windows: none lost, none seen by another, and a window never without a target."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import torch
+from datasets import Dataset
+from pyarrow import parquet
+
+from cucafera.composition import composed_config
+from cucafera.config import Config, UserError
+from cucafera.data.chat import Message, Rendered, check_conversation, render
+from cucafera.data.conversations import ChatDataModule, ConversationWindows, TokenizedConversations
+from cucafera.data.corpus import embedded_conversations
+from cucafera.data.tokenizer import IM_END_ID, PAD_ID, Tokenizer
+from cucafera.data.windows import IGNORED, Window
+from tests.conftest import SMALL_RUN
+
+LENGTH = 64
+
+CHAT_RUN = [
+    *[override for override in SMALL_RUN if not override.startswith("data")],
+    "data.prepared_dir=prepared",
+    "data.validation_fraction=0.2",
+    "tokenizer.path=tokenizer.json",
+    "model.max_position_embeddings=64",
+    "batch_tokens=512",
+]
+
+
+def tokenized(conversations: list[list[Message]], tokenizer: Tokenizer) -> TokenizedConversations:
+    rendered = [Rendered(r.ids[:-1], r.trained[:-1]) for r in render(conversations, tokenizer)]
+    return TokenizedConversations(
+        np.concatenate([r.ids for r in rendered]),
+        np.concatenate([r.trained for r in rendered]),
+        np.cumsum([len(r.ids) for r in rendered]),
+    )
+
+
+def random_conversations(count: int, most_turns: int = 2, seed: int = 0) -> list[list[Message]]:
+    generator = random.Random(seed)
+    words = "la mar i el bosc són l'avi cantava".split()
+    return [
+        [
+            Message(role, " ".join(generator.choices(words, k=generator.randint(1, 5))))
+            for _ in range(generator.randint(1, most_turns))
+            for role in ("user", "assistant")
+        ]
+        for _ in range(count)
+    ]
+
+
+def pieces(window: Window) -> list[list[int]]:
+    """The conversations of a window: their tokens, with the last target."""
+    found = []
+    for document in range(int(window.documents.max()) + 1):
+        here = np.flatnonzero(window.documents == document)
+        if len(here) and (window.targets[here] != IGNORED).any():
+            found.append([*window.input_ids[here].tolist(), int(window.targets[here[-1]])])
+    return found
+
+
+def test_packing_loses_no_conversation(tokenizer):
+    conversations = random_conversations(100)
+    data = tokenized(conversations, tokenizer)
+    windows = ConversationWindows(data, 200)
+    assert (windows.kept, windows.cut, windows.left_out) == (100, 0, 0)
+    packed = [piece for number in range(len(windows)) for piece in pieces(windows.window(number))]
+    assert sorted(packed) == sorted(data.conversation(number).ids.tolist() for number in range(100))
+
+
+def test_trained_tokens_are_exactly_the_answers(tokenizer):
+    conversations = random_conversations(60)
+    windows = ConversationWindows(tokenized(conversations, tokenizer), 200)
+    trained = ""
+    for number in range(len(windows)):
+        targets = windows.window(number).targets
+        trained += tokenizer.decode(targets[targets != IGNORED].tolist())
+    answers = [message.content for messages in conversations for message in messages if message.role == "assistant"]
+    assert sorted(trained.split("<im_end>")) == sorted(["", *answers])
+    assert windows.targets == sum(
+        int((windows.window(number).targets != IGNORED).sum()) for number in range(len(windows))
+    )
+
+
+def test_targets_are_the_next_tokens_of_the_same_conversation(tokenizer):
+    windows = ConversationWindows(tokenized(random_conversations(60), tokenizer), 200)
+    for number in range(len(windows)):
+        ids, targets, documents = windows.window(number)
+        inside = np.flatnonzero((targets[:-1] != IGNORED) & (documents[:-1] == documents[1:]))
+        assert (targets[inside] == ids[inside + 1]).all()
+        last = np.flatnonzero((targets[:-1] != IGNORED) & (documents[:-1] != documents[1:]))
+        assert (targets[last] == IM_END_ID).all()
+
+
+def test_padding_is_a_document_of_its_own_and_never_a_target(tokenizer):
+    windows = ConversationWindows(tokenized(random_conversations(7), tokenizer), 200)
+    padding = 0
+    for number in range(len(windows)):
+        ids, targets, documents = windows.window(number)
+        here = ids == PAD_ID
+        padding += int(here.sum())
+        assert (targets[here] == IGNORED).all()
+        assert set(documents[here].tolist()).isdisjoint(documents[~here].tolist())
+    assert padding == len(windows) * 200 - windows.places
+
+
+def test_a_vocabulary_of_65536_leaves_ignored_targets_ignored():
+    ids = np.array([65_535, 4, 65_436, 5], dtype=np.uint16)
+    windows = ConversationWindows(TokenizedConversations(ids, np.array([False, False, True, True]), np.array([4])), 8)
+    assert windows.window(0).targets.tolist() == [IGNORED, 65_436, 5] + [IGNORED] * 5
+    assert windows.window(0).input_ids.tolist() == [65_535, 4, 65_436] + [PAD_ID] * 5
+
+
+def test_a_conversation_that_is_too_long_is_cut_behind_the_last_answer_that_fits_or_left_out(tokenizer):
+    turn = [Message("user", "mar"), Message("assistant", "bosc bosc")]
+    endless = [Message("user", "mar"), Message("assistant", "bosc " * 200)]
+    data = tokenized([turn * 10, turn, endless], tokenizer)
+    windows = ConversationWindows(data, LENGTH)
+    assert (windows.kept, windows.cut, windows.left_out) == (2, 1, 1)
+    kept = sorted((piece for number in range(len(windows)) for piece in pieces(windows.window(number))), key=len)
+    assert kept[0] == data.conversation(1).ids.tolist()
+    long = data.conversation(0).ids.tolist()
+    assert kept[1] == long[: len(kept[1])]
+    assert kept[1][-1] == IM_END_ID
+    fitting = [end for end in range(LENGTH + 1) if tokenizer.decode(long[: end + 1]).endswith("bosc<im_end>")]
+    assert len(kept[1]) == fitting[-1] + 1
+
+
+def test_nothing_fits(tokenizer):
+    endless = [[Message("user", "mar"), Message("assistant", "bosc " * 200)]] * 3
+    windows = ConversationWindows(tokenized(endless, tokenizer), LENGTH)
+    assert (len(windows), windows.kept, windows.left_out) == (0, 0, 3)
+
+
+# From files, through the data module
+
+
+@pytest.fixture
+def chat_run(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Composes a run on rows of a file, with the small tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+
+    def compose(rows: list[dict], *overrides: str, path: str = "chat.jsonl") -> Config:
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return composed_config([*CHAT_RUN, "data=chat_files", f"data.sources.files.path={path}", *overrides])
+
+    return compose
+
+
+def rows_of(conversations: list[list[Message]]) -> list[dict]:
+    return [{"messages": [message._asdict() for message in messages]} for messages in conversations]
+
+
+def opened(config: Config) -> ChatDataModule:
+    data = ChatDataModule(config)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_the_split_is_by_the_first_question_and_does_not_depend_on_the_other_rows(chat_run):
+    conversations = random_conversations(120, most_turns=1, seed=3)
+    copies = [[messages[0], Message("assistant", "la mar")] for messages in conversations]
+    data = opened(chat_run(rows_of(conversations + copies)))
+    questions = [set(), set()]
+    for side, sources in enumerate((data.training_steps.sources, data.validation_sources)):
+        for number in range(len(sources[0])):
+            for piece in pieces(sources[0].window(number)):
+                questions[side].add(data.tokenizer.decode(piece).split("<im_end>")[0])
+    assert questions[0] and questions[1]
+    assert not questions[0] & questions[1]
+    again = opened(chat_run(rows_of(conversations[:60]), path="fewer.jsonl"))
+    for number in range(len(again.validation_sources[0])):
+        for piece in pieces(again.validation_sources[0].window(number)):
+            assert data.tokenizer.decode(piece).split("<im_end>")[0] in questions[1]
+
+
+def test_prepared_conversations_are_made_once(chat_run, monkeypatch):
+    config = chat_run(rows_of(random_conversations(40)))
+    first = opened(config)
+    monkeypatch.setattr("cucafera.data.conversations.read_rows", None)
+    assert opened(config).identity == first.identity
+
+
+def test_damaged_conversations_are_told(chat_run):
+    config = chat_run(rows_of(random_conversations(40)))
+    opened(config)
+    (path,) = Path("prepared").glob("conversations-*/train.npz")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match=r"train\.npz is damaged: .*Delete the folder .*conversations-"):
+        opened(config)
+
+
+def test_a_broken_row_is_told_with_its_place_or_left_out_and_counted(chat_run):
+    rows = rows_of(random_conversations(40))
+    rows[7] = {"messages": [{"role": "robot", "content": "x"}]}
+    with pytest.raises(UserError, match=r"chat\.jsonl:8: message 1 has the role 'robot'.*skip_broken_lines=true"):
+        opened(chat_run(rows))
+    opened(chat_run(rows, "data.skip_broken_lines=true"))
+    (summary,) = Path("prepared").glob("conversations-*/prepared.json")
+    content = json.loads(summary.read_text())
+    assert content["broken"] == 1
+    assert "chat.jsonl:8" in content["first_broken"]
+    assert content["conversations"] + content["held_out"] == 39
+
+
+def test_repetitive_answers_are_left_out_and_counted(chat_run):
+    rows = rows_of(random_conversations(40))
+    rows[3] = {"prompt": "x", "completion": "un dos tres quatre cinc " * 20}
+    opened(chat_run(rows, "data.repeated_5grams=15"))
+    (summary,) = Path("prepared").glob("conversations-*/prepared.json")
+    assert json.loads(summary.read_text())["repetitive"] == 1
+
+
+def test_a_source_without_a_usable_conversation_is_told(chat_run):
+    with pytest.raises(UserError, match=r"holds no conversation to train on: 1 could not be used.*chat\.jsonl:1: no "):
+        opened(chat_run([{"text": "x"}], "data.skip_broken_lines=true"))
+    endless = {"prompt": "x", "completion": "mar i bosc " * 100}
+    with pytest.raises(UserError, match="not one of 1 conversations has an answer that ends within the window of 64"):
+        opened(chat_run([endless], "data.validation_fraction=1e-9", path="long.jsonl"))
+    with pytest.raises(UserError, match="no conversation is held out for validation"):
+        opened(chat_run(rows_of(random_conversations(3)), "data.validation_fraction=1e-9", path="few.jsonl"))
+    Path("chat.txt").write_text("Hola")
+    with pytest.raises(UserError, match=r"chat\.txt is a \.txt file, which has no columns"):
+        opened(chat_run([], path="chat.txt"))
+
+
+def test_parquet_and_datasets_give_the_same_conversations_as_jsonl(chat_run, monkeypatch):
+    rows = rows_of(random_conversations(40))
+    identity = opened(chat_run(rows)).identity["data.sources.files"]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), "chat.parquet")
+    from_parquet = composed_config([*CHAT_RUN, "data=chat_files", "data.sources.files.path=chat.parquet"])
+    assert opened(from_parquet).identity["data.sources.files"] == identity
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **settings: Dataset.from_list(rows))
+    from_hub = composed_config([*CHAT_RUN, "data=chat", "data.sources.patufet_conversa.dataset=a/b"])
+    assert opened(from_hub).identity["data.sources.patufet_conversa"] == identity
+
+
+def test_a_step_is_the_same_for_one_device_and_the_shares_of_two(chat_run):
+    data = opened(chat_run(rows_of(random_conversations(80))))
+    steps = data.training_steps
+    for step in range(4):
+        whole = steps[step]
+        shares = [type(steps)(steps.sources, steps.config, rank, 2)[step] for rank in (0, 1)]
+        for field in ("input_ids", "targets", "documents"):
+            assert torch.equal(getattr(whole, field), torch.cat([getattr(share, field) for share in shares]))
+
+
+def test_two_sources_are_mixed_by_their_weights(chat_run):
+    first, second = random_conversations(60, seed=1), random_conversations(60, seed=2)
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(second)))
+    data = opened(chat_run(rows_of(first), "+data.sources.other.path=other.jsonl", "+data.sources.other.weight=3"))
+    windows = [len(source) for source in data.training_steps.sources]
+    assert data.training_steps.order.windows_per_epoch == windows[0] + 3 * windows[1]
+
+
+def test_the_first_conversation_is_shown_with_what_is_trained(chat_run):
+    conversation = [Message("user", "Hola mar"), Message("assistant", "Bon dia")]
+    text = opened(chat_run(rows_of([conversation] * 3 + random_conversations(30)))).describe()
+    assert "conversations in" in text and "padding" in text
+    shown = text.split("trained on what stands in ⟦ ⟧:")[1]
+    assert shown.count("<im_start>assistant") == shown.count("⟦") > 0
+    assert all(part.split("⟧")[0].endswith("<im_end>") for part in shown.split("⟦")[1:])
+
+
+# The conversations of the package
+
+
+@pytest.fixture(scope="module")
+def embedded() -> list[dict]:
+    return [json.loads(line) for line in embedded_conversations().read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_embedded_conversations_are_many_varied_and_whole(embedded):
+    assert len(embedded) >= 80
+    topics = {row["topic"] for row in embedded}
+    assert {"salutació", "identitat", "tasca"} < topics and len(topics) >= 8
+    assert sum(len(row["messages"]) > 2 for row in embedded) >= 20
+    assert sum(row["messages"][0]["role"] == "system" for row in embedded) >= 8
+    for row in embedded:
+        conversation = [Message(**message) for message in row["messages"]]
+        check_conversation(conversation)
+        turns = [message.role for message in conversation if message.role != "system"]
+        assert turns == ["user", "assistant"] * (len(turns) // 2)
+        assert all(message.content == message.content.strip() for message in conversation)
+
+
+def test_no_embedded_question_is_asked_twice(embedded):
+    questions = [message["content"] for row in embedded for message in row["messages"][:2] if message["role"] == "user"]
+    assert len(set(questions)) == len(questions)
