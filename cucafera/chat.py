@@ -72,7 +72,7 @@ class Chat:
             self.trained.tokenizer,
             prompt,
             self.sampling,
-            ChatDataModule.stop_ids,
+            frozenset({ChatDataModule.stop_id}),
             self.generator,
         )
         try:
@@ -98,7 +98,7 @@ class Chat:
             self.trained.tokenizer,
             prompt,
             self.sampling,
-            PackedDataModule.stop_ids,
+            frozenset({PackedDataModule.stop_id}),
             self.generator,
         )
 

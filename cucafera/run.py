@@ -184,7 +184,7 @@ def budget_of_epochs(config: Config, data: "WindowDataModule") -> int:
     steps = math.ceil(config.epochs / data.epochs_at(1)) if config.epochs else 0
     if config.schedule.warmup_steps > (config.schedule.horizon_steps or steps):
         raise UserError(
-            f"epochs={config.epochs:g} are {steps:,} steps of {int(config.batch_tokens):,} tokens, fewer than "
+            f"epochs={config.epochs:g} come to {steps:,} steps of {int(config.batch_tokens):,} tokens, fewer than "
             f"schedule.warmup_steps={config.schedule.warmup_steps}: lower it or batch_tokens, or train for more epochs"
         )
     return steps * int(config.batch_tokens)

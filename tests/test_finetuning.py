@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from cucafera.config import UserError
 from cucafera.data.chat import Message, render
 from cucafera.data.conversations import ChatDataModule
-from cucafera.data.tokenizer import IM_END_ID
+from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID
 from cucafera.data.windows import IGNORED
 from cucafera.run import train
 from cucafera.training.run_folder import RunFolder, load_trained, read_checkpoint
@@ -126,7 +126,9 @@ def test_epochs_are_turned_into_whole_steps(base, small_chat):
     assert data.epochs_at(steps - 1) < 2 <= data.epochs_at(steps)
     train(small_chat("name=epochs", FINETUNE, "epochs=3"), [])
     assert metrics_of("epochs")["steps"] > steps
-    with pytest.raises(UserError, match=r"epochs=2 are \d+ steps of 512 tokens, fewer than schedule\.warmup_steps=500"):
+    with pytest.raises(
+        UserError, match=r"epochs=2 come to \d+ steps of 512 tokens, fewer than schedule\.warmup_steps=500"
+    ):
         train(small_chat("name=short", FINETUNE, "epochs=2", "schedule.warmup_steps=500"), [])
 
 
@@ -157,6 +159,7 @@ def test_the_run_folder_is_a_tokenizer_for_transformers_with_the_same_template(b
     applied = theirs.apply_chat_template([message._asdict() for message in conversation], return_dict=True)
     assert applied["input_ids"] == rendered.ids.tolist()
     assert (theirs.eos_token_id, theirs.pad_token_id) == (IM_END_ID, 3)
+    assert AutoTokenizer.from_pretrained("outputs/base").eos_token_id == DOCUMENT_START_ID
 
 
 def test_a_tokenizer_other_than_that_of_the_weights_is_refused(base, small_run, small_chat, corpus):

@@ -145,7 +145,7 @@ def _places_that_fit(rendered: Rendered, length: int) -> int:
 class ChatDataModule(WindowDataModule):
     """Conversations, in ChatML, of a finetuning run."""
 
-    stop_ids = frozenset({IM_END_ID})
+    stop_id = IM_END_ID
 
     def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
         """Tokenizes the conversations of a source."""

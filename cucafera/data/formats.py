@@ -45,7 +45,7 @@ def conversation_of_row(row: Mapping[str, Any], source: SourceConfig) -> list[Me
         if prompt is None or answer is None:
             raise ConversationError(
                 f"no conversation is recognized in the columns {', '.join(map(str, row)) or '(none)'}: name them with "
-                "messages_column, or with prompt_column and answer_column"
+                "messages_column, or with prompt_column and answer_column (of data.sources.NAME)"
             )
         conversation += _turns(row[prompt], prompt, "user")
         extra = _column(row, source.input_column, INPUT)

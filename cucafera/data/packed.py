@@ -44,7 +44,7 @@ class StreamWindows:
 class PackedDataModule(WindowDataModule):
     """Corpus, tokenizer, shards and windows of a pretraining run."""
 
-    stop_ids = frozenset({DOCUMENT_START_ID})
+    stop_id = DOCUMENT_START_ID
 
     def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
         """Writes the shards of a source."""

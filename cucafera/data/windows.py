@@ -151,8 +151,8 @@ class WindowDataModule(pl.LightningDataModule):
             after `setup`, and the same until the end, whatever becomes of the files meanwhile.
     """
 
-    stop_ids: frozenset[int]
-    """Tokens that end what the model writes after a prompt."""
+    stop_id: int
+    """The token that ends what the model writes after a prompt."""
     tokenizer: Tokenizer
     identity: dict[str, str]
     validation_sources: list[WindowSource]

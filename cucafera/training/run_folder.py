@@ -116,13 +116,18 @@ class RunFolder:
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
         write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
 
-    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Writes the tokenizer, and beside it what transformers needs to load it, with the chat template."""
+    def write_tokenizer(self, tokenizer: Tokenizer, stop_id: int) -> None:
+        """Writes the tokenizer, and beside it what transformers needs to load it, with the chat template.
+
+        Args:
+            tokenizer: The tokenizer.
+            stop_id: The token that ends what the model writes.
+        """
         tokenizer.save(self.tokenizer)
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": SPECIAL_TOKENS[0],
-            "eos_token": "<im_end>",
+            "eos_token": SPECIAL_TOKENS[stop_id],
             "unk_token": "<unk>",
             "pad_token": "<pad>",
             "clean_up_tokenization_spaces": False,

@@ -40,7 +40,7 @@ class Checkpoints(pl.Callback):
         """Puts the tokenizer beside the checkpoints: without it they are of no use."""
         data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
-            self.folder.write_tokenizer(data.tokenizer)
+            self.folder.write_tokenizer(data.tokenizer, data.stop_id)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

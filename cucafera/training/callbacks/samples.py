@@ -55,7 +55,7 @@ class Samples(pl.Callback):
                 data.tokenizer,
                 [data.prompt_ids(prompt)[-room:]],
                 callbacks.sampling,
-                data.stop_ids,
+                frozenset({data.stop_id}),
                 torch.Generator(module.device).manual_seed(self.config.seed),
             )
             self.latest.append({"prompt": prompt, "continuation": written.text, "ended": written.ended})
