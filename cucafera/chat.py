@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 COMMANDS = """\
 /reset          begin a new conversation
 /redo           answer the last message again
-/system TEXT    tell the model how to behave; without TEXT: show what it was told
+/system TEXT    tell the model how to behave; without TEXT: show what it was told; /system - takes it back
 /save FILE      append the conversation to a .jsonl file, in the form that finetuning reads
 /quit           leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -39,7 +39,8 @@ class Chat:
 
     Attributes:
         system: What the model was told about its behaviour; empty: nothing.
-        history: The messages so far, without the system's.
+        history: The messages so far, without the system's: what the user said and what was answered, in turn. When the
+            context is full, the model is not shown the oldest turns any more; here they stay.
     """
 
     def __init__(self, trained: "TrainedModel", sampling: SamplingConfig, generator: "torch.Generator") -> None:
@@ -48,39 +49,29 @@ class Chat:
         self.generator = generator
         self.system = ""
         self.history: list[Message] = []
+        self._unanswered: str | None = None
 
     def answer(self, text: str) -> Iterator[str]:
-        """Yields the answer to a message in pieces. What was yielded is in the history, however it ends.
+        """Yields the answer to a message in pieces. Both go into the history, unless nothing was said.
 
         Raises:
-            UserError: the message alone leaves no room for an answer in the context; the history is then as before.
+            UserError: the message alone leaves no room for an answer in the context.
         """
-        from cucafera.data.chat import Message
-        from cucafera.data.conversations import ChatDataModule
-        from cucafera.generation.generate import stream
+        self._unanswered = text
+        yield from self._answer(self.history, text)
 
-        before = self.history
-        self.history = [*before, Message("user", text)]
-        try:
-            prompt = self._prompt_that_fits()
-        except UserError:
-            self.history = before
-            raise
-        question, answer = self.history, ""
-        pieces = stream(
-            self.trained.model,
-            self.trained.tokenizer,
-            prompt,
-            self.sampling,
-            frozenset({ChatDataModule.stop_id}),
-            self.generator,
-        )
-        try:
-            for piece in pieces:
-                answer += piece
-                yield piece
-        finally:
-            self.history = [*question, Message("assistant", answer)] if answer.strip() else before
+    def redo(self) -> Iterator[str]:
+        """Yields another answer to the last message; it replaces the one before, unless nothing was said.
+
+        Raises:
+            UserError: there is no message, or it leaves no room.
+        """
+        if self._unanswered is not None:
+            yield from self._answer(self.history, self._unanswered)
+        elif self.history:
+            yield from self._answer(self.history[:-2], self.history[-2].content)
+        else:
+            raise UserError("There is no answer to redo.")
 
     def continuation(self, text: str) -> Iterator[str]:
         """Yields, in pieces, how a model that knows no conversations continues a text.
@@ -88,47 +79,68 @@ class Chat:
         Raises:
             UserError: the text leaves no room in the context.
         """
-        from cucafera.data.packed import PackedDataModule
         from cucafera.data.tokenizer import DOCUMENT_START_ID
-        from cucafera.generation.generate import stream
 
-        prompt = [DOCUMENT_START_ID, *self.trained.tokenizer.encode(text)]
-        return stream(
-            self.trained.model,
-            self.trained.tokenizer,
-            prompt,
-            self.sampling,
-            frozenset({PackedDataModule.stop_id}),
-            self.generator,
-        )
+        prompt = [DOCUMENT_START_ID, *self.trained.tokenizer.encode(_encodable(text))]
+        yield from self._written(prompt)
 
-    def undo(self) -> str | None:
-        """Takes the last message of the user and its answer back; returns the message, or None if there is none."""
-        if not self.history:
-            return None
-        *self.history, question, _ = self.history
-        return question.content
+    def reset(self) -> None:
+        """Begins a new conversation; what the model was told stays."""
+        self.history = []
+        self._unanswered = None
 
     def messages(self) -> "list[Message]":
         """The whole conversation, with the system's message."""
+        return self._with_system(self.history)
+
+    def _answer(self, before: "list[Message]", text: str) -> Iterator[str]:
         from cucafera.data.chat import Message
 
-        return ([Message("system", self.system)] if self.system else []) + self.history
+        question = Message("user", _encodable(text))
+        prompt = self._prompt_that_fits([*before, question])
+        answer = ""
+        try:
+            for piece in self._written(prompt):
+                answer += piece
+                yield piece
+        finally:
+            if answer.strip():
+                self.history = [*before, question, Message("assistant", answer)]
+                self._unanswered = None
 
-    def _prompt_that_fits(self) -> list[int]:
-        """The prompt, after forgetting as many of the oldest turns as it takes to leave room for an answer."""
+    def _written(self, prompt: list[int]) -> Iterator[str]:
+        from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
+        from cucafera.generation.generate import stream
+
+        # A model that has learned little may begin another turn or document instead of ending its own.
+        stop_ids = frozenset({IM_END_ID, IM_START_ID, DOCUMENT_START_ID})
+        return stream(self.trained.model, self.trained.tokenizer, prompt, self.sampling, stop_ids, self.generator)
+
+    def _prompt_that_fits(self, messages: "list[Message]") -> list[int]:
+        """The prompt, without as many of the oldest turns as it takes to leave room for an answer."""
         from cucafera.data.chat import render_prompt
 
         context = self.trained.model.config.max_position_embeddings
         room = context - min(self.sampling.max_new_tokens, context // 4)
-        while len(prompt := render_prompt(self.messages(), self.trained.tokenizer)) > room:
-            if len(self.history) == 1:
+        while len(prompt := render_prompt(self._with_system(messages), self.trained.tokenizer)) > room:
+            if len(messages) == 1:
+                beside = " and the system's message, which /system - takes back" if self.system else ""
                 raise UserError(
-                    f"this message has {len(prompt):,} tokens, with its frame and the system's message; the model's "
-                    f"context of {context:,} leaves room for {room:,} beside an answer. Write a shorter one"
+                    f"this message has {len(prompt):,} tokens, with its frame{beside}; the model's context of "
+                    f"{context:,} leaves room for {room:,} beside an answer. Write a shorter one"
                 )
-            self.history = self.history[2:]
+            messages = messages[2:]
         return prompt
+
+    def _with_system(self, messages: "list[Message]") -> "list[Message]":
+        from cucafera.data.chat import Message
+
+        return [Message("system", _encodable(self.system)), *messages] if self.system else messages
+
+
+def _encodable(text: str) -> str:
+    """The text with a question mark for what is no character, as bytes from a terminal that are no UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 class Terminal:
@@ -142,47 +154,55 @@ class Terminal:
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
+                if line in ("/quit", "/exit"):
+                    return
+                if line:
+                    self._obey(line)
             except EOFError:
                 return
+            except UserError as error:
+                print(error)
             except KeyboardInterrupt:
                 print("\n(Ctrl-D or /quit leaves)")
-                continue
-            if line in ("/quit", "/exit"):
-                return
-            if line:
-                self._obey(line) if line.startswith("/") else self.show_answer(line)
 
-    def show_answer(self, text: str) -> bool:
-        """Prints the answer to a message. Returns whether it came to its end."""
-        chat = self.chat
-        answering = chat.answer(text) if chat.trained.chats else chat.continuation(text)
+    def show(self, pieces: Iterator[str]) -> bool:
+        """Prints what is written, as it comes. Returns whether it came to its end.
+
+        Raises:
+            UserError: nothing can be written.
+        """
+        nothing = True
         try:
-            for piece in answering:
+            for piece in pieces:
                 print(piece, end="", flush=True)
-            print("\n")
-        except UserError as error:
-            print(error)
+                nothing = False
         except KeyboardInterrupt:
-            answering.close()  # type: ignore[attr-defined]
+            pieces.close()  # type: ignore[attr-defined]
             print(" [stopped]\n")
             return False
+        print("(it said nothing)\n" if nothing else "\n")
         return True
 
+    def say(self, text: str) -> bool:
+        """Prints the answer to a message, or the continuation of a text."""
+        return self.show(self.chat.answer(text) if self.chat.trained.chats else self.chat.continuation(text))
+
     def _obey(self, line: str) -> None:
+        if not line.startswith("/"):
+            self.say(line)
+            return
         command, _, argument = line.partition(" ")
         argument = argument.strip()
-        if command == "/reset":
-            self.chat.history = []
+        if command in ("/reset", "/redo", "/system", "/save") and not self.chat.trained.chats:
+            print(f"{command} needs a model that was trained on conversations; this one continues each text anew.")
+        elif command == "/reset":
+            self.chat.reset()
             print("(a new conversation)")
         elif command == "/redo":
-            question = self.chat.undo()
-            if question is None:
-                print("There is no answer to redo.")
-            else:
-                self.show_answer(question)
+            self.show(self.chat.redo())
         elif command == "/system":
             if argument:
-                self.chat.system = argument
+                self.chat.system = "" if argument == "-" else argument
             print(f"(system: {self.chat.system or 'nothing'})")
         elif command == "/save":
             self._save(argument)
@@ -192,23 +212,26 @@ class Terminal:
             print(f"There is no command {command}.\n{COMMANDS}")
 
     def _save(self, file_name: str) -> None:
-        from cucafera.training.run_folder import write_text
-
         if not file_name:
             print("Say where: /save FILE.jsonl")
             return
         if not self.chat.history:
             print("There is nothing to save.")
             return
-        path = Path(file_name).expanduser()
         row = {"messages": [message._asdict() for message in self.chat.messages()]}
         try:
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-            write_text(path, before + json.dumps(row, ensure_ascii=False) + "\n")
-        except (OSError, UnicodeDecodeError) as error:
-            print(f"{path} cannot be written: {error}")
+            path = Path(file_name).expanduser()
+            _append_line(path, json.dumps(row, ensure_ascii=False))
+        except (OSError, ValueError, RuntimeError) as error:
+            print(f"{file_name} cannot be written: {error}")
             return
         print(f"(saved to {path})")
+
+
+def _append_line(path: Path, line: str) -> None:
+    with path.open("a+b") as file:
+        unfinished = file.seek(0, 2) > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+        file.write((("\n" if unfinished else "") + line + "\n").encode())
 
 
 def main() -> None:
@@ -240,20 +263,24 @@ def _talk(arguments: argparse.Namespace) -> int:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA GPU that PyTorch can use: leave --device out")
+    if not arguments.run:
+        raise UserError("RUN is empty: name a run folder or a checkpoint")
     trained = load_trained(arguments.run)
+    if arguments.system and not trained.chats:
+        raise UserError(f"--system needs a model that was trained on conversations; {arguments.run} was not")
     trained.model.to(device)
     generator = torch.Generator(device)
     if arguments.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(arguments.seed)
+        generator.manual_seed(arguments.seed % 2**63)
     chat = Chat(trained, sampling, generator)
     chat.system = (arguments.system or "").strip()
     terminal = Terminal(chat)
     if arguments.prompt is not None:
         if not arguments.prompt.strip():
             raise UserError("--prompt is empty")
-        return 0 if terminal.show_answer(arguments.prompt) else EXIT_INTERRUPTED
+        return 0 if terminal.say(arguments.prompt) else EXIT_INTERRUPTED
     if sys.stdin.isatty():
         _begin_terminal(trained)
     terminal.run()

@@ -60,7 +60,19 @@ def register_schema() -> None:
 
 def _inherited(key: str, *, _root_: DictConfig) -> Any:
     """The value of a key in the run that init_from names."""
-    return OmegaConf.select(_config_of_run(_root_.init_from), key, throw_on_missing=True)
+    return OmegaConf.select(_config_to_inherit(_root_), key, throw_on_missing=True)
+
+
+def _config_to_inherit(composed: DictConfig) -> DictConfig:
+    """The configuration of the run that init_from names; if it is gone, that of the run which began with it."""
+    try:
+        return _config_of_run(composed.init_from)
+    except OSError:
+        own = Path(composed.run_dir) / "config.yaml"
+        begun = OmegaConf.load(own) if own.is_file() else None
+        if isinstance(begun, DictConfig) and begun.get("init_from") == composed.init_from:
+            return begun
+        raise
 
 
 def _config_of_run(init_from: str) -> DictConfig:
@@ -82,7 +94,7 @@ def _inheritance_problem(composed: DictConfig) -> str | None:
             "(model=inherited takes its model)"
         )
     try:
-        _config_of_run(str(composed.init_from)).model  # noqa: B018
+        _config_to_inherit(composed).model  # noqa: B018
     except (OSError, YAMLError, OmegaConfBaseException, AssertionError):
         return (
             f"init_from={composed.init_from}: there is no run there whose model could be taken (a run folder holds a "
@@ -445,12 +457,13 @@ def help_text() -> str:
         if isinstance(entry, DictConfig)
         for group, choice in entry.items()
     }
+    width = max(len(f"+experiment={option}") for option in _group_options("experiment", [root]) or []) + 2
     for group in ["experiment", *(name for name in _groups([root]) if name != "experiment")]:
         lines.append("")
         for option in _group_options(group, [root]) or []:
             chosen = f"{'+' if group == 'experiment' else ''}{group}={option}"
             mark = "*" if f"{group}={option}" in defaults else " "
-            lines.append(f" {mark}{chosen:<33}{_first_comment(root / group / f'{option}.yaml')}")
+            lines.append(f" {mark}{chosen:<{width}}{_first_comment(root / group / f'{option}.yaml')}")
     lines += ["", "Keys: KEY=VALUE on the command line."]
     documentation = field_documentation()
     for key, text in documentation.items():

@@ -7,6 +7,7 @@ Nothing here imports torch: a wrong config is answered before anything heavy is 
     W  windows of one step over all devices: batch_tokens / T
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,10 @@ SMALLEST_VOCABULARY = len(SPECIAL_TOKENS) + 256
 
 ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a block, which may have adapters."""
+
+
+SMALLEST_TEMPERATURE = 1e-3
+"""Logits divided by less may overflow."""
 
 
 class UserError(Exception):
@@ -439,6 +444,10 @@ def value_problems(config: Config, unusable: set[str]) -> Iterator[str]:
     if rule("callbacks.sampling.stop") and "" in config.callbacks.sampling.stop:
         yield broken("callbacks.sampling.stop", "a list of texts that are not empty")
 
+    key = "callbacks.sampling.temperature"
+    if rule(key) and 0 < config.callbacks.sampling.temperature < SMALLEST_TEMPERATURE:
+        yield broken(key, f"0 or at least {SMALLEST_TEMPERATURE}")
+
     yield from _shape_problems(config, rule)
     yield from _budget_problems(config, rule)
     yield from _source_problems(config, rule)
@@ -449,8 +458,13 @@ def sampling_problems(sampling: SamplingConfig) -> list[str]:
     """A sentence for each value of a SamplingConfig that cannot be, by the same rules."""
     config = Config(callbacks=CallbacksConfig(sampling=sampling))
     prefix = "callbacks.sampling."
-    problems = value_problems(config, {"sequence_length", "tokenizer.vocab_size"})  # which have no value here
-    return [problem.removeprefix(prefix) for problem in problems if problem.startswith(prefix)]
+    infinite = [name for name, value in vars(sampling).items() if isinstance(value, float) and not math.isfinite(value)]
+    known = {"sequence_length", "tokenizer.vocab_size", *(prefix + name for name in infinite)}
+    problems = [f"{name} is {getattr(sampling, name)}; it must be a number" for name in infinite]
+    for problem in value_problems(config, known):  # the known ones have no value here
+        if problem.startswith(prefix):
+            problems.append(problem.removeprefix(prefix))
+    return problems
 
 
 def _limits() -> list[tuple[Any, Callable[[str], str], Callable[[str, Any], bool]]]:
@@ -565,6 +579,8 @@ def _source_problems(config: Config, rule: Callable[..., bool]) -> Iterator[str]
                 f"{key} gives {' and '.join(given) or 'no place to read from'}; it must give exactly one of "
                 "path, dataset and embedded"
             )
+        if source.messages_column and (source.prompt_column or source.answer_column):
+            yield f"{key} names messages_column beside prompt_column or answer_column; it must name one or the others"
         if not source.weight > 0:
             yield f"{key}.weight is {shown(source.weight)}; it must be above zero"
 

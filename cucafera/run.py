@@ -6,7 +6,6 @@ configuration is known to be right.
 
 import json
 import logging
-import math
 import os
 import sys
 from pathlib import Path
@@ -112,11 +111,12 @@ def train(config: Config, overrides: list[str]) -> float | None:
     )
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan
 
-    if config.init_from and config.tokenizer.path is None:
-        config.tokenizer.path = tokenizer_to_begin_with(config.init_from)
     folder = RunFolder(Path(config.run_dir))
     resumed_path = folder.checkpoint_to_resume(config)
     resumed = read_checkpoint(resumed_path) if resumed_path else None
+    if config.init_from and config.tokenizer.path is None:
+        # A run that has begun needs nothing any more of the run that it began with.
+        config.tokenizer.path = str(folder.tokenizer) if resumed else tokenizer_to_begin_with(config.init_from)
     initial = checkpoint_to_begin_with(config) if config.init_from and not resumed else None
     first_step, expected = 0, {}
     if resumed:
@@ -181,7 +181,8 @@ def budget_of_epochs(config: Config, data: "WindowDataModule") -> int:
     """Tokens of the whole steps that show the training data `epochs` times at least."""
     data.prepare_data()
     data.setup()
-    steps = math.ceil(config.epochs / data.epochs_at(1)) if config.epochs else 0
+    assert config.epochs is not None
+    steps = data.steps_of(config.epochs)
     if config.schedule.warmup_steps > (config.schedule.horizon_steps or steps):
         raise UserError(
             f"epochs={config.epochs:g} come to {steps:,} steps of {int(config.batch_tokens):,} tokens, fewer than "

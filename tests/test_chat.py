@@ -80,18 +80,25 @@ def test_the_same_seed_gives_the_same_conversation(trained):
     assert conversations[0] == conversations[1]
 
 
-def test_the_oldest_turns_are_forgotten_whole_when_the_context_is_full(trained):
+def test_the_oldest_turns_are_not_shown_when_the_context_is_full_but_stay_in_the_history(trained, monkeypatch):
     chat = chat_with(trained)
     chat.system = "mar"
     old = [Message(role, text) for text in ("un", "dos", "tres") for role in ("user", "assistant")]
     chat.history = list(old)
-    say(chat, "sol")
-    context = trained.model.config.max_position_embeddings
-    kept = [message for message in chat.history if message in old]
-    assert kept in (old[2:], old[4:], [])
-    assert len(kept) < len(old)
-    question = chat.history[: len(kept) + 1] if chat.history[len(kept) :] else [*kept]
-    assert len(render_prompt([Message("system", "mar"), *question], trained.tokenizer)) <= context
+    prompts = []
+    monkeypatch.setattr(chat, "_written", lambda prompt: prompts.append(prompt) or iter(["bosc"]))
+    assert say(chat, "sol") == "bosc"
+    (prompt,) = prompts
+    assert len(prompt) <= 64 - 8
+    fitting = [
+        shown
+        for forgotten in range(4)
+        if (shown := render_prompt(
+            [Message("system", "mar"), *old[2 * forgotten :], Message("user", "sol")], trained.tokenizer
+        )) and len(shown) <= 64 - 8
+    ]  # fmt: skip
+    assert prompt == fitting[0]
+    assert chat.history == [*old, Message("user", "sol"), Message("assistant", "bosc")]
 
 
 def test_a_message_that_is_too_long_is_refused_and_forgotten(trained):
@@ -99,7 +106,16 @@ def test_a_message_that_is_too_long_is_refused_and_forgotten(trained):
     chat.history = [Message("user", "a"), Message("assistant", "b")]
     with pytest.raises(UserError, match=r"this message has \d+ tokens.*context of 64 leaves room for 56"):
         say(chat, "la mar i el bosc " * 20)
+    chat.system = "la mar " * 30
+    with pytest.raises(UserError, match="the system's message, which /system - takes back"):
+        "".join(chat.redo())
     assert chat.history == [Message("user", "a"), Message("assistant", "b")]
+
+
+def test_what_is_no_text_is_asked_about_all_the_same(trained):
+    chat = chat_with(trained)
+    say(chat, "hola \udcff")
+    assert all("\udcff" not in message.content for message in chat.messages())
 
 
 def test_an_answer_that_is_left_early_keeps_what_was_said(trained):
@@ -152,12 +168,72 @@ def test_commands(trained, monkeypatch, capsys, tmp_path):
     assert chat.history == []
 
 
-def test_redo_answers_the_last_message_again(trained, monkeypatch, capsys):
+@pytest.fixture
+def scripted(trained, monkeypatch):
+    """A chat whose answers are given; an exception among them is raised."""
     chat = chat_with(trained)
-    chat.history = [Message("user", "a"), Message("assistant", "b"), Message("user", "Hola"), Message("assistant", "x")]
-    Terminal(chat)._obey("/redo")
-    assert chat.history[:2] == [Message("user", "a"), Message("assistant", "b")]
-    assert Message("assistant", "x") not in chat.history
+    answers: list = []
+
+    def written(prompt):
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return iter([answer] if answer else [])
+
+    monkeypatch.setattr(chat, "_written", written)
+    chat.history = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
+    return chat, answers
+
+
+def contents(chat: Chat) -> str:
+    return "".join(message.content for message in chat.history)
+
+
+def test_redo_replaces_the_last_answer_and_keeps_it_when_nothing_is_said(scripted):
+    chat, answers = scripted
+    answers += ["e", "", KeyboardInterrupt(), "f"]
+    assert "".join(chat.redo()) == "e"
+    assert contents(chat) == "abce"
+    assert "".join(chat.redo()) == ""
+    with pytest.raises(KeyboardInterrupt):
+        "".join(chat.redo())
+    assert contents(chat) == "abce"
+    assert "".join(chat.redo()) == "f"
+    assert contents(chat) == "abcf"
+
+
+def test_redo_asks_again_what_was_not_answered(scripted):
+    chat, answers = scripted
+    answers += ["", KeyboardInterrupt(), "h"]
+    assert say(chat, "g") == ""
+    with pytest.raises(KeyboardInterrupt):
+        "".join(chat.redo())
+    assert contents(chat) == "abcd"
+    "".join(chat.redo())
+    assert contents(chat) == "abcdgh"
+    chat.reset()
+    with pytest.raises(UserError, match="There is no answer to redo"):
+        "".join(chat.redo())
+
+
+def test_saving_appends_a_line_even_to_a_file_without_a_last_line_end(scripted, tmp_path, capsys):
+    chat, _ = scripted
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"messages": []}')
+    Terminal(chat)._obey(f"/save {path}")
+    first, second = path.read_text().splitlines()
+    assert first == '{"messages": []}'
+    assert len(json.loads(second)["messages"]) == 4
+    for name in ("~nobody-here/x.jsonl", "a\0b"):
+        Terminal(chat)._obey(f"/save {name}")
+        assert "cannot be written" in capsys.readouterr().out
+
+
+def test_a_base_model_has_no_conversation(runs, capsys):
+    terminal = Terminal(chat_with(load_trained(str(runs / "outputs" / "base"))))
+    for command in ("/redo", "/system x", "/save x", "/reset"):
+        terminal._obey(command)
+        assert "needs a model that was trained on conversations" in capsys.readouterr().out
 
 
 # The door itself
@@ -187,7 +263,13 @@ def test_one_prompt_is_answered_and_a_base_model_continues(runs):
         (["corpus.jsonl"], "corpus.jsonl cannot be read"),
         (["outputs/chat", "--temperature", "-1"], "temperature is -1; it must be at least 0"),
         (["outputs/chat", "--top-p", "0"], "top_p is 0; it must be above zero"),
+        (["outputs/chat", "--temperature", "inf"], "temperature is inf; it must be a number"),
+        (["outputs/chat", "--temperature", "1e-30"], "temperature is 1e-30; it must be 0 or at least 0.001"),
         (["outputs/chat", "--prompt", " "], "--prompt is empty"),
+        (["outputs/chat", "--prompt", "la mar i el bosc " * 20], "Write a shorter one"),
+        (["outputs/base", "--system", "x"], "--system needs a model that was trained on conversations"),
+        (["outputs/chat/tokenizer.json"], "it is not a checkpoint, or not a whole one"),
+        ([""], "RUN is empty"),
         ([], "the following arguments are required: RUN"),
     ],
 )

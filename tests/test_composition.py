@@ -92,6 +92,19 @@ WRONG_COMMAND_LINES = [
     (["epochs=0"], "epochs is 0; it must be above zero"),
     (["callbacks.sampling.min_p=2"], "callbacks.sampling.min_p is 2; it must be at most 1"),
     (["callbacks.sampling.stop=['']"], "it must be a list of texts that are not empty"),
+    (
+        [
+            "data=chat_files",
+            "data.sources.files.path=x",
+            "data.sources.files.messages_column=a",
+            "data.sources.files.prompt_column=b",
+        ],
+        "data.sources.files names messages_column beside prompt_column or answer_column; it must name one or the",
+    ),
+    (
+        ["callbacks.sampling.temperature=1e-9"],
+        "callbacks.sampling.temperature is 1e-09; it must be 0 or at least 0.001",
+    ),
     (["data=chat_files"], "data.sources.files.path must be given: data.sources.files.path=..."),
     (["model.hidden_size=${width}"], "model.hidden_size is '${width}', which refers to a key that does not exist"),
 ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,15 @@ def test_epochs_are_turned_into_whole_steps(base, small_chat):
         UserError, match=r"epochs=2 come to \d+ steps of 512 tokens, fewer than schedule\.warmup_steps=500"
     ):
         train(small_chat("name=short", FINETUNE, "epochs=2", "schedule.warmup_steps=500"), [])
+
+
+def test_the_same_command_goes_on_when_the_base_run_is_gone(base, small_chat):
+    train(small_chat("name=chat", FINETUNE, "budget_tokens=3072", "schedule.horizon_steps=12"), [])
+    shutil.rmtree("outputs/base")
+    train(small_chat("name=chat", FINETUNE, "schedule.horizon_steps=12"), [])
+    assert metrics_of("chat")["steps"] == 12
+    with pytest.raises(UserError, match="there is no run there whose model could be taken"):
+        small_chat("name=another", FINETUNE)
 
 
 def test_adapters_leave_the_weights_as_they_are_and_are_merged_when_the_model_is_used(base, small_chat):

@@ -176,6 +176,11 @@ class ChatDataModule(WindowDataModule):
 
     def nothing_held_out(self) -> str:
         """The message that there is no window to validate on."""
+        if sum(windows.left_out for windows in self.validation_sources if isinstance(windows, ConversationWindows)):
+            return (
+                f"not one of the held-out conversations has an answer that ends within the window of "
+                f"{self.config.sequence_length:,} tokens: set a larger sequence_length, or data.validation_fraction"
+            )
         return (
             f"no conversation is held out for validation (data.validation_fraction="
             f"{self.config.data.validation_fraction}): give more conversations, or a larger fraction"
@@ -269,10 +274,9 @@ def _prepare(name: str, source: SourceConfig, config: Config, tokenizer: Tokeniz
 
 
 def _question(conversation: Conversation) -> str:
-    """What comes before the first answer, if anything: it decides the side, so that a question is never on both."""
-    contents = [message.content.strip() for message in conversation]
-    first_answer = next(place for place, message in enumerate(conversation) if message.role == "assistant")
-    return "\n".join(contents[: first_answer or None])
+    """What the user says first: it decides the side, so that a question is never on both, whatever surrounds it."""
+    contents = [message.content.strip() for message in conversation if message.role == "user"]
+    return contents[0] if contents else "\n".join(message.content.strip() for message in conversation)
 
 
 def _joined(conversations: Sequence[Rendered]) -> TokenizedConversations:

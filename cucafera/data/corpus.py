@@ -298,6 +298,9 @@ class _Reader:
                     except UnicodeDecodeError as error:
                         self.unreadable(place, _bad_byte(error))
                         continue
+                    except (ValueError, OverflowError) as error:  # such as a date after the year 9999
+                        self.unreadable(place, _first_line(error))
+                        continue
                     yield place, row, size
 
     def _dataset(self) -> Iterator[tuple[str | None, int]]:
@@ -481,6 +484,8 @@ def _row_of_line(line: bytes) -> Row:
         raise _UnreadableError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     except RecursionError as error:
         raise _UnreadableError("not JSON: nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise _UnreadableError(f"not JSON: {_first_line(error)}") from error
     if not isinstance(row, dict):
         raise _UnreadableError("not a JSON object")
     return row

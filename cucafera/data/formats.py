@@ -24,43 +24,61 @@ PROMPT = ("prompt", "instruction", "question")
 INPUT = ("input",)
 ANSWER = ("completion", "output", "answer", "response", "summary")
 
-ROLE_OF_SPEAKER = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names."""
 
 
 def conversation_of_row(row: Mapping[str, Any], source: SourceConfig) -> list[Message]:
     """The conversation that a row holds.
 
+    System messages without text are left out.
+
     Raises:
         ConversationError: no format is recognized by the columns, or what they hold is no conversation.
     """
-    messages = _column(row, source.messages_column, MESSAGES)
+    messages = _messages_column(row, source)
+    conversation = _messages(row[messages], messages) if messages is not None else _prompt_and_answer(row, source)
     system = _column(row, source.system_column, SYSTEM)
-    conversation = [Message("system", _text(row[system], system))] if system and row[system] else []
-    if messages is not None and source.prompt_column is None:
-        conversation += _messages(row[messages], messages)
-    else:
-        prompt = _column(row, source.prompt_column, PROMPT)
-        answer = _column(row, source.answer_column, ANSWER)
-        if prompt is None or answer is None:
-            raise ConversationError(
-                f"no conversation is recognized in the columns {', '.join(map(str, row)) or '(none)'}: name them with "
-                "messages_column, or with prompt_column and answer_column (of data.sources.NAME)"
-            )
-        conversation += _turns(row[prompt], prompt, "user")
-        extra = _column(row, source.input_column, INPUT)
-        if extra is not None and row[extra]:
-            *before, last = conversation
-            conversation = [*before, Message(last.role, f"{last.content}\n\n{_text(row[extra], extra)}")]
-        conversation += _turns(row[answer], answer, "assistant")
+    if system is not None and row[system]:
+        if any(message.role == "system" for message in conversation):
+            raise ConversationError(f"it has a system message in the column {system} and another among its messages")
+        conversation = [Message("system", _text(row[system], system)), *conversation]
+    conversation = [message for message in conversation if message.role != "system" or message.content.strip()]
     check_conversation(conversation)
     return conversation
 
 
+def _messages_column(row: Mapping[str, Any], source: SourceConfig) -> str | None:
+    """The column of messages, or None if the conversation is a prompt and an answer."""
+    if source.prompt_column is not None or source.answer_column is not None:
+        return None
+    column = _column(row, source.messages_column, MESSAGES)
+    unfilled = source.messages_column is None and column is not None and row[column] is None
+    return None if unfilled and _column(row, None, PROMPT) is not None else column
+
+
+def _prompt_and_answer(row: Mapping[str, Any], source: SourceConfig) -> list[Message]:
+    prompt = _column(row, source.prompt_column, PROMPT)
+    answer = _column(row, source.answer_column, ANSWER)
+    if prompt is None or answer is None:
+        raise ConversationError(
+            f"no conversation is recognized in the columns {', '.join(map(str, row)) or '(none)'}: name them with "
+            "messages_column, or with prompt_column and answer_column (of data.sources.NAME)"
+        )
+    question = _turns(row[prompt], prompt, "user")
+    extra = _column(row, source.input_column, INPUT)
+    if extra is not None and row[extra]:
+        if not question or question[-1].role != "user":
+            raise ConversationError(f"{extra} belongs to what the user says last in {prompt}, and the user does not")
+        question[-1] = Message("user", f"{question[-1].content}\n\n{_text(row[extra], extra)}")
+    return question + _turns(row[answer], answer, "assistant")
+
+
 def _column(row: Mapping[str, Any], named: str | None, known: tuple[str, ...]) -> str | None:
-    """The column that the configuration names, or else the first known one that there is."""
+    """The column that the configuration names, or else the first known one that holds something, or is there."""
     if named is None:
-        return next((column for column in known if column in row), None)
+        there = [column for column in known if column in row]
+        return next((column for column in there if row[column] is not None), there[0] if there else None)
     if named not in row:
         raise ConversationError(f"no column {named!r}; it has {', '.join(map(str, row)) or 'none'}")
     return named
@@ -73,7 +91,9 @@ def _turns(value: Any, column: str, role: str) -> list[Message]:
 
 def _messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
-        value = [dict(zip(value, parts, strict=False)) for parts in zip(*value.values(), strict=False)]
+        if len({len(part) for part in value.values()}) > 1:
+            raise ConversationError(f"{column} has lists of different lengths: {', '.join(map(str, value))}")
+        value = [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
     if isinstance(value, str):
         raise ConversationError(f"{column} is a text, not a list of messages; it must be JSON, not a text of it")
     if not isinstance(value, list):
@@ -84,15 +104,14 @@ def _messages(value: Any, column: str) -> list[Message]:
 def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise ConversationError(f"{place} is {_kind(value)}, not an object with role and content")
-    if "role" in value and "content" in value:
-        role, content = value["role"], value["content"]
-        if isinstance(content, list):
-            content = _joined(content, place)
-    elif "from" in value and "value" in value:
-        role, content = ROLE_OF_SPEAKER.get(value["from"], value["from"]), value["value"]
-    else:
-        raise ConversationError(f"{place} has {', '.join(map(str, value)) or 'nothing'}, not role and content")
-    return Message(_text(role, f"the role of {place}"), _text(content, place))
+    for role_key, content_key in (("role", "content"), ("from", "value")):
+        # Parquet gives each message the keys of all, null where it has none.
+        if {role_key, content_key} <= value.keys() and (value[role_key], value[content_key]) != (None, None):
+            role, content = _text(value[role_key], f"the role of {place}"), value[content_key]
+            if isinstance(content, list):
+                content = _joined(content, place)
+            return Message(ROLE_OF_SPEAKER.get(role, role), _text(content, place))
+    raise ConversationError(f"{place} has {', '.join(map(str, value)) or 'nothing'}, not role and content")
 
 
 def _joined(parts: list[Any], place: str) -> str:

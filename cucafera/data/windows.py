@@ -7,6 +7,7 @@ W  windows of one step over all devices
 
 import hashlib
 import json
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -262,6 +263,10 @@ class WindowDataModule(pl.LightningDataModule):
     def epochs_at(self, step: int) -> float:
         """Passes over the training windows after so many steps."""
         return step * self.config.windows_per_step / self.training_steps.order.windows_per_epoch
+
+    def steps_of(self, epochs: float) -> int:
+        """The fewest whole steps that show the training windows so many times."""
+        return math.ceil(epochs * self.training_steps.order.windows_per_epoch / self.config.windows_per_step)
 
     def validation_places(self) -> list[tuple[int, int]]:
         """Source and window of each held-out window that is evaluated, spread evenly over all."""

@@ -56,7 +56,10 @@ def generate(
 
     Raises:
         ContextFullError: a prompt leaves no room.
+        ValueError: a prompt has no token.
     """
+    if not prompts:
+        return []
     writers = [TextWriter(tokenizer, sampling.stop) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     ended = [""] * len(prompts)
@@ -71,11 +74,16 @@ def generate(
             writers[text].add(token)
             if writers[text].stopped:
                 ended[text] = "stop"
+            elif len(ids[text]) == sampling.max_new_tokens:
+                ended[text] = "length"
+            elif len(prompts[text]) + len(ids[text]) == model.config.max_position_embeddings:
+                ended[text] = "context"
         if all(ended):
             break
     for text, writer in enumerate(writers):
         writer.finish()
-        ended[text] = ended[text] or ("length" if len(ids[text]) == sampling.max_new_tokens else "context")
+        if writer.stopped:
+            ended[text] = "stop"
     return [Written(*written) for written in zip(ids, (writer.text for writer in writers), ended, strict=True)]
 
 
@@ -159,23 +167,27 @@ def _overlap(text: str, stop: str) -> int:
 def token_columns(
     model: Decoder, prompts: Sequence[list[int]], sampling: SamplingConfig, generator: torch.Generator | None
 ) -> Iterator[list[int]]:
-    """The next token of every text, again and again until max_new_tokens or the end of the context."""
+    """The next token of every text, again and again until each has max_new_tokens or fills its context."""
     context = model.config.max_position_embeddings
-    longest = max(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    longest = max(lengths)
+    if not min(lengths):
+        raise ValueError("a prompt needs at least one token")
     if longest >= context:
         raise ContextFullError(
             f"the prompt has {longest:,} tokens and the model's context {context:,}: there is no room for an answer. "
             "Shorten the prompt"
         )
     weight = model.embed_tokens.weight
-    missing = [longest - len(prompt) for prompt in prompts]
+    missing = [longest - length for length in lengths]
     padded = [[PAD_ID] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
     padding = torch.tensor(missing, device=weight.device) if any(missing) else None
-    capacity = min(longest + sampling.max_new_tokens, context)
+    steps = max(min(sampling.max_new_tokens, context - length) for length in lengths)
+    capacity = longest + steps
     cache = KeyValueCache(model.config, len(prompts), capacity, weight.device, weight.dtype, padding)
     seen = SeenTokens(list(prompts), model.config.vocab_size, weight.device)
     new: Tensor = torch.tensor(padded, device=weight.device)
-    for _ in range(capacity - longest):
+    for _ in range(steps):
         # `forward` and not `model(...)`: a model compiled for windows would be compiled again for one token.
         hidden = model.forward(new, cache=cache)
         new = next_tokens(model.logits(hidden[:, -1]).float(), seen.mask, sampling, generator)

@@ -182,7 +182,7 @@ class Decoder(nn.Module):
             positions = positions_within(documents)
         elif padding is not None:
             places = torch.arange(past, past + tokens, device=input_ids.device)
-            positions = (places - padding[:, None]).clamp_min(0)
+            positions = (places - padding[:, None]).clamp(0, len(self.cos) - 1)  # a text that is full is not read on
         cos, sin = self.cos[positions], self.sin[positions]
         mask = attention_mask(tokens, past, documents, padding, input_ids.device)
 

@@ -68,7 +68,7 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         ("Validation bpb", f"{first['bpb']:.3f} -> {last['bpb']:.3f} bits a byte (best {metrics['best_bpb']:.3f})"),
         ("Accuracy", f"{first['accuracy']:.1%} -> {last['accuracy']:.1%} of the tokens were the likeliest"),
     ]
-    if metrics["kind"] == "conversations":
+    if metrics["kind"] == "conversations" and metrics["samples"]:
         stopped = sum(sample["ended"] == "stop" for sample in metrics["samples"])
         lines.append(("Answers", f"{stopped} of {len(metrics['samples'])} stopped by themselves"))
     return [*lines, ("Checkpoint", str(folder.step_checkpoints()[-1]))]

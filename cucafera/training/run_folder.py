@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ log = logging.getLogger(__name__)
 
 MAY_CHANGE = ("name", "run_dir", "resume", "budget_tokens", "epochs", "trainer", "callbacks", "logger")
 """Keys that a run may be continued with other values of: hardware, budget, and what happens beside training."""
-MAY_CHANGE_IN_DATA = ("data.prepared_dir", "data.processes", "data.validation_windows")
+MAY_CHANGE_WITHIN = ("data.prepared_dir", "data.processes", "data.validation_windows", "tokenizer.path")
+"""More of them; the tokenizer itself may not change, wherever its file is."""
 
 
 class RunFolder:
@@ -97,7 +99,7 @@ class RunFolder:
             if key in flat_before
             and flat_now[key] != flat_before[key]
             and key.split(".")[0] not in MAY_CHANGE
-            and key not in MAY_CHANGE_IN_DATA
+            and key not in MAY_CHANGE_WITHIN
         ]
         if differences:
             raise UserError(
@@ -144,6 +146,8 @@ class RunFolder:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's tensors and plain data, mapped from disk. Raises UserError if it cannot be read."""
     try:
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise ValueError("it is not a checkpoint, or not a whole one")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if "config" in checkpoint and "state_dict" in checkpoint:
             return dict(checkpoint)
@@ -228,6 +232,10 @@ def load_trained(source: str) -> TrainedModel:
     path = checkpoint_of(source, "")
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
+    if not Path(tokenizer_to_begin_with(str(path))).exists():
+        raise UserError(
+            f"{path}: there is no {tokenizer_to_begin_with(str(path))}; a checkpoint stays in its run folder"
+        )
     tokenizer = Tokenizer.load(tokenizer_to_begin_with(str(path)))
     if tokenizer.fingerprint != checkpoint["identity"]["tokenizer"]:
         raise UserError(f"{tokenizer_to_begin_with(str(path))} is not the tokenizer that {path} was trained with")

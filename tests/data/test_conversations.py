@@ -181,6 +181,47 @@ def test_the_split_is_by_the_first_question_and_does_not_depend_on_the_other_row
             assert data.tokenizer.decode(piece).split("<im_end>")[0] in questions[1]
 
 
+def test_the_same_question_is_on_one_side_whatever_surrounds_it(chat_run):
+    def rows(count: int, before) -> list[dict]:
+        generator = random.Random(5)
+        questions = [f"la mar {number} " + generator.choice(["bosc", "sol"]) for number in range(count)]
+        return rows_of(
+            [
+                [*before(copy), Message("user", question), Message("assistant", "si")]
+                for question in questions
+                for copy in range(3)
+            ]
+        )
+
+    for name, before in (
+        ("systems", lambda copy: [Message("system", f"sistema {copy}")]),
+        ("one-system", lambda copy: [Message("system", "sistema")]),
+        ("greetings", lambda copy: [Message("assistant", "hola")]),
+    ):
+        data = opened(chat_run(rows(40, before), path=f"{name}.jsonl"))
+        sides = []
+        for source in (data.training_steps.sources[0], data.validation_sources[0]):
+            texts = [data.tokenizer.decode(piece) for n in range(len(source)) for piece in pieces(source.window(n))]
+            sides.append({text.split("user\n")[1].split("<im_end>")[0] for text in texts})
+        assert sides[0] and sides[1], name
+        assert not sides[0] & sides[1], name
+
+
+def test_rows_that_cannot_even_be_read_are_left_out_and_counted(chat_run):
+    rows = rows_of(random_conversations(40))
+    config = chat_run(rows, "data.skip_broken_lines=true")
+    with Path("chat.jsonl").open("a") as file:
+        file.write('{"n": ' + "9" * 5000 + "}\n")
+    opened(config)
+    (summary,) = Path("prepared").glob("conversations-*/prepared.json")
+    assert json.loads(summary.read_text())["broken"] == 1
+    dates = pyarrow.array([2**62] * 40, pyarrow.timestamp("us"))
+    table = pyarrow.Table.from_pylist(rows).append_column("when", dates)
+    parquet.write_table(table, "dates.parquet")
+    with pytest.raises(UserError, match=r"dates\.parquet, row 1: "):
+        opened(composed_config([*CHAT_RUN, "data=chat_files", "data.sources.files.path=dates.parquet"]))
+
+
 def test_prepared_conversations_are_made_once(chat_run, monkeypatch):
     config = chat_run(rows_of(random_conversations(40)))
     first = opened(config)
@@ -224,6 +265,9 @@ def test_a_source_without_a_usable_conversation_is_told(chat_run):
     endless = {"prompt": "x", "completion": "mar i bosc " * 100}
     with pytest.raises(UserError, match="not one of 1 conversations has an answer that ends within the window of 64"):
         opened(chat_run([endless], "data.validation_fraction=1e-9", path="long.jsonl"))
+    mixed = [{"prompt": "x", "completion": "y"}, *[endless | {"prompt": f"x{n}"} for n in range(40)]]
+    with pytest.raises(UserError, match="not one of the held-out conversations has an answer that ends within"):
+        opened(chat_run(mixed, path="mixed.jsonl"))
     with pytest.raises(UserError, match="no conversation is held out for validation"):
         opened(chat_run(rows_of(random_conversations(3)), "data.validation_fraction=1e-9", path="few.jsonl"))
     Path("chat.txt").write_text("Hola")

@@ -34,6 +34,19 @@ FORMATS = {
          "conversations": [{"from": "human", "value": "Hola"}, {"from": "gpt", "value": "Bon dia"}]},
         [SYSTEM, *HELLO],
     ),
+    "ShareGPT's names as roles": (
+        {"messages": [{"role": "human", "content": "Hola"}, {"role": "gpt", "content": "Bon dia"}]}, HELLO,
+    ),
+    "both forms in one column, as parquet unites them": (
+        {"messages": [{"role": None, "content": None, "from": "human", "value": "Hola"},
+                      {"role": "assistant", "content": "Bon dia", "from": None, "value": None}]},
+        HELLO,
+    ),
+    "a system message without text": ({"system": " ", "messages": TURNS}, HELLO),
+    "a system message without text among the messages": (
+        {"messages": [{"role": "system", "content": ""}, *TURNS]}, HELLO,
+    ),
+    "a column of messages that is not filled": ({"messages": None, "prompt": "Hola", "completion": "Bon dia"}, HELLO),
     "conversation": ({"conversation": TURNS}, HELLO),
     "prompt and completion": ({"prompt": "Hola", "completion": "Bon dia"}, HELLO),
     "prompt and completion, messages": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, HELLO),
@@ -62,6 +75,8 @@ def test_columns_with_other_names_are_named_in_the_configuration():
     source = SourceConfig(prompt_column="pregunta", answer_column="resposta", system_column="rol", input_column="text")
     row = {"pregunta": "Hola", "resposta": "Bon dia", "rol": "Sigues breu.", "text": "", "messages": []}
     assert conversation_of_row(row, source) == [SYSTEM, *HELLO]
+    answered = {"messages": TURNS, "prompt": "Hola", "resposta": "Bon dia"}
+    assert conversation_of_row(answered, SourceConfig(answer_column="resposta")) == HELLO
     assert conversation_of_row({"xat": TURNS, "messages": None}, SourceConfig(messages_column="xat")) == HELLO
 
 
@@ -75,6 +90,14 @@ BROKEN = [
     ({"prompt": "x", "completion": 3}, "completion is a number, not a text"),
     ({"prompt": " ", "completion": "x"}, "message 1, of the user, is empty"),
     ({"question": "x", "answer": "\n"}, "message 2, of the assistant, is empty"),
+    ({"prompt": [], "input": "x", "completion": "y"}, "input belongs to what the user says last in prompt, and the"),
+    ({"prompt": TURNS, "input": "x", "completion": "y"}, "input belongs to what the user says last in prompt"),
+    ({"messages": {"role": ["user", "assistant"], "content": ["x"]}}, "messages has lists of different lengths: role"),
+    ({"conversations": [{"from": ["human"], "value": "x"}]}, "the role of message 1 of conversations is a list, not a"),
+    (
+        {"system": "x", "messages": [{"role": "system", "content": "y"}, *TURNS]},
+        "a system message in the column system",
+    ),
     ({"instruction": "x", "input": 5, "output": "y"}, "input is a number, not a text"),
     ({"messages": None}, "messages is null, not a list of messages"),
     ({"messages": []}, "the conversation has no messages"),

@@ -109,6 +109,20 @@ def test_text_ends_where_the_context_does(model, tokenizer):
         generate(model, tokenizer, prompts_of(48), GREEDY, NO_STOP)
 
 
+def test_a_short_text_goes_on_beside_one_whose_context_is_full(model, tokenizer):
+    prompts = prompts_of(44, 3)
+    sampling = dataclasses.replace(GREEDY, max_new_tokens=30)
+    written = generate(model, tokenizer, prompts, sampling, NO_STOP)
+    assert [(len(text.ids), text.ended) for text in written] == [(4, "context"), (30, "length")]
+    assert [text.ids for text in written] == [ids(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
+
+
+def test_no_prompts_give_no_texts_and_an_empty_prompt_is_refused(model, tokenizer):
+    assert generate(model, tokenizer, [], GREEDY, NO_STOP) == []
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(model, tokenizer, [[], [20]], GREEDY, NO_STOP)
+
+
 def test_the_same_seed_gives_the_same_text(model, tokenizer):
     prompts = prompts_of(4, 6)
     sampling = SamplingConfig(max_new_tokens=16, temperature=1.0)
