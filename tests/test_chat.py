@@ -1,6 +1,7 @@
 """The chat door: a conversation, its commands, and a real terminal."""
 
 import codecs
+import fcntl
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -289,6 +291,12 @@ def test_lines_from_a_pipe_are_answered_until_they_end(runs):
     assert "> " not in result.stdout
 
 
+def _take_the_terminal() -> None:
+    """Runs in the new process: its input becomes its terminal, and Ctrl-C reaches it, as from a shell."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it
+
+
 class PseudoTerminal:
     """A program in a terminal of its own."""
 
@@ -297,7 +305,7 @@ class PseudoTerminal:
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
             cwd=folder, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=_take_the_terminal,
         )  # fmt: skip
         os.close(slave)
         self.text = ""
