@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +147,10 @@ class ChatDataModule(WindowDataModule):
 
     stop_id = IM_END_ID
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._summaries: dict[str, PreparedConversations] = {}
+
     def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
         """Tokenizes the conversations of a source."""
         data = self.config.data
@@ -164,7 +168,7 @@ class ChatDataModule(WindowDataModule):
     def open_source(self, name: str, source: SourceConfig) -> OpenedSource:
         """Opens the tokenized conversations of a source, and packs them."""
         folder, length = self._folder(source, self.tokenizer), self.config.sequence_length
-        summary = PreparedConversations(**read_summary(folder))
+        summary = self._summaries[name] = PreparedConversations(**read_summary(folder))
         training = ConversationWindows(_read(folder / "train.npz", self.config.model.vocab_size), length)
         validation = ConversationWindows(_read(folder / "validation.npz", self.config.model.vocab_size), length)
         if not len(training):
@@ -206,6 +210,11 @@ class ChatDataModule(WindowDataModule):
             if cut or left_out:
                 line += f"; longer than a window: {cut:,} cut behind an answer, {left_out:,} left out"
             lines.append(line)
+            summary = self._summaries[name]
+            if summary.repetitive:
+                lines.append(f"        {summary.repetitive:,} more left out: an answer repeats itself")
+            if summary.broken:
+                lines.append(f"        {summary.broken:,} more could not be used; the first: {summary.first_broken}")
         lines.append(f"        seen {self.epochs_at(self.config.total_steps):.2f} times")
         lines.append("The first conversation as the model sees it; it is trained on what stands in ⟦ ⟧:")
         first = self._first_conversation().split("\n")

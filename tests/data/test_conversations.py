@@ -243,7 +243,8 @@ def test_a_broken_row_is_told_with_its_place_or_left_out_and_counted(chat_run):
     rows[7] = {"messages": [{"role": "robot", "content": "x"}]}
     with pytest.raises(UserError, match=r"chat\.jsonl:8: message 1 has the role 'robot'.*skip_broken_lines=true"):
         opened(chat_run(rows))
-    opened(chat_run(rows, "data.skip_broken_lines=true"))
+    data = opened(chat_run(rows, "data.skip_broken_lines=true"))
+    assert "1 more could not be used; the first: chat.jsonl:8: message 1 has the role 'robot'" in data.describe()
     (summary,) = Path("prepared").glob("conversations-*/prepared.json")
     content = json.loads(summary.read_text())
     assert content["broken"] == 1
@@ -254,7 +255,8 @@ def test_a_broken_row_is_told_with_its_place_or_left_out_and_counted(chat_run):
 def test_repetitive_answers_are_left_out_and_counted(chat_run):
     rows = rows_of(random_conversations(40))
     rows[3] = {"prompt": "x", "completion": "un dos tres quatre cinc " * 20}
-    opened(chat_run(rows, "data.repeated_5grams=15"))
+    data = opened(chat_run(rows, "data.repeated_5grams=15"))
+    assert "1 more left out: an answer repeats itself" in data.describe()
     (summary,) = Path("prepared").glob("conversations-*/prepared.json")
     assert json.loads(summary.read_text())["repetitive"] == 1
 
