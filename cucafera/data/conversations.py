@@ -31,6 +31,8 @@ from cucafera.data.prepared import SUMMARY, PreparationProgress, damaged, flush,
 from cucafera.data.tokenizer import IM_END_ID, PAD_ID, Tokenizer
 from cucafera.data.windows import IGNORED, OpenedSource, Window, WindowDataModule, short_hash
 
+VERSION = 1
+"""Changes whenever the same rows would be prepared in another way."""
 CONVERSATIONS_AT_A_TIME = 1000
 LINES_SHOWN = 30
 """Lines of the first conversation that are shown when training begins."""
@@ -241,7 +243,7 @@ class ChatDataModule(WindowDataModule):
     def _folder(self, source: SourceConfig, tokenizer: Tokenizer) -> Path:
         data = self.config.data
         columns = [value for key, value in sorted(vars(source).items()) if key.endswith("_column")]
-        settings = (data.validation_fraction, data.skip_broken_lines, data.repeated_5grams)
+        settings = (VERSION, data.validation_fraction, data.skip_broken_lines, data.repeated_5grams)
         key = short_hash(source_fingerprint(source), tokenizer.fingerprint, *columns, *settings)
         return self.prepared / f"conversations-{key}"
 
