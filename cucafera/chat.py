@@ -4,6 +4,7 @@ A model that was trained on conversations answers; one that was not continues wh
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -288,8 +289,6 @@ def _talk(arguments: argparse.Namespace) -> int:
 
 
 def _begin_terminal(trained: "TrainedModel") -> None:
-    import contextlib
-
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones found again
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())

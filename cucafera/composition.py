@@ -78,7 +78,14 @@ def _config_to_inherit(composed: DictConfig) -> DictConfig:
 def _config_of_run(init_from: str) -> DictConfig:
     """The configuration of a run folder, or of the run that a checkpoint belongs to."""
     source = Path(init_from).expanduser()
-    config = OmegaConf.load((source.parent.parent if source.is_file() else source) / "config.yaml")
+    path = (source.parent.parent if source.is_file() else source) / "config.yaml"
+    return _loaded(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(path: Path, changed_ns: int) -> DictConfig:
+    """A configuration file as it was at a time: each key that is inherited asks for it."""
+    config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config
 

@@ -177,7 +177,7 @@ def train(config: Config, overrides: list[str]) -> float | None:
     return float(metrics["validation"][-1]["bpb"])
 
 
-def budget_of_epochs(config: Config, data: "WindowDataModule") -> int:
+def budget_of_epochs(config: Config, data: "WindowDataModule[Any]") -> int:
     """Tokens of the whole steps that show the training data `epochs` times at least."""
     data.prepare_data()
     data.setup()

@@ -144,7 +144,7 @@ def _places_that_fit(rendered: Rendered, length: int) -> int:
     return int(fitting[-1]) if len(fitting) else 0
 
 
-class ChatDataModule(WindowDataModule):
+class ChatDataModule(WindowDataModule[ConversationWindows]):
     """Conversations, in ChatML, of a finetuning run."""
 
     stop_id = IM_END_ID
@@ -153,10 +153,9 @@ class ChatDataModule(WindowDataModule):
         super().__init__(*arguments, **settings)
         self._summaries: dict[str, PreparedConversations] = {}
 
-    def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
+    def prepare_source(self, name: str, source: SourceConfig) -> None:
         """Tokenizes the conversations of a source."""
-        data = self.config.data
-        folder = self._folder(source, tokenizer)
+        data, tokenizer, folder = self.config.data, self.tokenizer, self._folder(source)
         made = prepare_once(name, folder, lambda partial: _prepare(name, source, self.config, tokenizer, partial))
         summary = PreparedConversations(**made)
         if not summary.conversations:
@@ -167,9 +166,9 @@ class ChatDataModule(WindowDataModule):
                 + (f". The first that could not be used: {summary.first_broken}" if summary.broken else "")
             )
 
-    def open_source(self, name: str, source: SourceConfig) -> OpenedSource:
+    def open_source(self, name: str, source: SourceConfig) -> OpenedSource[ConversationWindows]:
         """Opens the tokenized conversations of a source, and packs them."""
-        folder, length = self._folder(source, self.tokenizer), self.config.sequence_length
+        folder, length = self._folder(source), self.config.sequence_length
         summary = self._summaries[name] = PreparedConversations(**read_summary(folder))
         training = ConversationWindows(_read(folder / "train.npz", self.config.model.vocab_size), length)
         validation = ConversationWindows(_read(folder / "validation.npz", self.config.model.vocab_size), length)
@@ -182,7 +181,7 @@ class ChatDataModule(WindowDataModule):
 
     def nothing_held_out(self) -> str:
         """The message that there is no window to validate on."""
-        if sum(windows.left_out for windows in self.validation_sources if isinstance(windows, ConversationWindows)):
+        if any(windows.left_out for windows in self.validation_sources):
             return (
                 f"not one of the held-out conversations has an answer that ends within the window of "
                 f"{self.config.sequence_length:,} tokens: set a larger sequence_length, or data.validation_fraction"
@@ -200,9 +199,7 @@ class ChatDataModule(WindowDataModule):
         """The amounts of conversations, and the first of them with its mask."""
         lines = []
         names = self.config.data.sources
-        for name, training, validation in zip(names, self.training_steps.sources, self.validation_sources, strict=True):
-            assert isinstance(training, ConversationWindows)
-            assert isinstance(validation, ConversationWindows)
+        for name, training, validation in zip(names, self.training_sources, self.validation_sources, strict=True):
             room = len(training) * self.config.sequence_length
             line = (
                 f"Data    {name}: {training.kept:,} conversations in {len(training):,} windows, {validation.kept:,} "
@@ -228,7 +225,7 @@ class ChatDataModule(WindowDataModule):
     def _first_conversation(self) -> str:
         """The first conversation of the first step, rebuilt from what the model is given."""
         source, number = (int(found[0]) for found in self.training_steps.order.windows(0, 1))
-        window = self.training_steps.sources[source].window(number)
+        window = self.training_sources[source].window(number)
         places = int((window.documents == 0).sum())
         tokens = [*window.input_ids[:places].tolist(), int(window.targets[places - 1])]
         trained = [False, *(window.targets[:places] != IGNORED).tolist()]
@@ -240,11 +237,11 @@ class ChatDataModule(WindowDataModule):
                 start = place
         return text
 
-    def _folder(self, source: SourceConfig, tokenizer: Tokenizer) -> Path:
+    def _folder(self, source: SourceConfig) -> Path:
         data = self.config.data
         columns = [value for key, value in sorted(vars(source).items()) if key.endswith("_column")]
         settings = (VERSION, data.validation_fraction, data.skip_broken_lines, data.repeated_5grams)
-        key = short_hash(source_fingerprint(source), tokenizer.fingerprint, *columns, *settings)
+        key = short_hash(source_fingerprint(source), self.tokenizer.fingerprint, *columns, *settings)
         return self.prepared / f"conversations-{key}"
 
 

@@ -37,7 +37,7 @@ class CorpusError(UserError):
     """Text that is not there or cannot be read."""
 
 
-class _UnreadableError(Exception):
+class _UnreadableError(UserError):
     """Why one line or row is no document."""
 
 
@@ -93,17 +93,9 @@ def read_rows(
         CorpusError: the source is not there, or holds something that cannot be read.
     """
     reader = _Reader(f"data.sources.{name}", source, skip_broken_lines, counts)
-    read = 0
-    for place, row, size in reader.rows():
-        read += size
-        try:
-            converted = convert(row)
-        except UserError as problem:
-            reader.unreadable(place, problem)
-            continue
+    for converted, size in reader.converted(reader.rows(), convert):
         counts.documents += 1
-        yield converted, read
-        read = 0
+        yield converted, size
 
 
 def source_bytes(source: SourceConfig) -> int | None:
@@ -175,7 +167,7 @@ class _Reader:
             for file in _files(self.source.path):
                 yield from self._file(file)
         elif self.source.dataset is not None:
-            yield from self._dataset()
+            yield from self.converted(self._rows_of_dataset(self.source.column), self._text_of_row)
         else:
             with embedded_corpus().open("rb") as lines:
                 for line in lines:
@@ -194,7 +186,20 @@ class _Reader:
                 for number, line in enumerate(lines, 1):
                     yield f"embedded conversation {number}", json.loads(line), len(line)
 
-    def unreadable(self, place: str, problem: object) -> None:
+    def converted(self, rows: Iterable[tuple[str, Row, int]], convert: Callable[[Row], T]) -> Iterator[tuple[T, int]]:
+        """What `convert` makes of rows, and the bytes since the one before; where it raises UserError, it is broken."""
+        read = 0
+        for place, row, size in rows:
+            read += size
+            try:
+                result = convert(row)
+            except UserError as problem:
+                self._unreadable(place, problem)
+                continue
+            yield result, read
+            read = 0
+
+    def _unreadable(self, place: str, problem: object) -> None:
         """Counts what stands at a place as broken, or stops there."""
         if not self.skip_broken_lines:
             raise CorpusError(f"{place}: {problem}. Mend it, or set data.skip_broken_lines=true to leave it out")
@@ -206,13 +211,7 @@ class _Reader:
         if _format(path) == ".parquet":
             yield from self._parquet(path)
         elif _format(path) == ".jsonl":
-            for place, row, size in self._jsonl(path):
-                try:
-                    text = _text_of_row(row, self.source.column)
-                except _UnreadableError as problem:
-                    self.unreadable(place, problem)
-                    continue
-                yield text, size
+            yield from self.converted(self._jsonl(path), self._text_of_row)
         else:
             with self._opened(path) as (raw, content):
                 position = 0
@@ -244,7 +243,7 @@ class _Reader:
                 try:
                     row = _row_of_line(line)
                 except _UnreadableError as problem:
-                    self.unreadable(place, problem)
+                    self._unreadable(place, problem)
                     continue
                 yield place, row, raw.tell() - position
                 position = raw.tell()
@@ -256,7 +255,7 @@ class _Reader:
                 yield document.decode()
             except UnicodeDecodeError as error:
                 line = number + document.count(b"\n", 0, error.start)
-                self.unreadable(f"{path}:{line}", _bad_byte(error))
+                self._unreadable(f"{path}:{line}", _bad_byte(error))
             number += document.count(b"\n") + (self.source.document_separator or "").count("\n")
 
     @contextmanager
@@ -283,7 +282,7 @@ class _Reader:
                     try:
                         yield None if content is None else _decoded(content), size
                     except _UnreadableError as problem:
-                        self.unreadable(f"{path}, row {number}", problem)
+                        self._unreadable(f"{path}, row {number}", problem)
 
     def _rows_of_parquet(self, path: Path) -> Iterator[tuple[str, Row, int]]:
         with self._parquet_file(path) as file:
@@ -296,21 +295,12 @@ class _Reader:
                     try:
                         (row,) = batch.slice(offset, 1).to_pylist()
                     except UnicodeDecodeError as error:
-                        self.unreadable(place, _bad_byte(error))
+                        self._unreadable(place, _bad_byte(error))
                         continue
                     except (ValueError, OverflowError) as error:  # such as a date after the year 9999
-                        self.unreadable(place, _first_line(error))
+                        self._unreadable(place, _first_line(error))
                         continue
                     yield place, row, size
-
-    def _dataset(self) -> Iterator[tuple[str | None, int]]:
-        for place, row, size in self._rows_of_dataset(self.source.column):
-            try:
-                text = _checked(row[self.source.column])
-            except _UnreadableError as problem:
-                self.unreadable(place, problem)
-                continue
-            yield text, size
 
     def _rows_of_dataset(self, column: str | None) -> Iterator[tuple[str, Row, int]]:
         """Rows of a Hugging Face dataset, with all columns or only one; their size in characters."""
@@ -338,6 +328,12 @@ class _Reader:
                 number += 1
                 size = sum(len(value) for value in values if isinstance(value, str))
                 yield f"{place}, row {number}", dict(zip(batch, values, strict=True)), size
+
+    def _text_of_row(self, row: Row) -> str | None:
+        column = self.source.column
+        if column not in row:
+            raise _UnreadableError(f"no column {column!r}; it has {', '.join(row) or 'none'}")
+        return _checked(row[column])
 
     def _check_column(self, place: str, columns: list[str]) -> None:
         if self.source.column not in columns:
@@ -489,12 +485,6 @@ def _row_of_line(line: bytes) -> Row:
     if not isinstance(row, dict):
         raise _UnreadableError("not a JSON object")
     return row
-
-
-def _text_of_row(row: Row, column: str) -> str | None:
-    if column not in row:
-        raise _UnreadableError(f"no column {column!r}; it has {', '.join(row) or 'none'}")
-    return _checked(row[column])
 
 
 def _checked(value: Any) -> str | None:

@@ -41,27 +41,27 @@ class StreamWindows:
         return Window(ids[:-1], ids[1:], np.cumsum(ids[:-1] == DOCUMENT_START_ID))
 
 
-class PackedDataModule(WindowDataModule):
+class PackedDataModule(WindowDataModule[StreamWindows]):
     """Corpus, tokenizer, shards and windows of a pretraining run."""
 
     stop_id = DOCUMENT_START_ID
 
-    def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
+    def prepare_source(self, name: str, source: SourceConfig) -> None:
         """Writes the shards of a source."""
         prepare_source(
             name,
             source,
-            tokenizer,
-            self._shard_folder(source, tokenizer),
+            self.tokenizer,
+            self._shard_folder(source),
             validation_fraction=self.config.data.validation_fraction,
             shard_tokens=self.config.data.shard_tokens,
             skip_broken_lines=self.config.data.skip_broken_lines,
             processes=self.config.data.processes,
         )
 
-    def open_source(self, name: str, source: SourceConfig) -> OpenedSource:
+    def open_source(self, name: str, source: SourceConfig) -> OpenedSource[StreamWindows]:
         """Opens the shards of a source."""
-        folder = self._shard_folder(source, self.tokenizer)
+        folder = self._shard_folder(source)
         length = self.config.sequence_length
         training, validation = (
             StreamWindows(
@@ -80,7 +80,7 @@ class PackedDataModule(WindowDataModule):
     def nothing_held_out(self) -> str:
         """The message that there is no window to validate on."""
         return (
-            f"the held-out documents give {self._tokens(held_out=True):,} tokens; one window needs "
+            f"the held-out documents give {_tokens_in(self.validation_sources):,} tokens; one window needs "
             f"{self.config.sequence_length + 1:,}: give more documents, or a larger data.validation_fraction (a .txt "
             "file is one document unless its source has a document_separator)"
         )
@@ -92,14 +92,10 @@ class PackedDataModule(WindowDataModule):
     def describe(self) -> str:
         """The amounts of text, for the terminal."""
         return (
-            f"Data    {self._tokens(held_out=False):,} training tokens, seen "
-            f"{self.epochs_at(self.config.total_steps):.2f} times; {self._tokens(held_out=True):,} held out, "
+            f"Data    {_tokens_in(self.training_sources):,} training tokens, seen "
+            f"{self.epochs_at(self.config.total_steps):.2f} times; {_tokens_in(self.validation_sources):,} held out, "
             f"{len(self.validation_places()):,} windows of them evaluated"
         )
-
-    def _tokens(self, held_out: bool) -> int:
-        sources = self.validation_sources if held_out else self.training_steps.sources
-        return sum(len(source.stream) for source in sources if isinstance(source, StreamWindows))
 
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer that the configuration names, or the one trained on its corpus, trained now if need be."""
@@ -133,8 +129,12 @@ class PackedDataModule(WindowDataModule):
         sources = [(source_fingerprint(source), source.weight) for source in data.sources.values()]
         return short_hash(sources, settings.vocab_size, int(settings.train_bytes), data.validation_fraction)
 
-    def _shard_folder(self, source: SourceConfig, tokenizer: Tokenizer) -> Path:
+    def _shard_folder(self, source: SourceConfig) -> Path:
         data = self.config.data
         settings = (data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
-        key = short_hash(source_fingerprint(source), tokenizer.fingerprint, *settings)
+        key = short_hash(source_fingerprint(source), self.tokenizer.fingerprint, *settings)
         return self.prepared / f"shards-{key}"
+
+
+def _tokens_in(sources: list[StreamWindows]) -> int:
+    return sum(len(source.stream) for source in sources)

@@ -5,13 +5,15 @@ T  sequence_length
 W  windows of one step over all devices
 """
 
+import functools
 import hashlib
 import json
 import math
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -52,6 +54,9 @@ class WindowSource(Protocol):
     def window(self, number: int) -> Window:
         """The window of this number."""
         ...
+
+
+Source = TypeVar("Source", bound=WindowSource)
 
 
 class Batch(NamedTuple):
@@ -122,7 +127,7 @@ class StepsLeft(Sampler[int]):
         return len(self.steps)
 
 
-class OpenedSource(NamedTuple):
+class OpenedSource(NamedTuple, Generic[Source]):
     """The windows of one source.
 
     Attributes:
@@ -130,12 +135,12 @@ class OpenedSource(NamedTuple):
         identity: A hash of the training data.
     """
 
-    training: WindowSource
-    validation: WindowSource
+    training: Source
+    validation: Source
     identity: str
 
 
-class WindowDataModule(pl.LightningDataModule):
+class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
     """Prepares the sources of a run and serves their windows; subclasses say what a window is.
 
     Args:
@@ -147,16 +152,16 @@ class WindowDataModule(pl.LightningDataModule):
             it must be the same.
 
     Attributes:
-        tokenizer: Known after `setup`.
+        training_sources, validation_sources: The windows of each source; known after `setup`.
         identity: Hashes of what the weights depend on, the tokenizer and the training data of each source; known
             after `setup`, and the same until the end, whatever becomes of the files meanwhile.
     """
 
     stop_id: int
     """The token that ends what the model writes after a prompt."""
-    tokenizer: Tokenizer
     identity: dict[str, str]
-    validation_sources: list[WindowSource]
+    training_sources: list[Source]
+    validation_sources: list[Source]
     training_steps: TrainingSteps
 
     def __init__(
@@ -175,31 +180,34 @@ class WindowDataModule(pl.LightningDataModule):
         self.expected = expected or {}
         self.prepared = Path(config.data.prepared_dir)
         self._is_prepared = False
-        self._training_sources: list[WindowSource] | None = None
+        self._is_open = False
 
-    def prepare_source(self, name: str, source: SourceConfig, tokenizer: Tokenizer) -> None:
+    @abstractmethod
+    def prepare_source(self, name: str, source: SourceConfig) -> None:
         """Makes the tokens of a source, unless they are there."""
-        raise NotImplementedError
 
-    def open_source(self, name: str, source: SourceConfig) -> OpenedSource:
+    @abstractmethod
+    def open_source(self, name: str, source: SourceConfig) -> OpenedSource[Source]:
         """Opens what `prepare_source` made. Raises UserError if it gives no training window."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def nothing_held_out(self) -> str:
+        """The message that there is no window to validate on."""
+
+    @abstractmethod
     def prompt_ids(self, prompt: str) -> list[int]:
         """What stands before a text that the model writes in answer to a prompt."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> str:
         """The amounts of data, for the terminal."""
-        raise NotImplementedError
 
     def prepare_data(self) -> None:
         """Makes what is not there yet. Lightning calls it again, in one process of the job, after the door did."""
         if self._is_prepared:
             return
-        tokenizer = self.read_tokenizer()
         for name, source in self.config.data.sources.items():
-            self.prepare_source(name, source, tokenizer)
+            self.prepare_source(name, source)
         self._is_prepared = True
 
     def setup(self, stage: str | None = None) -> None:
@@ -209,25 +217,20 @@ class WindowDataModule(pl.LightningDataModule):
             UserError: tokenizer or data are not those that the weights were trained with, the tokenizer does not fit
                 the model, or there is too little data for one window.
         """
-        if self._training_sources is None:
-            self._training_sources = self._open()
-        self.training_steps = TrainingSteps(self._training_sources, self.config, *self._rank_and_world_size())
+        if not self._is_open:
+            self._open()
+        self.training_steps = TrainingSteps(self.training_sources, self.config, *self._rank_and_world_size())
 
-    def _open(self) -> list[WindowSource]:
-        """Opens everything; returns the training windows of each source."""
-        self.tokenizer = self.read_tokenizer()
+    def _open(self) -> None:
         opened = {name: self.open_source(name, source) for name, source in self.config.data.sources.items()}
         self.identity = {"tokenizer": self.tokenizer.fingerprint}
         self.identity |= {f"data.sources.{name}": source.identity for name, source in opened.items()}
         self._refuse_other_data()
+        self.training_sources = [source.training for source in opened.values()]
         self.validation_sources = [source.validation for source in opened.values()]
         if not sum(map(len, self.validation_sources)):
             raise UserError(self.nothing_held_out())
-        return [source.training for source in opened.values()]
-
-    def nothing_held_out(self) -> str:
-        """The message that there is no window to validate on."""
-        raise NotImplementedError
+        self._is_open = True
 
     def _refuse_other_data(self) -> None:
         changed = [name for name, value in self.expected.items() if self.identity.get(name) != value]
@@ -275,6 +278,11 @@ class WindowDataModule(pl.LightningDataModule):
         ]
         wanted = min(self.config.data.validation_windows or len(places), len(places))
         return [places[index * len(places) // wanted] for index in range(wanted)]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run, read when it is first needed."""
+        return self.read_tokenizer()
 
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer that the configuration names."""

@@ -23,7 +23,8 @@ class AdaptedLinear(Linear):
     """
 
     def __init__(self, linear: Linear, rank: int, alpha: float) -> None:
-        super().__init__(linear.in_features, linear.out_features)
+        with torch.device("meta"):  # without drawing weights that are replaced at once
+            super().__init__(linear.in_features, linear.out_features)
         self.weight = linear.weight
         self.weight.requires_grad_(False)
         self.scale = alpha / rank

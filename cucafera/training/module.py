@@ -29,6 +29,11 @@ from cucafera.training.optimizers import build_optimizer
 from cucafera.training.schedules import lr_ratio
 
 
+def data_module_of(trainer: pl.Trainer) -> WindowDataModule[Any]:
+    """The data module that a trainer fits with; Lightning's types do not know of it."""
+    return cast(WindowDataModule[Any], trainer.datamodule)  # type: ignore[attr-defined]
+
+
 class LanguageModel(pl.LightningModule):
     """Trains a Decoder. Its state dict is that of Hugging Face's LlamaForCausalLM with a tied head, and the adapters.
 
@@ -51,7 +56,7 @@ class LanguageModel(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Takes from the data module what validation needs to know of the tokenizer."""
-        data = cast(WindowDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]
+        data = data_module_of(self.trainer)
         token_bytes = torch.zeros(self.config.model.vocab_size, dtype=torch.int64)
         token_bytes[: data.tokenizer.vocab_size] = torch.from_numpy(data.tokenizer.token_bytes())
         self.token_bytes = token_bytes.to(self.device)
@@ -141,7 +146,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint.pop("loops", None)
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["steps_done"] = self.steps_done
-        checkpoint["identity"] = cast(WindowDataModule, self.trainer.datamodule).identity  # type: ignore[attr-defined]
+        checkpoint["identity"] = data_module_of(self.trainer).identity
         checkpoint["random_state"] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,

@@ -6,6 +6,7 @@ from typing import Any
 from cucafera.config import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.progress import count, duration
+from cucafera.training.callbacks.samples import as_markdown, continuation_of
 from cucafera.training.hardware import Hardware
 from cucafera.training.run_folder import RunFolder, write_text
 from cucafera.training.trainer import Callbacks
@@ -86,9 +87,8 @@ def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
         for record in metrics["validation"]
     ]
     report += ["", "## Samples", ""]
-    between = "\n\n" if metrics["kind"] == "conversations" else ""
     for sample in metrics["samples"]:
-        report += ["> " + f"**{sample['prompt']}**{between}{_continuation(sample)}".replace("\n", "\n> "), ""]
+        report += ["> " + as_markdown(sample, metrics["kind"]).replace("\n", "\n> "), ""]
     report += ["## Next", "", *(f"    {command}" for _, command in next_commands(folder)), ""]
     write_text(folder.report, "\n".join(report))
     write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
@@ -101,9 +101,9 @@ def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:
     terminal = ["", *(f"  {what:<{width}}  {value}" for what, value in lines), ""]
     for sample in metrics["samples"]:
         if metrics["kind"] == "conversations":
-            terminal += [f"  > {sample['prompt']}", f"  {_continuation(sample)}", ""]
+            terminal += [f"  > {sample['prompt']}", f"  {continuation_of(sample)}", ""]
         else:
-            terminal += [f"  «{sample['prompt']}{_continuation(sample)}»", ""]
+            terminal += [f"  «{sample['prompt']}{continuation_of(sample)}»", ""]
     terminal += [f"  Report: {folder.report}", *(f"  {what}: {command}" for what, command in next_commands(folder))]
     return "\n".join(terminal)
 
@@ -114,8 +114,3 @@ def next_commands(folder: RunFolder) -> list[tuple[str, str]]:
         ("Curves", f"tensorboard --logdir {folder.path.parent}"),
         ("Talk", f"python -m cucafera.chat {folder.path}"),
     ]
-
-
-def _continuation(sample: dict[str, str]) -> str:
-    """What was written; an ellipsis says that it was cut."""
-    return sample["continuation"] + ("" if sample["ended"] == "stop" else " …")

@@ -232,13 +232,12 @@ def load_trained(source: str) -> TrainedModel:
     path = checkpoint_of(source, "")
     checkpoint = read_checkpoint(path)
     config = checkpoint["config"]
-    if not Path(tokenizer_to_begin_with(str(path))).exists():
-        raise UserError(
-            f"{path}: there is no {tokenizer_to_begin_with(str(path))}; a checkpoint stays in its run folder"
-        )
-    tokenizer = Tokenizer.load(tokenizer_to_begin_with(str(path)))
+    tokenizer_path = tokenizer_to_begin_with(str(path))
+    if not Path(tokenizer_path).exists():
+        raise UserError(f"{path}: there is no {tokenizer_path}; a checkpoint stays in its run folder")
+    tokenizer = Tokenizer.load(tokenizer_path)
     if tokenizer.fingerprint != checkpoint["identity"]["tokenizer"]:
-        raise UserError(f"{tokenizer_to_begin_with(str(path))} is not the tokenizer that {path} was trained with")
+        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
     weights = merged_weights(checkpoint["state_dict"], config["adapter"])
     with torch.device("meta"):
         model = Decoder(ModelConfig(**config["model"]))

@@ -8,9 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from cucafera.config import Config, UserError
-from cucafera.data.windows import WindowDataModule
 from cucafera.training.callbacks.validation import Validation
-from cucafera.training.module import LanguageModel
+from cucafera.training.module import LanguageModel, data_module_of
 from cucafera.training.run_folder import RunFolder
 
 
@@ -38,7 +37,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it they are of no use."""
-        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module_of(trainer)
         if trainer.is_global_zero:
             self.folder.write_tokenizer(data.tokenizer, data.stop_id)
 

@@ -7,10 +7,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cucafera.config import Config
-from cucafera.data.windows import WindowDataModule
 from cucafera.generation.generate import generate
 from cucafera.training.callbacks.validation import Validation
-from cucafera.training.module import LanguageModel
+from cucafera.training.module import LanguageModel, data_module_of
 
 
 class Samples(pl.Callback):
@@ -44,7 +43,7 @@ class Samples(pl.Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module_of(trainer)
         callbacks = self.config.callbacks
         room = self.config.model.max_position_embeddings - 1
         self.latest = []
@@ -60,12 +59,25 @@ class Samples(pl.Callback):
             )
             self.latest.append({"prompt": prompt, "continuation": written.text, "ended": written.ended})
         module.train()
-        between = "\n\n" if self.config.data.kind == "conversations" else ""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, sample in enumerate(self.latest, 1):
                     # Two spaces before a line's end keep it in Markdown, which TensorBoard shows texts as.
-                    text = f"**{sample['prompt']}**{between}{sample['continuation']}".replace("\n", "  \n")
-                    if sample["ended"] != "stop":
-                        text += " …"
+                    text = as_markdown(sample, self.config.data.kind).replace("\n", "  \n")
                     logger.experiment.add_text(f"samples/{number}", text, module.steps_done)
+
+
+def continuation_of(sample: dict[str, str]) -> str:
+    """What was written; an ellipsis says that it was cut."""
+    return sample["continuation"] + ("" if sample["ended"] == "stop" else " …")
+
+
+def as_markdown(sample: dict[str, str], kind: str) -> str:
+    """A prompt in bold and its continuation behind it, or its answer below it.
+
+    Args:
+        sample: One of `Samples.latest`.
+        kind: data.kind of the run.
+    """
+    between = "\n\n" if kind == "conversations" else ""
+    return f"**{sample['prompt']}**{between}{continuation_of(sample)}"

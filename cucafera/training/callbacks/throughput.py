@@ -13,10 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from cucafera.config import Config, UserError
-from cucafera.data.windows import WindowDataModule
 from cucafera.model.flops import training_flops_per_token
 from cucafera.training.hardware import Hardware
-from cucafera.training.module import LanguageModel
+from cucafera.training.module import LanguageModel, data_module_of
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class Throughput(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tells the amounts of text, writes the configuration, and starts the clock."""
         assert isinstance(pl_module, LanguageModel)
-        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module_of(trainer)
         if trainer.is_global_zero:
             log.info("%s", data.describe())
         for logger in trainer.loggers:
@@ -120,7 +119,7 @@ class Throughput(pl.Callback):
         tokens_per_second = (step - self._log_step) * int(self.config.batch_tokens) / seconds
         self.training_seconds += seconds
         self.waiting_seconds += self._waited
-        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module_of(trainer)
         self.latest = {
             "train/loss": loss,
             "train/gradient_norm": gradient_norm,

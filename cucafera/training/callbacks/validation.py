@@ -6,8 +6,7 @@ import lightning.pytorch as pl
 import torch
 
 from cucafera.config import Config
-from cucafera.data.windows import WindowDataModule
-from cucafera.training.module import LanguageModel
+from cucafera.training.module import LanguageModel, data_module_of
 
 
 class Validation(pl.Callback):
@@ -59,7 +58,7 @@ class Validation(pl.Callback):
 
     @torch.no_grad()
     def _validate(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        data: WindowDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_module_of(trainer)
         module.eval()
         module.validation_metrics.reset()
         with trainer.precision_plugin.val_step_context():
