@@ -5,9 +5,8 @@ T  sequence_length; a conversation takes n - 1 places of a window, since its las
 """
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +24,17 @@ from cucafera.data.corpus import (
     source_bytes,
     source_fingerprint,
 )
+from cucafera.data.files import flush, write_sealed
 from cucafera.data.formats import conversation_of_row, is_repetitive
 from cucafera.data.packing import best_fit
-from cucafera.data.prepared import SUMMARY, PreparationProgress, damaged, flush, prepare_once, read_summary, write_json
+from cucafera.data.prepared import SUMMARY, PreparationProgress, damaged, prepare_once, read_summary
 from cucafera.data.tokenizer import IM_END_ID, PAD_ID, Tokenizer
 from cucafera.data.windows import IGNORED, OpenedSource, Window, WindowDataModule, short_hash
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same rows would be prepared in another way."""
 CONVERSATIONS_AT_A_TIME = 1000
+TRAINING_FILE, VALIDATION_FILE = "train.npz", "validation.npz"
 LINES_SHOWN = 30
 """Lines of the first conversation that are shown when training begins."""
 
@@ -56,6 +57,8 @@ class PreparedConversations:
     """Where the first of those is, and what is wrong with it."""
     identity: str = ""
     """SHA-256 of the tokens to train on."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file."""
 
 
 class TokenizedConversations(NamedTuple):
@@ -156,7 +159,9 @@ class ChatDataModule(WindowDataModule[ConversationWindows]):
     def prepare_source(self, name: str, source: SourceConfig) -> None:
         """Tokenizes the conversations of a source."""
         data, tokenizer, folder = self.config.data, self.tokenizer, self._folder(source)
-        made = prepare_once(name, folder, lambda partial: _prepare(name, source, self.config, tokenizer, partial))
+        made = prepare_once(
+            f"data.sources.{name}", folder, lambda partial: _prepare(name, source, self.config, tokenizer, partial)
+        )
         summary = PreparedConversations(**made)
         if not summary.conversations:
             raise CorpusError(
@@ -170,8 +175,10 @@ class ChatDataModule(WindowDataModule[ConversationWindows]):
         """Opens the tokenized conversations of a source, and packs them."""
         folder, length = self._folder(source), self.config.sequence_length
         summary = self._summaries[name] = PreparedConversations(**read_summary(folder))
-        training = ConversationWindows(_read(folder / "train.npz", self.config.model.vocab_size), length)
-        validation = ConversationWindows(_read(folder / "validation.npz", self.config.model.vocab_size), length)
+        training, validation = (
+            ConversationWindows(_read(folder / name, summary.files[name], self.config.model.vocab_size), length)
+            for name in (TRAINING_FILE, VALIDATION_FILE)
+        )
         if not len(training):
             raise UserError(
                 f"data.sources.{name}: not one of {summary.conversations:,} conversations has an answer that ends "
@@ -271,14 +278,15 @@ def _prepare(name: str, source: SourceConfig, config: Config, tokenizer: Tokeniz
     summary.conversations, summary.held_out = len(sides[False]), len(sides[True])
     summary.broken, summary.first_broken = counts.broken, counts.first_broken
     folder.mkdir(parents=True)
-    for side, file_name in ((False, "train.npz"), (True, "validation.npz")):
+    for side, file_name in ((False, TRAINING_FILE), (True, VALIDATION_FILE)):
         joined = _joined(sides[side])
         if not side:
             summary.identity = hashlib.sha256(b"".join(part.tobytes() for part in joined)).hexdigest()
         with (folder / file_name).open("wb") as file:
             np.savez(file, ids=joined.ids, trained=joined.trained, ends=joined.ends)
             flush(file)
-    write_json(folder / SUMMARY, asdict(summary))
+        summary.files[file_name] = _sha256(folder / file_name)
+    write_sealed(folder / SUMMARY, asdict(summary))
 
 
 def _question(conversation: Conversation) -> str:
@@ -295,13 +303,20 @@ def _joined(conversations: Sequence[Rendered]) -> TokenizedConversations:
     )
 
 
-def _read(path: Path, vocab_size: int) -> TokenizedConversations:
-    """Conversations that `_prepare` wrote; the archive's own checksums are compared while it is read."""
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path, expected_sha256: str, vocab_size: int) -> TokenizedConversations:
+    """Conversations that `_prepare` wrote."""
     try:
+        if _sha256(path) != expected_sha256:
+            raise damaged(path, "it is not what was written")
         with np.load(path) as arrays:
             read = TokenizedConversations(arrays["ids"], arrays["trained"], arrays["ends"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise damaged(path, str(error)) from error
+    except OSError as error:
+        raise damaged(path, f"it cannot be read ({error.strerror})") from error
     if len(read.ids) and int(read.ids.max()) >= vocab_size:
         raise damaged(path, f"it holds the id {int(read.ids.max()):,}; the vocabulary has {vocab_size:,} entries")
     return read

@@ -29,6 +29,8 @@ SUFFIXES = ".jsonl, .txt (both also packed as .gz or .zst) and .parquet"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 CHUNK_BYTES = 1 << 20
+LONGEST = 1 << 30
+"""Bytes of a line, or of a document in a .txt file."""
 ROWS = 256
 """Rows of parquet and Hugging Face data that are in memory at a time."""
 
@@ -39,6 +41,13 @@ class CorpusError(UserError):
 
 class _UnreadableError(UserError):
     """Why one line or row is no document."""
+
+
+class _TooLongError(Exception):
+    """A piece of text that would not fit memory: a file of a few megabytes may unpack to any size."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
 
 
 @dataclass
@@ -232,6 +241,8 @@ class _Reader:
                 yield raw, content
         except OSError as error:
             raise CorpusError(f"{self.key}: cannot read {path}: {error.strerror or error}") from error
+        except _TooLongError as error:
+            raise CorpusError(f"{self.key}: {path} holds a {error.what} of over {LONGEST >> 20:,} MiB") from error
 
     def _jsonl(self, path: Path) -> Iterator[tuple[str, Row, int]]:
         with self._opened(path) as (raw, content):
@@ -456,19 +467,27 @@ class _ZstdContent(io.RawIOBase):
 
 def _lines(content: IO[bytes]) -> Iterator[bytes]:
     """The lines of a file, without a byte order mark."""
-    first = content.readline()
-    yield first.removeprefix(BYTE_ORDER_MARK)
-    yield from content
+    prefix = BYTE_ORDER_MARK
+    while line := content.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise _TooLongError("line")
+        yield line.removeprefix(prefix)
+        prefix = b""
 
 
 def _split(content: IO[bytes], separator: str | None) -> Iterator[bytes]:
     """The parts of a file between separators; the last may be empty. Works on bytes: UTF-8 is never cut wrongly."""
     if not separator:
-        yield content.read().removeprefix(BYTE_ORDER_MARK)
+        document = content.read(LONGEST + 1)
+        if len(document) > LONGEST:
+            raise _TooLongError("document")
+        yield document.removeprefix(BYTE_ORDER_MARK)
         return
     rest = content.read(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK)
     while chunk := content.read(max(CHUNK_BYTES, len(rest))):  # more each time, lest a long document be copied often
         *documents, rest = (rest + chunk).split(separator.encode())
+        if len(rest) > LONGEST:
+            raise _TooLongError("document")
         yield from documents
     yield from rest.split(separator.encode())
 

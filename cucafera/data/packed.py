@@ -13,7 +13,9 @@ import numpy as np
 
 from cucafera.config import SourceConfig, UserError
 from cucafera.data.corpus import ReadCounts, is_held_out, read_documents, source_fingerprint
-from cucafera.data.shards import MANIFEST, TokenStream, prepare_source
+from cucafera.data.files import write_sealed
+from cucafera.data.prepared import SUMMARY, damaged, prepare_once
+from cucafera.data.shards import MANIFEST, VERSION, TokenStream, prepare_source
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
 from cucafera.data.windows import OpenedSource, Window, WindowDataModule, short_hash
 
@@ -99,16 +101,24 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
 
     def read_tokenizer(self) -> Tokenizer:
         """The tokenizer that the configuration names, or the one trained on its corpus, trained now if need be."""
-        settings = self.config.tokenizer
-        if settings.path is not None:
+        if self.config.tokenizer.path is not None:
             return super().read_tokenizer()
-        path = self.prepared / f"tokenizer-{self._tokenizer_key()}.json"
-        if not path.exists():
-            log.info("Training a tokenizer of %s entries", f"{settings.vocab_size:,}")
-            tokenizer = Tokenizer.train(self._tokenizer_texts(), settings.vocab_size, show_progress=sys.stderr.isatty())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tokenizer.save(path)
-        return Tokenizer.load(path)
+        folder = self.prepared / f"tokenizer-{self._tokenizer_key()}"
+        made = prepare_once("tokenizer", folder, self._train_tokenizer)
+        path = folder / "tokenizer.json"
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.fingerprint != made["fingerprint"]:
+            raise damaged(path, "it is not what was written")
+        return tokenizer
+
+    def _train_tokenizer(self, folder: Path) -> None:
+        """Fills a folder with a tokenizer of the corpus."""
+        size = self.config.tokenizer.vocab_size
+        log.info("Training a tokenizer of %s entries", f"{size:,}")
+        tokenizer = Tokenizer.train(self._tokenizer_texts(), size, show_progress=sys.stderr.isatty())
+        folder.mkdir()
+        tokenizer.save(folder / "tokenizer.json")
+        write_sealed(folder / SUMMARY, {"fingerprint": tokenizer.fingerprint})
 
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training documents, from each source its share by weight of tokenizer.train_bytes; none held out."""
@@ -131,7 +141,7 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
 
     def _shard_folder(self, source: SourceConfig) -> Path:
         data = self.config.data
-        settings = (data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
+        settings = (VERSION, data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
         key = short_hash(source_fingerprint(source), self.tokenizer.fingerprint, *settings)
         return self.prepared / f"shards-{key}"
 

@@ -2,9 +2,7 @@
 
 import errno
 import fcntl
-import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -12,11 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
 from cucafera.config import UserError
+from cucafera.data.files import PARTIAL, NotAsWrittenError, read_sealed
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
     """Makes a folder, unless it is there. Of several programs that want the same one makes it, and the others wait.
 
     Args:
-        name: The source's name in the configuration, for messages.
+        name: What it is made of: a source's key in the configuration, or `tokenizer`, for messages.
         folder: Is made.
         fill: Fills the folder that it is given, with SUMMARY as the last file. What it leaves when it fails is removed.
 
@@ -44,7 +43,7 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
     Raises:
         UserError: the folder cannot be written, or what `fill` raises.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + PARTIAL)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder.with_name(folder.name + ".lock")):
@@ -64,20 +63,19 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
         raise _cannot_write(folder, error) from error
     except BrokenProcessPool as error:
         raise PreparedDataError(
-            f"data.sources.{name}: a process that tokenizes was killed, perhaps for want of memory. "
+            f"{name}: a process that tokenizes was killed, perhaps for want of memory. "
             "Set data.processes to a smaller number and start again"
         ) from error
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The content of SUMMARY in a folder that was made. Raises PreparedDataError if it is not there any more."""
+    """The content of SUMMARY in a folder that was made. Raises PreparedDataError if it is not there, or damaged."""
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_bytes())
+        return read_sealed(folder / SUMMARY)
     except FileNotFoundError as error:
         raise PreparedDataError(f"{folder} holds no prepared data: it has no {SUMMARY}") from error
-    except ValueError as error:
-        raise damaged(folder / SUMMARY, f"it is not JSON ({error})") from error
-    return summary
+    except NotAsWrittenError as error:
+        raise damaged(folder / SUMMARY, str(error)) from error
 
 
 def start_again(folder: Path) -> str:
@@ -89,21 +87,6 @@ def start_again(folder: Path) -> str:
 def damaged(path: Path, problem: str) -> PreparedDataError:
     """The error that a prepared file is not what was written."""
     return PreparedDataError(f"{path} is damaged: {problem}. {start_again(path.parent)}")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file, which appears at once and whole."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(content, indent=1).encode())
-        flush(file)
-    partial.replace(path)
-
-
-def flush(file: BinaryIO) -> None:
-    """Brings what was written onto the disk, so that no rename can come before it."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _cannot_write(folder: Path, error: OSError) -> PreparedDataError:

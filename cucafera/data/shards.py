@@ -26,15 +26,14 @@ from numpy.typing import NDArray
 
 from cucafera.config import SourceConfig
 from cucafera.data.corpus import CorpusError, Document, ReadCounts, is_held_out, read_documents, source_bytes
+from cucafera.data.files import PARTIAL, NotAsWrittenError, flush, read_sealed, write_sealed
 from cucafera.data.prepared import (
     SUMMARY,
     PreparationProgress,
     PreparedDataError,
     damaged,
-    flush,
     prepare_once,
     start_again,
-    write_json,
 )
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
 
@@ -96,8 +95,7 @@ class ShardWriter:
             "tokens": sum(shard["tokens"] for shard in self._shards),
             "shards": self._shards,
         }
-        manifest["crc32"] = _checksum(manifest)
-        write_json(self._folder / MANIFEST, manifest)
+        write_sealed(self._folder / MANIFEST, manifest)
 
     def abandon(self) -> None:
         """Closes the file that is being written, when there will be no manifest."""
@@ -111,7 +109,7 @@ class ShardWriter:
 
     def _begin_shard(self) -> None:
         self._path = self._folder / f"{len(self._shards):05d}.shard"
-        self._file = self._path.with_suffix(".partial").open("wb")
+        self._file = self._path.with_suffix(PARTIAL).open("wb")
         self._file.write(bytes(HEADER_BYTES))
         self._count = 0
         self._max_id = 0
@@ -144,7 +142,7 @@ class ShardWriter:
             file.write(header)
             flush(file)
         self._file = None
-        self._path.with_suffix(".partial").replace(self._path)
+        self._path.with_suffix(PARTIAL).replace(self._path)
         self._shards.append({"name": self._path.name, "tokens": self._count, "header_crc32": zlib.crc32(header)})
 
 
@@ -169,18 +167,16 @@ class TokenStream:
             PreparedDataError: nothing complete is there, it is damaged, of another version or another tokenizer.
         """
         try:
-            manifest = json.loads((folder / MANIFEST).read_bytes())
+            manifest = read_sealed(folder / MANIFEST)
         except FileNotFoundError as error:
             raise PreparedDataError(f"{folder} holds no prepared tokens: it has no {MANIFEST}") from error
-        except ValueError as error:
-            raise damaged(folder / MANIFEST, f"it is not JSON ({error})") from error
+        except NotAsWrittenError as error:
+            raise damaged(folder / MANIFEST, str(error)) from error
         if manifest.get("version") != VERSION:
             raise PreparedDataError(
                 f"{folder} has format version {manifest.get('version')}, and this program reads {VERSION}. "
                 + start_again(folder)
             )
-        if manifest.pop("crc32", None) != _checksum(manifest):
-            raise damaged(folder / MANIFEST, "it is not what was written")
         if manifest["tokenizer"] != tokenizer_fingerprint:
             raise PreparedDataError(
                 f"the tokens in {folder} were made by another tokenizer: its fingerprint is {manifest['tokenizer']}, "
@@ -246,6 +242,8 @@ class _Shard:
 def _open_shard(folder: Path, entry: dict[str, Any], vocab_size: int) -> _Shard:
     """Checks the file that a manifest entry describes."""
     path = folder / entry["name"]
+    if path.parent != folder:  # a manifest that somebody else made may name any file of this machine
+        raise PreparedDataError(f"{folder / MANIFEST} names a file of another folder, {entry['name']}")
     expected = HEADER_BYTES + entry["tokens"] * TOKEN_TYPE.itemsize
     try:
         with path.open("rb") as file:
@@ -280,10 +278,6 @@ def _parsed_header(header: bytes) -> dict[str, Any] | None:
         return None
     described: dict[str, Any] = json.loads(content)
     return described
-
-
-def _checksum(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest).encode())
 
 
 @dataclass
@@ -359,7 +353,7 @@ def prepare_source(
     def fill(partial: Path) -> None:
         _prepare(name, source, tokenizer, partial, validation_fraction, shard_tokens, skip_broken_lines, processes)
 
-    return PreparedSource(**prepare_once(name, folder, fill))
+    return PreparedSource(**prepare_once(f"data.sources.{name}", folder, fill))
 
 
 def _prepare(
@@ -400,7 +394,7 @@ def _prepare(
         summary.bytes_per_token = (summary.text_bytes + summary.held_out_text_bytes) / tokens
         training.close()
         held_out.close()
-        write_json(folder / SUMMARY, asdict(summary))
+        write_sealed(folder / SUMMARY, asdict(summary))
     except BaseException:
         training.abandon()
         held_out.abandon()

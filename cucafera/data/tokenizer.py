@@ -6,7 +6,6 @@ conversations, and nowhere else.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cucafera.config import MAX_VOCABULARY, SPECIAL_TOKENS, UserError
+from cucafera.data.files import write_text
 
 DOCUMENT_START_ID = SPECIAL_TOKENS.index("</s>")
 """Stands in front of each document."""
@@ -105,10 +105,7 @@ class Tokenizer:
 
     def save(self, path: Path | str) -> None:
         """Writes a tokenizer.json, which appears at once and whole."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
-        partial.replace(path)
+        write_text(Path(path), self._inner.to_str(pretty=True))
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
         """Processes that tokenize get it as JSON (the library's own pickling forgets how text is protected)."""

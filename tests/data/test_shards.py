@@ -17,8 +17,17 @@ import pytest
 from cucafera.config import SourceConfig, UserError
 from cucafera.data import shards
 from cucafera.data.corpus import is_held_out
+from cucafera.data.files import read_sealed, write_sealed
 from cucafera.data.prepared import PreparedDataError
-from cucafera.data.shards import HEADER_BYTES, PreparedSource, ShardWriter, TokenStream, prepare_source
+from cucafera.data.shards import (
+    HEADER_BYTES,
+    MANIFEST,
+    VERSION,
+    PreparedSource,
+    ShardWriter,
+    TokenStream,
+    prepare_source,
+)
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
 
 
@@ -90,7 +99,7 @@ class TestFormat:
         first, second, *_ = (tmp_path / "s" / "00000.shard").read_bytes()[:HEADER_BYTES].decode().split("\n")
         assert first.startswith("cucafera shard")
         described = json.loads(second)
-        assert (described["version"], described["tokens"], described["max_id"]) == (1, 100, 99)
+        assert (described["version"], described["tokens"], described["max_id"]) == (VERSION, 100, 99)
         assert described["tokenizer"] == "print"
         content = (tmp_path / "s" / "00000.shard").read_bytes()[HEADER_BYTES:]
         assert np.array_equal(np.frombuffer(content, "<u2"), np.arange(100))
@@ -406,3 +415,13 @@ def ended(process: str) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def test_a_manifest_cannot_name_a_file_outside_its_folder(tmp_path):
+    write_stream(tmp_path / "stream", np.arange(100, dtype=np.uint16))
+    manifest = read_sealed(tmp_path / "stream" / MANIFEST)
+    for name in ("../elsewhere.shard", str(tmp_path / "elsewhere.shard"), "below/elsewhere.shard"):
+        (tmp_path / "elsewhere.shard").write_bytes((tmp_path / "stream" / "00000.shard").read_bytes())
+        manifest["shards"][0]["name"] = name
+        write_sealed(tmp_path / "stream" / MANIFEST, manifest)
+        assert "names a file of another folder" in refusal(tmp_path / "stream")
