@@ -8,6 +8,7 @@ Nothing here imports torch: a wrong config is answered before anything heavy is 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -238,6 +239,22 @@ class SamplingConfig:
 
 
 @dataclass
+class GuardsConfig:
+    """What happens when training goes wrong. An update with a loss or gradient that is not finite is never applied."""
+
+    non_finite: str = "skip"
+    """skip: go on without that update; rollback: go back to the last checkpoint and leave that batch out; stop."""
+    most_in_a_row: int = 3
+    """Updates skipped one after another, or rollbacks to the same checkpoint, before training stops."""
+    loss_spike: str = "warn"
+    """warn, or rollback: go back to the last checkpoint and leave the batch out; ignore."""
+    spike_deviations: float = 6.0
+    """A loss so many standard deviations above its running mean is a spike."""
+    spike_window_steps: int = 100
+    """Steps that the running mean and deviation look back; none is a spike before so many."""
+
+
+@dataclass
 class CallbacksConfig:
     """What happens beside training, and how often."""
 
@@ -249,10 +266,14 @@ class CallbacksConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 2
     """Checkpoints to keep, beside the best."""
+    keep_every_steps: int = 0
+    """Steps between checkpoints that are kept for good, a multiple of checkpoint_every_steps; 0: none."""
     prompts: list[str] = field(default_factory=list)
     """Beginnings that the model continues, or questions that it answers, at each validation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How it writes them."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """What happens when training goes wrong."""
 
 
 @dataclass
@@ -285,6 +306,10 @@ class Config:
     """A run folder or checkpoint whose weights a new run begins with."""
     resume: str = "auto"
     """auto: go on where the run folder stopped; required: refuse to begin anew; overwrite: erase and begin anew."""
+    resume_despite: list[str] = field(default_factory=list)
+    """Keys whose values may be others than the run was begun with, such as optimizer.lr, schedule or data."""
+    max_time: str | None = None
+    """Save and stop after this time, HH:MM:SS or DD:HH:MM:SS, of one start; the same command goes on."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The transformer."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -319,6 +344,23 @@ class Config:
         """Step at which the learning rate schedule ends."""
         return self.schedule.horizon_steps or self.total_steps
 
+    @property
+    def max_seconds(self) -> float | None:
+        """max_time in seconds."""
+        if self.max_time is None:
+            return None
+        days, hours, minutes, seconds = [0, 0, 0, *map(int, self.max_time.split(":"))][-4:]
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+    def is_log_step(self, step: int) -> bool:
+        """Whether something is written after this step: curves, a validation, a checkpoint, or the last step."""
+        every = (
+            self.callbacks.log_every_steps,
+            self.callbacks.validate_every_steps,
+            self.callbacks.checkpoint_every_steps,
+        )
+        return step == self.total_steps or any(interval and step % interval == 0 for interval in every)
+
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "resume": ("auto", "required", "overwrite"),
@@ -329,6 +371,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trainer.precision": ("auto", "fp32", "bf16"),
     "trainer.compile": ("auto", True, False),
     "trainer.profiler": (None, "simple", "pytorch"),
+    "callbacks.guards.non_finite": ("skip", "rollback", "stop"),
+    "callbacks.guards.loss_spike": ("warn", "rollback", "ignore"),
 }
 
 AT_LEAST: dict[str, float] = {
@@ -360,6 +404,9 @@ AT_LEAST: dict[str, float] = {
     "callbacks.validate_every_steps": 0,
     "callbacks.checkpoint_every_steps": 0,
     "callbacks.keep_last": 1,
+    "callbacks.keep_every_steps": 0,
+    "callbacks.guards.most_in_a_row": 1,
+    "callbacks.guards.spike_window_steps": 2,
     "callbacks.sampling.max_new_tokens": 1,
     "callbacks.sampling.temperature": 0,
     "callbacks.sampling.top_k": 0,
@@ -376,6 +423,7 @@ ABOVE_ZERO = (
     "epochs",
     "callbacks.sampling.top_p",
     "callbacks.sampling.repetition_penalty",
+    "callbacks.guards.spike_deviations",
 )
 
 AT_MOST: dict[str, float] = {
@@ -388,6 +436,8 @@ AT_MOST: dict[str, float] = {
     "callbacks.sampling.min_p": 1,
     "seed": 2**32 - 1,
 }
+
+DURATION = re.compile(r"(\d+:)?\d+:\d\d:\d\d")
 
 WHOLE_TOKENS = ("budget_tokens", "batch_tokens", "tokenizer.train_bytes")
 
@@ -437,6 +487,17 @@ def value_problems(config: Config, unusable: set[str]) -> Iterator[str]:
     if rule("name") and (not config.name or "/" in config.name or config.name in (".", "..")):
         yield broken("name", "a plain folder name")
 
+    if rule("max_time") and config.max_time is not None and not DURATION.fullmatch(config.max_time):
+        yield broken("max_time", "HH:MM:SS or DD:HH:MM:SS (in a YAML file, in quotes)")
+    if (
+        rule("callbacks.keep_every_steps", "callbacks.checkpoint_every_steps")
+        and (kept := config.callbacks.keep_every_steps)
+        and not (config.callbacks.checkpoint_every_steps and kept % config.callbacks.checkpoint_every_steps == 0)
+    ):
+        yield (
+            f"callbacks.keep_every_steps is {shown(kept)}; it must be a multiple of callbacks.checkpoint_every_steps "
+            f"({config.callbacks.checkpoint_every_steps})"
+        )
     if rule("adapter.modules") and (
         not config.adapter.modules or not set(config.adapter.modules) <= set(ADAPTED_MODULES)
     ):

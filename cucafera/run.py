@@ -4,10 +4,15 @@ Composes and checks the configuration, builds, fits, reports. What is heavy to i
 configuration is known to be right.
 """
 
+import contextlib
+import dataclasses
+import gc
 import json
 import logging
 import os
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +36,8 @@ from cucafera.config import Config, UserError
 
 if TYPE_CHECKING:
     from cucafera.data.windows import WindowDataModule
+    from cucafera.training.hardware import Hardware
+    from cucafera.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +48,7 @@ def main() -> None:
     """Answers --help and wrong command lines at once; leaves the rest to Hydra and `job`."""
     # Threads that wait by spinning make a CPU run ten times slower beside another busy program, and gain nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.raiseExceptions = False  # a disk too full for the log is told by what matters more
     arguments = get_args_parser().parse_args()
     if arguments.help:
         print(help_text())
@@ -80,7 +88,7 @@ def job(composed: DictConfig) -> float | None:
 
 
 def train(config: Config, overrides: list[str]) -> float | None:
-    """Trains, or goes on training, the run of a configuration.
+    """Trains, or goes on training, the run of a configuration, alone in its folder.
 
     Args:
         config: What to do; its run_dir is the run folder.
@@ -91,11 +99,54 @@ def train(config: Config, overrides: list[str]) -> float | None:
 
     Raises:
         UserError: what the user can mend.
+        SystemExit: a signal or max_time stopped training; with the exit code that says so.
     """
+    started = time.monotonic()
     from cucafera.training.hardware import decide_hardware
 
     hardware = decide_hardware(config)  # a missing GPU is told before Lightning's import takes its seconds
 
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from cucafera.training.callbacks.guards import RollBack
+    from cucafera.training.run_folder import RunFolder
+    from cucafera.training.run_lock import run_lock
+
+    folder = RunFolder(Path(config.run_dir))
+    is_first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    left_out: set[int] = set()
+    rollbacks: Counter[int] = Counter()
+    with run_lock(folder.lock) if is_first_process else contextlib.nullcontext():
+        while True:
+            try:
+                return _session(config, overrides, hardware, folder, started, left_out)
+            except RollBack as wish:
+                complete = folder.checkpoints.complete()
+                step = complete[-1].step if complete else 0
+                rollbacks[step] += 1
+                if rollbacks[step] > config.callbacks.guards.most_in_a_row:
+                    raise UserError(
+                        f"{wish.why}, and going back to step {step:,} was tried {rollbacks[step] - 1} times. Lower "
+                        "optimizer.lr and go on with 'resume_despite=[optimizer.lr]'"
+                    ) from None
+                left_out.update(wish.batches)
+                if is_first_process:
+                    batches = ", ".join(f"{batch:,}" for batch in wish.batches)
+                    log.warning("%s: back to step %s, and on without batch %s", wish.why, f"{step:,}", batches)
+                    folder.note("rolled back", why=wish.why, to_step=step, left_out_batches=sorted(left_out))
+            config.resume = "auto"  # what there is now is this run's
+            gc.collect()  # model and optimizer, before there are others
+
+
+def _session(
+    config: Config,
+    overrides: list[str],
+    hardware: "Hardware",
+    folder: "RunFolder",
+    started: float,
+    left_out: set[int],
+) -> float | None:
+    """Trains from the last checkpoint, or the beginning, to the end, a stop, or a rollback."""
     import lightning.pytorch as pl
     import torch
 
@@ -103,36 +154,34 @@ def train(config: Config, overrides: list[str]) -> float | None:
     from cucafera.data.packed import PackedDataModule
     from cucafera.training.module import LanguageModel
     from cucafera.training.report import collect_metrics, terminal_report, write_report
-    from cucafera.training.run_folder import (
-        RunFolder,
-        checkpoint_to_begin_with,
-        read_checkpoint,
-        tokenizer_to_begin_with,
-    )
-    from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan
+    from cucafera.training.run_folder import checkpoint_to_begin_with, tokenizer_to_begin_with
+    from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
-    folder = RunFolder(Path(config.run_dir))
-    resumed_path = folder.checkpoint_to_resume(config)
-    resumed = read_checkpoint(resumed_path) if resumed_path else None
+    resumed = folder.checkpoint_to_resume(config)
+    before = resumed.state if resumed else None
     if config.init_from and config.tokenizer.path is None:
         # A run that has begun needs nothing any more of the run that it began with.
         config.tokenizer.path = str(folder.tokenizer) if resumed else tokenizer_to_begin_with(config.init_from)
     initial = checkpoint_to_begin_with(config) if config.init_from and not resumed else None
     first_step, expected = 0, {}
-    if resumed:
-        first_step, expected = resumed["steps_done"], resumed["identity"]
+    if before:
+        first_step, expected = before["steps_done"], before["identity"]
+        left_out = left_out | set(before["skipped_batches"])
     elif initial:
         expected = {"tokenizer": initial["identity"]["tokenizer"]}
+    skipped_batches = sorted(left_out)
     data_module = ChatDataModule if config.data.kind == "conversations" else PackedDataModule
-    data = data_module(config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected)
+    data = data_module(
+        config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected, skipped_batches
+    )
     if config.epochs is not None:
-        if resumed and resumed["config"]["epochs"] == config.epochs:
-            config.budget_tokens = resumed["config"]["budget_tokens"]
+        if before and before["config"]["epochs"] == config.epochs:
+            config.budget_tokens = before["config"]["budget_tokens"]
         else:
             config.budget_tokens = budget_of_epochs(config, data)
-    callbacks = build_callbacks(config, hardware, folder)
-    if resumed and first_step >= config.total_steps:
-        callbacks.restore(resumed)
+    callbacks = build_callbacks(config, hardware, folder, before, started)
+    if before and first_step >= config.total_steps:
+        callbacks.restore(before)
         log.info(
             "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
             "resume=overwrite, or choose another name."
@@ -152,29 +201,51 @@ def train(config: Config, overrides: list[str]) -> float | None:
     trainer = build_trainer(config, hardware, folder, callbacks, first_step)
     if trainer.is_global_zero:
         log.info("%s", describe_plan(config, hardware, first_step))
-        if resumed:
-            warn_of_another_horizon(config, resumed["config"])
+        if before:
+            warn_of_another_horizon(config, before["config"])
+        if problem := disk_problem(config, folder, module):
+            log.warning("%s", problem)
     if trainer.world_size == 1:
         data.prepare_data()  # Lightning would do it in `fit`, and end Ctrl-C with code 1 and no word
         data.setup()  # what is wrong with the text is known before an earlier run is erased
     if trainer.is_global_zero:
-        folder.begin(config, overrides, resumed=resumed is not None)
+        folder.begin(config, overrides, first_step if before else None)
+        folder.note_start(config, overrides, dataclasses.asdict(hardware), resumed)
+    interruption, writer = callbacks.interruption, callbacks.checkpoints.writer
     try:
-        trainer.fit(module, data, ckpt_path=resumed_path, weights_only=True)
+        with interruption.watching():
+            trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU has too little memory for {hardware.micro_batch_windows} windows at a time: set "
             f"trainer.micro_batch_windows={max(1, hardware.micro_batch_windows // 2)}. The result stays the same"
         ) from error
 
-    if callbacks.interruption.received is not None:
-        log.info("Stopped and saved after step %s; the same command goes on from there.", f"{module.steps_done:,}")
-        sys.exit(128 + callbacks.interruption.received)
+    if interruption.exit_code is not None:
+        if trainer.is_global_zero:
+            folder.note("stopped", step=module.steps_done, saved_step=writer.saved_step, why=interruption.reason)
+            log.info("%s", stop_line(interruption.reason, module.steps_done, writer.saved_step))
+        sys.exit(interruption.exit_code)
+    if writer.failure is not None:
+        raise UserError(
+            f"training is complete, but its result could not be written to {folder.checkpoints.path}: "
+            f"{writer.failure.strerror or writer.failure}. Make room there: the same command "
+            + (f"goes on after step {writer.saved_step:,}" if writer.saved_step else "begins again")
+        )
     metrics = collect_metrics(config, hardware, callbacks)
     if trainer.is_global_zero:
         write_report(metrics, folder)
+        folder.note("completed", step=module.steps_done, bpb=metrics["validation"][-1]["bpb"])
         log.info("%s", terminal_report(metrics, folder))
     return float(metrics["validation"][-1]["bpb"])
+
+
+def stop_line(reason: str, step: int, saved_step: int | None) -> str:
+    """What a run that was stopped says last: where it stands, and how it goes on."""
+    if saved_step == step:
+        return f"Stopped by {reason} after step {step:,}, and saved; the same command goes on from there."
+    whence = f"goes on after step {saved_step:,}" if saved_step is not None else "begins again"
+    return f"Stopped by {reason} after step {step:,}, which could not be saved; the same command {whence}."
 
 
 def budget_of_epochs(config: Config, data: "WindowDataModule[Any]") -> int:

@@ -20,7 +20,7 @@ from cucafera.chat import Chat, Terminal
 from cucafera.config import SamplingConfig, UserError
 from cucafera.data.chat import Message, render_prompt
 from cucafera.run import train
-from cucafera.training.run_folder import TrainedModel, load_trained
+from cucafera.training.run_folder import RunFolder, TrainedModel, load_trained
 from tests.conftest import compose_small_chat, compose_small_run, write_corpus
 
 
@@ -56,10 +56,10 @@ def say(chat: Chat, text: str) -> str:
 
 def test_a_model_is_loaded_from_its_path_alone(runs, trained):
     assert trained.chats
-    assert trained.checkpoint.name == "best.ckpt"
+    best = RunFolder(runs / "outputs" / "chat").checkpoints.best()
+    assert best is not None and trained.checkpoint == best.path
     assert not load_trained(str(runs / "outputs" / "base")).chats
-    checkpoint = runs / "outputs" / "chat" / "checkpoints" / "best.ckpt"
-    by_file = load_trained(str(checkpoint))
+    by_file = load_trained(str(best.path))
     for name, value in trained.model.state_dict().items():
         assert torch.equal(value, by_file.model.state_dict()[name])
     assert trained.model.cos.device.type == "cpu" and trained.model.cos[1, 0] == torch.tensor(1.0).cos()
@@ -262,7 +262,7 @@ def test_one_prompt_is_answered_and_a_base_model_continues(runs):
     [
         (["outputs/nowhere"], "outputs/nowhere: there is no such run folder or checkpoint"),
         (["outputs"], "outputs: the folder holds no checkpoint"),
-        (["corpus.jsonl"], "corpus.jsonl cannot be read"),
+        (["corpus.jsonl"], "corpus.jsonl is not a checkpoint"),
         (["outputs/chat", "--temperature", "-1"], "temperature is -1; it must be at least 0"),
         (["outputs/chat", "--top-p", "0"], "top_p is 0; it must be above zero"),
         (["outputs/chat", "--temperature", "inf"], "temperature is inf; it must be a number"),
@@ -270,7 +270,7 @@ def test_one_prompt_is_answered_and_a_base_model_continues(runs):
         (["outputs/chat", "--prompt", " "], "--prompt is empty"),
         (["outputs/chat", "--prompt", "la mar i el bosc " * 20], "Write a shorter one"),
         (["outputs/base", "--system", "x"], "--system needs a model that was trained on conversations"),
-        (["outputs/chat/tokenizer.json"], "it is not a checkpoint, or not a whole one"),
+        (["outputs/chat/tokenizer.json"], "tokenizer.json is not a checkpoint: those end with .ckpt"),
         ([""], "RUN is empty"),
         ([], "the following arguments are required: RUN"),
     ],

@@ -177,7 +177,7 @@ def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
     assert config.sequence_length == 2048
     assert config.data.kind == "conversations"
     assert len(config.data.sources) == 6
-    checkpoint = base_run / "checkpoints" / "best.ckpt"
+    checkpoint = base_run / "checkpoints" / "step-00000012.ckpt"
     checkpoint.parent.mkdir()
     checkpoint.touch()
     assert composed_config(["+experiment=finetune", f"init_from={checkpoint}"]).model == config.model

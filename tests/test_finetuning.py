@@ -17,7 +17,8 @@ from cucafera.data.conversations import ChatDataModule
 from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID
 from cucafera.data.windows import IGNORED
 from cucafera.run import train
-from cucafera.training.run_folder import RunFolder, load_trained, read_checkpoint
+from cucafera.training.checkpoint_files import read_checkpoint
+from cucafera.training.run_folder import checkpoint_of, load_trained
 from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
 
 BASE = "model.max_position_embeddings=128"
@@ -144,7 +145,7 @@ def test_the_same_command_goes_on_when_the_base_run_is_gone(base, small_chat):
 
 def test_adapters_leave_the_weights_as_they_are_and_are_merged_when_the_model_is_used(base, small_chat):
     train(small_chat("name=lora", FINETUNE, "adapter=lora", "optimizer.lr=0.03"), [])
-    base_weights = read_checkpoint(RunFolder(Path("outputs/base")).best_checkpoint)["state_dict"]
+    base_weights = read_checkpoint(checkpoint_of("outputs/base", ""))["state_dict"]
     adapted = weights("outputs/lora")
     for name, value in base_weights.items():
         assert torch.equal(adapted[name], value)

@@ -24,7 +24,7 @@ from cucafera.data.corpus import (
     source_bytes,
     source_fingerprint,
 )
-from cucafera.data.files import flush, write_sealed
+from cucafera.data.files import file_sha256, flush, write_sealed
 from cucafera.data.formats import conversation_of_row, is_repetitive
 from cucafera.data.packing import best_fit
 from cucafera.data.prepared import SUMMARY, PreparationProgress, damaged, prepare_once, read_summary
@@ -285,7 +285,7 @@ def _prepare(name: str, source: SourceConfig, config: Config, tokenizer: Tokeniz
         with (folder / file_name).open("wb") as file:
             np.savez(file, ids=joined.ids, trained=joined.trained, ends=joined.ends)
             flush(file)
-        summary.files[file_name] = _sha256(folder / file_name)
+        summary.files[file_name] = file_sha256(folder / file_name)
     write_sealed(folder / SUMMARY, asdict(summary))
 
 
@@ -303,15 +303,10 @@ def _joined(conversations: Sequence[Rendered]) -> TokenizedConversations:
     )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read(path: Path, expected_sha256: str, vocab_size: int) -> TokenizedConversations:
     """Conversations that `_prepare` wrote."""
     try:
-        if _sha256(path) != expected_sha256:
+        if file_sha256(path) != expected_sha256:
             raise damaged(path, "it is not what was written")
         with np.load(path) as arrays:
             read = TokenizedConversations(arrays["ids"], arrays["trained"], arrays["ends"])

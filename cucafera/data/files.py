@@ -1,5 +1,6 @@
 """Files that are whole or not there, and that know whether they are what was written."""
 
+import hashlib
 import json
 import os
 import zlib
@@ -43,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file, whole or not at all, with a checksum of itself as its last entry."""
-    write_text(path, json.dumps({**content, "crc32": _checksum(content)}, indent=1) + "\n")
+    write_text(path, json.dumps({**content, "crc32": _checksum(content)}, indent=1))
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -60,6 +61,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.pop("crc32", None) != _checksum(content):
         raise NotAsWrittenError("it is not what was written")
     return content
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(file: BinaryIO) -> None:

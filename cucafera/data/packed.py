@@ -13,7 +13,7 @@ import numpy as np
 
 from cucafera.config import SourceConfig, UserError
 from cucafera.data.corpus import ReadCounts, is_held_out, read_documents, source_fingerprint
-from cucafera.data.files import write_sealed
+from cucafera.data.files import file_sha256, write_sealed
 from cucafera.data.prepared import SUMMARY, damaged, prepare_once
 from cucafera.data.shards import MANIFEST, VERSION, TokenStream, prepare_source
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
@@ -106,10 +106,9 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
         folder = self.prepared / f"tokenizer-{self._tokenizer_key()}"
         made = prepare_once("tokenizer", folder, self._train_tokenizer)
         path = folder / "tokenizer.json"
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.fingerprint != made["fingerprint"]:
+        if not path.exists() or file_sha256(path) != made["sha256"]:
             raise damaged(path, "it is not what was written")
-        return tokenizer
+        return Tokenizer.load(path)
 
     def _train_tokenizer(self, folder: Path) -> None:
         """Fills a folder with a tokenizer of the corpus."""
@@ -117,8 +116,9 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
         log.info("Training a tokenizer of %s entries", f"{size:,}")
         tokenizer = Tokenizer.train(self._tokenizer_texts(), size, show_progress=sys.stderr.isatty())
         folder.mkdir()
-        tokenizer.save(folder / "tokenizer.json")
-        write_sealed(folder / SUMMARY, {"fingerprint": tokenizer.fingerprint})
+        path = folder / "tokenizer.json"
+        tokenizer.save(path)
+        write_sealed(folder / SUMMARY, {"sha256": file_sha256(path)})
 
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training documents, from each source its share by weight of tokenizer.train_bytes; none held out."""

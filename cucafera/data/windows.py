@@ -89,26 +89,43 @@ def batch_of_windows(windows: Sequence[Window], document_masking: bool) -> Batch
 
 
 class TrainingSteps(Dataset[Batch]):
-    """Step s of the run: its share of the windows [s W, (s + 1) W).
+    """Step s of the run: its share of the windows [s W, (s + 1) W), unless batches are left out.
 
     Args:
         sources: The training windows of each source.
         config: The run.
+        skipped_batches: Numbers of batches that are left out.
         rank, world_size: Which share.
     """
 
-    def __init__(self, sources: Sequence[WindowSource], config: Config, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[WindowSource],
+        config: Config,
+        skipped_batches: Sequence[int],
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.sources = sources
         self.config = config
+        self.skipped_batches = sorted(skipped_batches)
         self.rank = rank
         self.share = config.windows_per_step // world_size
         weights = [source.weight for source in config.data.sources.values()]
         self.order = WindowOrder([len(source) for source in sources], weights, config.seed)
 
+    def batch_at(self, step: int) -> int:
+        """The number of the batch that a step, the first being 0, trains on: b has the windows [b W, (b + 1) W)."""
+        batch = step
+        for skipped in self.skipped_batches:
+            batch += skipped <= batch
+        return batch
+
     def __getitem__(self, step: int) -> Batch:
+        batch = self.batch_at(step)
         if self.config.data.overfit_steps is not None:
-            step %= self.config.data.overfit_steps
-        first = step * self.config.windows_per_step + self.rank * self.share
+            batch %= self.config.data.overfit_steps
+        first = batch * self.config.windows_per_step + self.rank * self.share
         places = zip(*self.order.windows(first, self.share), strict=True)
         windows = [self.sources[source].window(int(number)) for source, number in places]
         return batch_of_windows(windows, self.config.data.document_masking)
@@ -146,6 +163,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
     Args:
         config: The run.
         first_step: The step that training begins or goes on with.
+        skipped_batches: Numbers of batches that are left out.
         num_workers: Processes that read windows; 0: the training process.
         pin_memory: Put batches into memory that a GPU can copy from at once.
         expected: What `identity` was when the weights were trained that training goes on or begins with, as far as
@@ -171,6 +189,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         num_workers: int = 0,
         pin_memory: bool = False,
         expected: dict[str, str] | None = None,
+        skipped_batches: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -178,6 +197,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.expected = expected or {}
+        self.skipped_batches = skipped_batches
         self.prepared = Path(config.data.prepared_dir)
         self._is_prepared = False
         self._is_open = False
@@ -219,7 +239,9 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         """
         if not self._is_open:
             self._open()
-        self.training_steps = TrainingSteps(self.training_sources, self.config, *self._rank_and_world_size())
+        self.training_steps = TrainingSteps(
+            self.training_sources, self.config, self.skipped_batches, *self._rank_and_world_size()
+        )
 
     def _open(self) -> None:
         opened = {name: self.open_source(name, source) for name, source in self.config.data.sources.items()}
@@ -235,10 +257,16 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
     def _refuse_other_data(self) -> None:
         changed = [name for name, value in self.expected.items() if self.identity.get(name) != value]
         if changed:
+            values = "".join(
+                f"\n  - {name} has the fingerprint {self.identity.get(name, 'none')[:16]} here and "
+                f"{self.expected[name][:16]} there"
+                for name in changed
+            )
             raise UserError(
                 f"{' and '.join(changed)} {'is' if len(changed) == 1 else 'are'} not what these weights were trained "
-                "with: their files have changed, or a tokenizer was trained on other text. Bring them back, set "
-                "tokenizer.path to the tokenizer.json of the run, or begin a new run under another name=..."
+                f"with: their files have changed, or a tokenizer was trained on other text.{values}\n"
+                "Bring them back, set tokenizer.path to the tokenizer.json of the run, begin a new run under another "
+                f"name=..., or go on all the same: 'resume_despite=[{','.join(changed)}]'"
             )
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -2,12 +2,22 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 
 from cucafera.config import Config, UserError
 from cucafera.model.flops import parameter_count, peak_flops
 
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+"""Limit, use and its parts of the container that this process may run in, in the two versions of Linux."""
 MICRO_BATCH_TOKENS_CPU = 4096
 """More gain nothing on a CPU."""
 
@@ -116,3 +126,24 @@ def tokens_in_memory(config: Config, memory_bytes: float) -> int:
     state = 16 * parameter_count(config.model)
     per_token = 34 * config.model.num_hidden_layers * config.model.hidden_size
     return int(max(0.0, 0.8 * memory_bytes - state) / per_token)
+
+
+def free_memory_bytes() -> int:
+    """Main memory that this process may still take: what the system has, or a container's limit leaves.
+
+    Linux tells; elsewhere nothing is known to be free.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for files in CONTROL_GROUPS:
+        try:
+            limit, used, parts = (Path(file).read_text(encoding="utf-8") for file in files)
+        except OSError:
+            continue
+        if limit.strip().isdecimal():  # else it is "max"
+            cached = next(int(line.split()[1]) for line in parts.splitlines() if line.startswith("inactive_file "))
+            free = min(free, int(limit) - int(used) + cached)
+    return max(0, free)

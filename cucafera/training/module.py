@@ -11,11 +11,12 @@ import contextlib
 import dataclasses
 import random
 import time
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +33,22 @@ from cucafera.training.schedules import lr_ratio
 def data_module_of(trainer: pl.Trainer) -> WindowDataModule[Any]:
     """The data module that a trainer fits with; Lightning's types do not know of it."""
     return cast(WindowDataModule[Any], trainer.datamodule)  # type: ignore[attr-defined]
+
+
+class StepRecord(NamedTuple):
+    """What is known of a step.
+
+    Attributes:
+        step: Which; the first is 1.
+        loss: Mean over its targets, nats.
+        gradient_norm: Before clipping.
+        applied: Whether the weights were updated; not so if one of them is not finite.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    applied: bool
 
 
 class LanguageModel(pl.LightningModule):
@@ -52,6 +69,7 @@ class LanguageModel(pl.LightningModule):
         self.model = Decoder(config.model)
         add_adapters(self.model, config.adapter)
         self.steps_done = 0
+        self._unread: list[Tensor] = []
         self.other_hooks_done_at = time.perf_counter()
 
     def setup(self, stage: str) -> None:
@@ -77,7 +95,7 @@ class LanguageModel(pl.LightningModule):
         self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.steps_done
         self.other_hooks_done_at = time.perf_counter()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One optimizer step.
 
         The loss is the sum over all valid targets of the step, on all devices, over their count: it does not depend
@@ -85,12 +103,8 @@ class LanguageModel(pl.LightningModule):
 
         Args:
             batch: The windows of this device: tensors [n, T].
-
-        Returns:
-            `loss`, this device's share of the mean loss of the step (the shares of all devices add up to it), and
-            `gradient_norm`, the global norm before clipping. Both stay on the device.
         """
-        optimizer = cast(torch.optim.Optimizer, self.optimizers())
+        optimizer = cast(LightningOptimizer, self.optimizers())
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(self.steps_done)
 
@@ -107,10 +121,34 @@ class LanguageModel(pl.LightningModule):
             loss += share.detach()
 
         gradient_norm = self._clip_gradients()
+        broken = self._is_broken(loss, gradient_norm)
+        # Where this is 1, the fused kernel leaves weights and moments as they are; the device is not waited for.
+        optimizer.optimizer.found_inf = broken  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        return {"loss": loss, "gradient_norm": gradient_norm}
+        self._unread.append(torch.stack([loss, gradient_norm, broken]))
+
+    def _is_broken(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
+        """1 if the loss or gradient of any device is not finite, else 0."""
+        broken = (~(torch.isfinite(loss) & torch.isfinite(gradient_norm))).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
+        return broken
+
+    def read_steps(self) -> list["StepRecord"]:
+        """Loss and gradient norm of each step since the last time; waits for the device."""
+        values = torch.stack(self._unread)
+        self._unread.clear()
+        if self.trainer.world_size > 1:
+            losses = values[:, 0].clone()
+            torch.distributed.all_reduce(losses)
+            values[:, 0] = losses
+        first = self.steps_done - len(values) + 1
+        return [
+            StepRecord(first + index, loss, gradient_norm, applied=not broken)
+            for index, (loss, gradient_norm, broken) in enumerate(values.tolist())
+        ]
 
     def _gradients_stay_local(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
         wrapped = self.trainer.strategy.model
@@ -147,6 +185,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["steps_done"] = self.steps_done
         checkpoint["identity"] = data_module_of(self.trainer).identity
+        checkpoint["skipped_batches"] = list(data_module_of(self.trainer).skipped_batches)
         checkpoint["random_state"] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,

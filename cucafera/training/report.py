@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 from cucafera.config import Config
+from cucafera.data.files import write_text
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.progress import count, duration
 from cucafera.training.callbacks.samples import as_markdown, continuation_of
 from cucafera.training.hardware import Hardware
-from cucafera.training.run_folder import RunFolder, write_text
+from cucafera.training.run_folder import RunFolder
 from cucafera.training.trainer import Callbacks
 
 
@@ -72,7 +73,7 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     if metrics["kind"] == "conversations" and metrics["samples"]:
         stopped = sum(sample["ended"] == "stop" for sample in metrics["samples"])
         lines.append(("Answers", f"{stopped} of {len(metrics['samples'])} stopped by themselves"))
-    return [*lines, ("Checkpoint", str(folder.step_checkpoints()[-1]))]
+    return [*lines, ("Checkpoint", str(folder.checkpoints.complete()[-1].path))]
 
 
 def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:

@@ -3,26 +3,51 @@
 import dataclasses
 import json
 import logging
-import zipfile
+import platform
+import socket
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
 
 from cucafera.config import SPECIAL_TOKENS, Config, ModelConfig, UserError, shown
 from cucafera.data.chat import CHAT_TEMPLATE
+from cucafera.data.files import PARTIAL, flush, write_text
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
+from cucafera.training.checkpoint_files import CheckpointError, CheckpointFolder, read_checkpoint
+from cucafera.training.events import EVENTS
 
 log = logging.getLogger(__name__)
 
-MAY_CHANGE = ("name", "run_dir", "resume", "budget_tokens", "epochs", "trainer", "callbacks", "logger")
+MAY_CHANGE = (
+    "name", "run_dir", "resume", "resume_despite", "max_time",
+    "budget_tokens", "epochs", "trainer", "callbacks", "logger",
+)  # fmt: skip
 """Keys that a run may be continued with other values of: hardware, budget, and what happens beside training."""
 MAY_CHANGE_WITHIN = ("data.prepared_dir", "data.processes", "data.validation_windows", "tokenizer.path")
 """More of them; the tokenizer itself may not change, wherever its file is."""
+FIXED = ("model", "adapter", "batch_tokens", "sequence_length", "data.kind")
+"""Keys that cannot be changed in the life of a run, whatever resume_despite says: step and weights would lose their
+meaning."""
+
+
+class ResumedCheckpoint(NamedTuple):
+    """What a run goes on from.
+
+    Attributes:
+        path: Its file.
+        state: Its content.
+        damaged: What was wrong with later ones.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    damaged: list[str]
 
 
 class RunFolder:
@@ -34,31 +59,25 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
         self.config = path / "config.yaml"
         self.overrides = path / "overrides.yaml"
+        self.history = path / "history.jsonl"
+        self.lock = path / "lock"
         self.tokenizer = path / "tokenizer.json"
         self.tokenizer_config = path / "tokenizer_config.json"
         self.metrics = path / "metrics.json"
         self.report = path / "report.md"
-        self.best_checkpoint = self.checkpoints / "best.ckpt"
 
-    def checkpoint_at(self, step: int) -> Path:
-        """Where the checkpoint after a step lies."""
-        return self.checkpoints / f"step-{step:08d}.ckpt"
-
-    def step_checkpoints(self) -> list[Path]:
-        """The checkpoints there are, oldest first."""
-        return sorted(self.checkpoints.glob("step-*.ckpt"))
-
-    def checkpoint_to_resume(self, config: Config) -> Path | None:
-        """The newest readable checkpoint, or None for a run that begins here.
+    def checkpoint_to_resume(self, config: Config) -> "ResumedCheckpoint | None":
+        """The newest checkpoint that is complete and undamaged; None for a run that begins here.
 
         Raises:
-            UserError: the folder holds a run with another configuration, or only checkpoints that cannot be read;
-                or it holds none and resume=required.
+            UserError: the folder holds a run with another configuration, or only damaged checkpoints; or it holds
+                none and resume=required.
         """
-        if config.resume == "overwrite" or not self.step_checkpoints():
+        marked = self.checkpoints.marked()
+        if config.resume == "overwrite" or not marked:
             if config.resume == "required":
                 raise UserError(f"resume=required, and {self.path} holds no checkpoint to go on from")
             if config.resume == "auto" and (foreign := self._not_ours_to_erase()):
@@ -66,57 +85,103 @@ class RunFolder:
                     f"{self.path} holds no checkpoint to go on from, but {', '.join(map(str, foreign))}. Choose "
                     "another name=..., or erase the run there with resume=overwrite"
                 )
+            for path in self.checkpoints.unmarked():
+                log.warning("%s was never finished, and is ignored", path)
             return None
-        for path in reversed(self.step_checkpoints()):
+        damaged = []
+        for path in reversed(marked):
             try:
-                saved = read_checkpoint(path)
-            except UserError as error:
+                state = read_checkpoint(path)
+            except CheckpointError as error:
                 log.warning("%s; falling back to the checkpoint before it", error)
+                damaged.append(str(error))
                 continue
-            self._refuse_another_run(config, saved["config"])
-            return path
+            self._refuse_another_run(config, state["config"])
+            return ResumedCheckpoint(path, state, damaged)
         raise UserError(
-            f"{self.path} holds checkpoints, and none of them can be read; resume=overwrite erases them and begins anew"
+            f"{self.path} holds checkpoints, and none of them can be used; resume=overwrite erases them and begins anew"
         )
 
     def _not_ours_to_erase(self) -> list[Path]:
         """What a run that failed before its first checkpoint cannot have left."""
-        found = [path for path in self.checkpoints.glob("*") if path.suffix != ".tmp"]
+        ours = (".ckpt", PARTIAL)
+        found = [path for path in self.checkpoints.path.glob("*") if path.suffix not in ours]
         return found + [path for path in (self.metrics, self.report) if path.exists()]
 
-    def _refuse_another_run(self, config: Config, saved: dict[str, Any]) -> None:
-        now, before = dataclasses.asdict(config), saved
-        sources = {name for side in (now, before) for name in side["data"]["sources"]}
-        differences = [
-            f"data.sources.{name} is {'only here' if name in now['data']['sources'] else 'only there'}"
-            for name in sorted(sources)
-            if not (name in now["data"]["sources"] and name in before["data"]["sources"])
+    def _refuse_another_run(self, config: Config, before: dict[str, Any]) -> None:
+        changes = changed_keys(config, before)
+        fixed = {key: values for key, values in changes.items() if _is_within(key, FIXED)}
+        free = (*MAY_CHANGE, *MAY_CHANGE_WITHIN, *config.resume_despite)
+        others = {key: values for key, values in changes.items() if key not in fixed and not _is_within(key, free)}
+        if not fixed and not others:
+            return
+        lines = [f"  - {key} is {shown(now)} here and {shown(then)} there" for key, (then, now) in others.items()]
+        lines += [
+            f"  - {key} is {shown(now)} here and {shown(then)} there; it cannot change in the life of a run"
+            for key, (then, now) in fixed.items()
         ]
-        flat_now, flat_before = dict(_flat(now)), dict(_flat(before))
-        differences += [
-            f"{key} is {shown(flat_now[key])} here and {shown(flat_before[key])} there"
-            for key in flat_now
-            if key in flat_before
-            and flat_now[key] != flat_before[key]
-            and key.split(".")[0] not in MAY_CHANGE
-            and key not in MAY_CHANGE_WITHIN
-        ]
-        if differences:
-            raise UserError(
-                f"{self.path} holds a run with another configuration:\n"
-                + "\n".join(f"  - {line}" for line in differences)
-                + "\nChoose another name=..., set the values back, or erase that run with resume=overwrite."
-            )
+        if fixed:
+            advice = f"Another run can begin with these weights: name=ANOTHER init_from={self.path}"
+        else:
+            accepted = [*config.resume_despite, *dict.fromkeys(others)]
+            advice = f"To go on with the values of here: 'resume_despite=[{','.join(accepted)}]'"
+        raise UserError(
+            f"{self.path} holds a run with another configuration:\n"
+            + "\n".join(lines)
+            + f"\n{advice}. Or set the values back, choose another name=..., or erase that run with resume=overwrite."
+        )
 
-    def begin(self, config: Config, overrides: Sequence[str], resumed: bool) -> None:
-        """Writes what the run is; a run that begins anew erases what an earlier one left."""
-        if not resumed:
-            self._erase()
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.checkpoints.glob("*.tmp"):
-            unfinished.unlink()
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
-        write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+    def begin(self, config: Config, overrides: Sequence[str], resumed_step: int | None) -> None:
+        """Writes what the run is; one that begins anew erases what an earlier one left.
+
+        Args:
+            config: The run.
+            overrides: The command line.
+            resumed_step: The step that it goes on from; None if it begins anew.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            if resumed_step is None:
+                self._erase()
+            else:
+                self.checkpoints.remove_after(resumed_step)
+            self.checkpoints.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+            write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def note(self, what: str, **facts: Any) -> None:
+        """Adds a line to the history of the run."""
+        line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "what": what, **facts}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.history.open("ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+                flush(file)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self.history, error.strerror or error)
+
+    def note_start(
+        self, config: Config, overrides: Sequence[str], hardware: dict[str, Any], resumed: ResumedCheckpoint | None
+    ) -> None:
+        """Adds the beginning of a session to the history: on what, and what has changed since the last one."""
+        facts: dict[str, Any] = {"step": resumed.state["steps_done"] if resumed else 0}
+        if resumed:
+            changes = changed_keys(config, resumed.state["config"])
+            facts["changed"] = {key: list(values) for key, values in changes.items()}
+            facts["damaged"] = resumed.damaged
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        self.note(
+            "went on" if resumed else "began",
+            **facts,
+            overrides=list(overrides),
+            host=socket.gethostname(),
+            hardware=hardware,
+            versions=versions,
+        )
 
     def write_tokenizer(self, tokenizer: Tokenizer, stop_id: int) -> None:
         """Writes the tokenizer, and beside it what transformers needs to load it, with the chat template.
@@ -138,25 +203,10 @@ class RunFolder:
         write_text(self.tokenizer_config, json.dumps(described, indent=2) + "\n")
 
     def _erase(self) -> None:
-        events = self.path.glob("events.out.tfevents.*")
-        for path in (*self.step_checkpoints(), self.best_checkpoint, self.metrics, self.report, *events):
+        self.checkpoints.remove_all()
+        events = self.path.glob(EVENTS + "*")
+        for path in (self.metrics, self.report, *events):
             path.unlink(missing_ok=True)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's tensors and plain data, mapped from disk. Raises UserError if it cannot be read."""
-    try:
-        if path.is_file() and not zipfile.is_zipfile(path):
-            raise ValueError("it is not a checkpoint, or not a whole one")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if "config" in checkpoint and "state_dict" in checkpoint:
-            return dict(checkpoint)
-        reason = "it is not a checkpoint of cucafera"
-    except FileNotFoundError:
-        reason = "there is no such file"
-    except Exception as error:  # torch.load raises many kinds for a broken archive; each means the same to the user
-        reason = str(error).split("\n")[0]
-    raise UserError(f"{path} cannot be read: {reason}")
 
 
 def checkpoint_of(source: str, key: str) -> Path:
@@ -171,12 +221,11 @@ def checkpoint_of(source: str, key: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        folder = RunFolder(path)
-        candidates = [folder.best_checkpoint, *reversed(folder.step_checkpoints())]
-        found = next((candidate for candidate in candidates if candidate.exists()), None)
-        if found is None:
+        checkpoints = RunFolder(path).checkpoints
+        complete = checkpoints.complete()
+        if not complete:
             raise UserError(f"{key}{source}: the folder holds no checkpoint")
-        return found
+        return (checkpoints.best() or complete[-1]).path
     if not path.exists():
         raise UserError(f"{key}{source}: there is no such run folder or checkpoint")
     return path
@@ -259,11 +308,24 @@ def tokenizer_to_begin_with(init_from: str) -> str:
     return str(RunFolder(folder).tokenizer)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def changed_keys(config: Config, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Each dotted key that differs, with its value before and now; a source that only one side has is one of them."""
+    now = dataclasses.asdict(config)
+    sources = {name: side["data"]["sources"] for name, side in (("before", before), ("now", now))}
+    changes: dict[str, tuple[Any, Any]] = {
+        f"data.sources.{name}": ("not given", "given") if name in sources["now"] else ("given", "not given")
+        for name in sorted(set(sources["before"]) ^ set(sources["now"]))
+    }
+    flat_before = dict(_flat(before))
+    for key, value in _flat(now):
+        if key in flat_before and flat_before[key] != value:
+            changes[key] = (flat_before[key], value)
+    return changes
+
+
+def _is_within(key: str, accepted: Sequence[str]) -> bool:
+    """Whether a dotted key is one of some keys, or lies below one."""
+    return any(key == other or key.startswith(other + ".") for other in accepted)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,24 +2,28 @@
 
 import dataclasses
 import logging
+import shutil
 import warnings
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 
 from cucafera.config import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.checkpoints import Checkpoints
+from cucafera.training.callbacks.guards import Guards
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.callbacks.progress import Progress, count
 from cucafera.training.callbacks.samples import Samples
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.callbacks.validation import Validation
-from cucafera.training.hardware import Hardware
+from cucafera.training.checkpoint_files import CheckpointWriter
+from cucafera.training.events import EventLogger
+from cucafera.training.hardware import Hardware, free_memory_bytes
+from cucafera.training.module import LanguageModel
 from cucafera.training.run_folder import RunFolder
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -29,15 +33,16 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 class Callbacks:
     """The callbacks of a run, in the order in which they run after a step."""
 
-    throughput: Throughput
     interruption: Interruption
+    guards: Guards
+    throughput: Throughput
     validation: Validation
     samples: Samples
     checkpoints: Checkpoints
     progress: Progress
 
     def in_order(self) -> list[pl.Callback]:
-        """Curves and signals first, before others take time; then what is measured, before it is saved."""
+        """Signals and guards first, lest something broken be written; then what is measured, before it is saved."""
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
@@ -47,26 +52,39 @@ class Callbacks:
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
-def build_callbacks(config: Config, hardware: Hardware, folder: RunFolder) -> Callbacks:
-    """The callbacks, which know of each other what they need."""
-    throughput = Throughput(config, hardware)
+def build_callbacks(
+    config: Config,
+    hardware: Hardware,
+    folder: RunFolder,
+    resumed: dict[str, Any] | None,
+    started: float,
+) -> Callbacks:
+    """The callbacks, which know of each other what they need.
+
+    Args:
+        config: The run.
+        hardware: Where it trains.
+        folder: Its folder.
+        resumed: The checkpoint that it goes on from, if any.
+        started: Reading of time.monotonic when max_time begins.
+    """
+    interruption = Interruption(config, started)
+    guards = Guards(config, interruption)
+    throughput = Throughput(config, hardware, guards)
     validation = Validation(config)
+    settings = config.callbacks
+    writer = CheckpointWriter(
+        folder.checkpoints, resumed, settings.keep_last, settings.keep_every_steps, free_memory_bytes
+    )
     return Callbacks(
+        interruption=interruption,
+        guards=guards,
         throughput=throughput,
         validation=validation,
         samples=Samples(config, validation),
-        checkpoints=Checkpoints(config, folder, validation),
-        interruption=Interruption(throughput),
+        checkpoints=Checkpoints(config, folder, writer, interruption, validation),
         progress=Progress(config, throughput, validation),
     )
-
-
-class EventLogger(TensorBoardLogger):
-    """TensorBoard events, and nothing else, in the run folder."""
-
-    def save(self) -> None:
-        """Flushes; Lightning would add a second file of hyperparameters beside config.yaml."""
-        self.experiment.flush()
 
 
 def build_trainer(
@@ -81,8 +99,10 @@ def build_trainer(
     # Reading is measured, and one file at a time is fast enough; see Throughput's speed/data_wait.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 with torch 2.13
-    # Events after the step that a killed run goes on from would stand twice in the curves.
-    logger = EventLogger(folder.path, name="", version="", purge_step=first_step + 1 if first_step else None)
+    plugins: list[Any] = [callbacks.checkpoints.writer]
+    if SLURMEnvironment.detect():
+        # Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
@@ -92,15 +112,14 @@ def build_trainer(
         max_epochs=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        logger=logger if config.logger.tensorboard else False,
+        logger=EventLogger(folder.path, first_step) if config.logger.tensorboard else False,
         callbacks=callbacks.in_order(),
         enable_checkpointing=False,
         log_every_n_steps=1,
         enable_model_summary=False,
         use_distributed_sampler=False,
         profiler=_profiler(config, folder),
-        # On SLURM, Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        plugins=plugins,
         default_root_dir=folder.path,
     )
 
@@ -111,6 +130,28 @@ def _profiler(config: Config, folder: RunFolder) -> Profiler | None:
     if config.trainer.profiler == "pytorch":
         return PyTorchProfiler(dirpath=folder.path, filename="profile")
     return None
+
+
+def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> str | None:
+    """Says so if the disk has too little room for the checkpoints of a run.
+
+    A checkpoint holds each weight, and both moments of AdamW for those that are trained.
+    """
+    size = sum(weight.nbytes * (3 if weight.requires_grad else 1) for weight in module.parameters())
+    settings = config.callbacks
+    saves = 1 + (config.total_steps // settings.checkpoint_every_steps if settings.checkpoint_every_steps else 0)
+    for_good = config.total_steps // settings.keep_every_steps if settings.keep_every_steps else 0
+    at_once = min(saves, settings.keep_last + 1 + for_good) + 1  # the best is one more, and the one being written
+    there = sum(checkpoint.size for checkpoint in folder.checkpoints.complete())
+    place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if at_once * size - there <= free:
+        return None
+    return (
+        f"THE DISK MAY BECOME FULL: {at_once} checkpoints of {size / 1e9:.2g} GB need {at_once * size / 1e9:.2g} GB in "
+        f"{folder.path}, and {(free + there) / 1e9:.2g} GB are free for them. Lower callbacks.keep_last or raise "
+        "callbacks.keep_every_steps, or set run_dir to a folder on a larger disk"
+    )
 
 
 def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:

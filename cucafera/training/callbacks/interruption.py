@@ -1,65 +1,112 @@
-"""Ctrl-C and SIGTERM: finish the step, save, stop."""
+"""Signals and time limits: finish the step, save, stop or go on."""
 
 import os
 import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed
 
-from cucafera.training.callbacks.throughput import Throughput
+from cucafera.config import Config
 from cucafera.training.module import LanguageModel
+
+EXIT_OUT_OF_TIME = 124
+"""As the command `timeout` has it."""
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(pl.Callback):
-    """On the first SIGINT or SIGTERM finishes the step, saves a checkpoint and ends; on the second exits at once.
+    """Answers signals, and watches the time.
 
-    With several devices they agree at the next log step, since the signal may have reached only one of them.
+    The first SIGINT or SIGTERM, and the end of max_time, finish the step, save a checkpoint and stop; a second signal
+    ends the process at once. Before the first step there is nothing to save, and the first does. SIGUSR1 saves a
+    checkpoint, and training goes on.
+
+    With several devices they agree at the next log step, since a signal may have reached only one of them.
+
+    Args:
+        config: The run.
+        started: Reading of time.monotonic when the time began.
 
     Attributes:
-        received: The signal that ended training, or None.
+        exit_code: What the process should end with; None unless training was stopped here.
+        asks_to_save: Whether a checkpoint is to be saved after this step.
     """
 
-    def __init__(self, throughput: Throughput) -> None:
-        self.throughput = throughput
-        self.received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+    def __init__(self, config: Config, started: float) -> None:
+        self.config = config
+        self.deadline = None if config.max_seconds is None else started + config.max_seconds
+        self.exit_code: int | None = None
+        self.asks_to_save = False
+        self._training = False
+        self._received: signal.Signals | None = None
+        self._save_received = False
+
+    @property
+    def reason(self) -> str:
+        """Why training was stopped, in words."""
+        if self.exit_code == EXIT_OUT_OF_TIME:
+            return f"max_time={self.config.max_time}"
+        assert self.exit_code is not None
+        return signal.Signals(self.exit_code - 128).name
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Takes the signals over for the time of a fit, and gives them back, so that a later run starts afresh."""
+        before = {number: signal.signal(number, self._on_signal) for number in (*STOPPING, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the signals over; Lightning's own handler would end with status 0 and save nothing."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
+        """Takes them over once more: Lightning's own handlers would end with status 0 and save nothing."""
+        for number in (*STOPPING, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self._training = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = signal.Signals(number)
+        if number == signal.SIGUSR1:
+            self._save_received = True
+        elif not self._training:
+            sys.exit(128 + number)
+        elif self._received is not None:
+            self._exit_at_once(number)
+        else:
+            self._received = signal.Signals(number)
+            # Not through the log, which the signal may have interrupted.
+            told = f"\n{self._received.name}: finishing the step and saving. Once more to end at once.\n"
+            os.write(sys.stderr.fileno(), told.encode())
+
+    def _exit_at_once(self, number: int) -> NoReturn:
+        os._exit(128 + number)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Stops if a signal came; `Checkpoints`, which runs later in the same step, saves."""
+        """Decides whether this step is the last one, or is saved; `Checkpoints`, later in the same step, saves."""
         assert isinstance(pl_module, LanguageModel)
-        step = pl_module.steps_done
-        stop = self.received is not None
+        self.asks_to_save = False
+        code = 0 if self._received is None else 128 + self._received
+        if not code and self.deadline is not None and time.monotonic() > self.deadline:
+            code = EXIT_OUT_OF_TIME
+        save = self._save_received
         if trainer.world_size > 1:
-            if not self.throughput.is_log_step(step):
+            if not self.config.is_log_step(pl_module.steps_done):
                 return
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-            if stop and self.received is None:
-                self.received = signal.SIGTERM
-        if stop:
+            wishes = torch.tensor([code, save], device=pl_module.device)
+            torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
+            code, save = int(wishes[0]), bool(wishes[1])
+        if code and pl_module.steps_done < self.config.total_steps:
+            self.exit_code = code
             trainer.should_stop = True
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Gives the signals back, so that a later run of the process starts afresh."""
-        self._give_back()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Gives the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        if code or save:
+            self._save_received = False
+            self.asks_to_save = True

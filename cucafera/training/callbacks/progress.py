@@ -54,7 +54,7 @@ class Progress(pl.callbacks.ProgressBar):
         step = pl_module.steps_done
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-        if self.throughput.is_log_step(step):
+        if self.config.is_log_step(step):
             latest = self.throughput.latest
             speed = f"{count(latest['train/tokens'])} tokens  loss {latest['train/loss']:.3f}  "
             speed += f"{count(latest['speed/tokens_per_second'])} tokens/s"

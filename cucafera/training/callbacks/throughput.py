@@ -1,7 +1,6 @@
 """Training curves: loss, gradient norm, learning rate, tokens, speed, memory."""
 
 import logging
-import math
 import resource
 import sys
 import time
@@ -12,18 +11,17 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
-from cucafera.config import Config, UserError
+from cucafera.config import Config
 from cucafera.model.flops import training_flops_per_token
+from cucafera.training.callbacks.guards import Guards
 from cucafera.training.hardware import Hardware
-from cucafera.training.module import LanguageModel, data_module_of
+from cucafera.training.module import LanguageModel, StepRecord, data_module_of
 
 log = logging.getLogger(__name__)
 
 
 class Throughput(pl.Callback):
-    """Reads the device's losses on log steps only, so that between them the device is never waited for.
-
-    A log step is one at which something is written: curves, a validation, a checkpoint, and the last step.
+    """Writes curves on log steps, when the device is waited for anyway (see `Config.is_log_step`).
 
     Emits the configuration as the text `config`, and against steps:
         train/loss                  mean over all targets of the step, nats
@@ -35,12 +33,12 @@ class Throughput(pl.Callback):
         speed/mfu                   against the dense bf16 peak, full-attention convention; only for known GPUs
         speed/data_wait             share of that time spent waiting for data
         memory/peak_gib             most memory in use since the start: of the GPU, or of the process on a CPU
-
-    Raises UserError on a log step whose loss or gradient norm is not finite.
+        guards/skipped_updates      updates of the whole run that were not applied
     """
 
-    def __init__(self, config: Config, hardware: Hardware) -> None:
+    def __init__(self, config: Config, hardware: Hardware, guards: Guards) -> None:
         self.config = config
+        self.guards = guards
         self.hardware = hardware
         self.flops_per_token = training_flops_per_token(config.model, config.sequence_length, config.adapter)
         self.training_seconds = 0.0
@@ -65,12 +63,6 @@ class Throughput(pl.Callback):
         self.training_seconds = state_dict["training_seconds"]
         self.waiting_seconds = state_dict["waiting_seconds"]
         self.latest = state_dict["latest"]
-
-    def is_log_step(self, step: int) -> bool:
-        """Whether something is written after this step."""
-        callbacks = self.config.callbacks
-        intervals = (callbacks.log_every_steps, callbacks.validate_every_steps, callbacks.checkpoint_every_steps)
-        return step == self.config.total_steps or any(interval and step % interval == 0 for interval in intervals)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tells the amounts of text, writes the configuration, and starts the clock."""
@@ -98,22 +90,15 @@ class Throughput(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """On a log step: waits for the device, and writes the curves."""
+        """Writes the curves on a log step."""
         assert isinstance(pl_module, LanguageModel)
-        step = pl_module.steps_done
-        if self.is_log_step(step):
-            loss = float(trainer.strategy.reduce(outputs["loss"], reduce_op="sum"))
-            gradient_norm = float(outputs["gradient_norm"])
-            self._write(trainer, pl_module, step, loss, gradient_norm)
-            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-                raise UserError(
-                    f"by step {step:,} the run has diverged: the loss is {loss}, the gradient norm {gradient_norm}. "
-                    "Lower optimizer.lr, lengthen schedule.warmup_steps, or set optimizer.clip_norm; then begin anew "
-                    "with resume=overwrite or another name"
-                )
+        if self.config.is_log_step(pl_module.steps_done):
+            assert self.guards.latest is not None
+            self._write(trainer, pl_module, self.guards.latest)
         self._own_hook_done_at = time.perf_counter()
 
-    def _write(self, trainer: pl.Trainer, module: LanguageModel, step: int, loss: float, gradient_norm: float) -> None:
+    def _write(self, trainer: pl.Trainer, module: LanguageModel, record: StepRecord) -> None:
+        step = record.step
         now = time.perf_counter()
         seconds = now - self._since - self._paused
         tokens_per_second = (step - self._log_step) * int(self.config.batch_tokens) / seconds
@@ -121,13 +106,14 @@ class Throughput(pl.Callback):
         self.waiting_seconds += self._waited
         data = data_module_of(trainer)
         self.latest = {
-            "train/loss": loss,
-            "train/gradient_norm": gradient_norm,
+            "train/loss": record.loss,
+            "train/gradient_norm": record.gradient_norm,
             "train/tokens": step * int(self.config.batch_tokens),
             "train/epoch": data.epochs_at(step),
             "speed/tokens_per_second": tokens_per_second,
             "speed/data_wait": self._waited / seconds,
             "memory/peak_gib": peak_memory_bytes(module.device) / 2**30,
+            "guards/skipped_updates": self.guards.skipped_updates,
         }
         for group in trainer.optimizers[0].param_groups:
             self.latest[f"train/lr/{group['name']}"] = group["lr"]

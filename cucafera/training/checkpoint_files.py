@@ -1,0 +1,350 @@
+"""Checkpoints on the disk: complete or ignored, verified before use, written beside training.
+
+A checkpoint is two files. step-00000500.ckpt holds tensors and plain data, as torch.save writes them;
+step-00000500.json, its mark, is written last and removed first, and holds size and SHA-256 of the other. Without its
+mark a checkpoint is one that was never finished, and is ignored.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from cucafera.config import UserError
+from cucafera.data.files import (
+    PARTIAL,
+    NotAsWrittenError,
+    file_sha256,
+    flush_folder,
+    read_sealed,
+    write_sealed,
+    written_whole,
+)
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+SHOWN_BYTES = 1 << 30
+"""Reading a larger checkpoint takes so long that it is announced."""
+MEMORY_LEFT_FREE = 0.1
+"""Share of the free memory that a copy of the state must leave."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there, not complete, or not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The mark of a complete checkpoint.
+
+    Attributes:
+        path: The file with the state.
+        step: Steps done.
+        size: Bytes of the file.
+        sha256: Of the file, in hexadecimal.
+        validation_loss: In nats a token, if there was a validation after this step.
+    """
+
+    path: Path
+    step: int
+    size: int
+    sha256: str
+    validation_loss: float | None
+
+
+class CheckpointFolder:
+    """The folder checkpoints/ of a run.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file_at(self, step: int) -> Path:
+        """Where the state after a step lies."""
+        return self.path / f"step-{step:08d}.ckpt"
+
+    def marked(self) -> list[Path]:
+        """The files that have a mark, oldest first; whether they are as they were written is not known."""
+        return [mark.with_suffix(".ckpt") for mark in sorted(self.path.glob("step-*.json"))]
+
+    def unmarked(self) -> list[Path]:
+        """The files without a mark: a save or a removal that never came to its end."""
+        return sorted(set(self.path.glob("step-*.ckpt")) - set(self.marked()))
+
+    def complete(self) -> list[Checkpoint]:
+        """The checkpoints there are, oldest first; one with a damaged mark is none."""
+        found = []
+        for path in self.marked():
+            with contextlib.suppress(CheckpointError):
+                found.append(read_mark(path))
+        return [checkpoint for checkpoint in found if checkpoint.path.exists()]
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest validation loss; of several, the earliest."""
+        validated = [checkpoint for checkpoint in self.complete() if checkpoint.validation_loss is not None]
+        return min(validated, key=lambda checkpoint: cast(float, checkpoint.validation_loss), default=None)
+
+    def write(self, step: int, state: dict[str, Any], validation_loss: float | None) -> None:
+        """Writes the state after a step, and marks it when all of it is on the disk. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.file_at(step)
+        self._remove([path])  # a damaged one of the same step, whose mark must not speak for this one
+        with written_whole(path) as file:
+            content = _HashedFile(file)
+            try:
+                torch.save(state, cast(BinaryIO, content))
+            except RuntimeError as error:  # torch's writer does not tell what went wrong with the file
+                raise content.error or error from None
+        facts = {"step": step, "size": content.size, "sha256": content.hash.hexdigest()}
+        write_sealed(_mark_of(path), {"version": VERSION, **facts, "validation_loss": validation_loss})
+
+    def remove_old(self, step: int, keep_last: int, keep_every_steps: int) -> None:
+        """Removes what needs not be kept once the checkpoint of a step is complete.
+
+        Kept are the last few up to that step, the best, and those whose step is a multiple of `keep_every_steps`
+        (0: none).
+        """
+        up_to = [checkpoint for checkpoint in self.complete() if checkpoint.step <= step]
+        best = self.best()
+        self._remove(
+            checkpoint.path
+            for checkpoint in up_to[:-keep_last]
+            if checkpoint != best and not (keep_every_steps and checkpoint.step % keep_every_steps == 0)
+        )
+
+    def remove_after(self, step: int) -> None:
+        """Removes what lies after the step that a run goes on from, and what was never finished."""
+        later = [path for path in self.marked() if path > self.file_at(step)]
+        self._remove([*later, *self.unmarked()])
+        for partial in self.path.glob("step-*" + PARTIAL):
+            partial.unlink()
+
+    def remove_all(self) -> None:
+        """Removes every checkpoint; files of other names stay."""
+        self.remove_after(-1)
+
+    def _remove(self, paths: Any) -> None:
+        """Removes marks first, so that half a removal leaves nothing that looks complete."""
+        removed = [path for path in paths if path.exists() or _mark_of(path).exists()]
+        if not removed:
+            return
+        for path in removed:
+            _mark_of(path).unlink(missing_ok=True)
+        flush_folder(self.path)
+        for path in removed:
+            path.unlink(missing_ok=True)
+
+
+class _HashedFile:
+    """What torch.save writes into: counts and hashes on the way, and remembers what went wrong."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.size = 0
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.hash.update(content)
+        try:
+            written = self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _mark_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def read_mark(path: Path) -> Checkpoint:
+    """The mark of a checkpoint's file. Raises CheckpointError if it has none, or a damaged one."""
+    mark = _mark_of(path)
+    if path.exists() and path.suffix != ".ckpt":
+        raise CheckpointError(f"{path} is not a checkpoint: those end with .ckpt")
+    try:
+        content = read_sealed(mark)
+        if content["version"] != VERSION:
+            raise NotAsWrittenError(f"its format is {content['version']}, and this program reads {VERSION}")
+        return Checkpoint(path, content["step"], content["size"], content["sha256"], content["validation_loss"])
+    except FileNotFoundError:
+        reason = (
+            f"there is no {mark.name} beside it, so it was never finished" if path.exists() else "it does not exist"
+        )
+    except OSError as error:
+        reason = f"{mark}: {error.strerror}"
+    except NotAsWrittenError as error:
+        reason = f"{mark.name} is damaged: {error}"
+    except KeyError as error:
+        reason = f"{mark.name} is not the mark of a checkpoint: it has no {error}"
+    raise CheckpointError(f"{path} cannot be used: {reason}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A complete checkpoint's tensors and plain data, mapped from the disk. Nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is not there, not complete, damaged, or not one of cucafera's.
+    """
+    mark = read_mark(path)
+    try:
+        size = path.stat().st_size
+        if size != mark.size:
+            raise CheckpointError(f"{path} is damaged: it has {size:,} bytes instead of {mark.size:,}")
+        if size > SHOWN_BYTES:
+            log.info("Verifying %s (%.1f GB)", path, size / 1e9)
+        if file_sha256(path) != mark.sha256:
+            raise CheckpointError(f"{path} is damaged: its content is not what was written")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load raises many kinds; what was written by cucafera raises none
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    missing = {"config", "identity", "state_dict", "steps_done"} - set(checkpoint)
+    if missing:
+        raise CheckpointError(f"{path} is not a checkpoint of cucafera: it has no {', '.join(sorted(missing))}")
+    return dict(checkpoint)
+
+
+class CheckpointWriter(CheckpointIO):
+    """Lightning's way to the disk: copies the state, and writes the copy while training goes on.
+
+    Where memory has no room for a copy, training waits for the disk. A save that fails, because the disk is full or
+    gone, is told loudly and leaves the checkpoints before it as they are; the next one tries again.
+
+    Args:
+        folder: Where to.
+        resumed: The state that the run goes on from: it was read and verified before.
+        keep_last: See `CheckpointFolder.remove_old`.
+        keep_every_steps: See there.
+        free_memory: Tells how many bytes of memory are free.
+
+    Attributes:
+        saved_step: Step of the last checkpoint that is complete.
+        failure: Why the last save failed, or None.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        resumed: dict[str, Any] | None,
+        keep_last: int,
+        keep_every_steps: int,
+        free_memory: Callable[[], int],
+    ) -> None:
+        self.folder = folder
+        self.resumed = resumed
+        self.keep_last = keep_last
+        self.keep_every_steps = keep_every_steps
+        self.free_memory = free_memory
+        self.saved_step: int | None = resumed["steps_done"] if resumed else None
+        self.failure: OSError | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._unexpected: BaseException | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Begins to write a state.
+
+        Args:
+            checkpoint: The state.
+            path: Not used: the step says where it goes.
+            storage_options: The validation loss that belongs to it, or None.
+        """
+        self.finish()
+        if self._has_room_for_copy(checkpoint):
+            copy = _copied(checkpoint, self._copies)
+            self._thread = threading.Thread(target=self._write, args=(copy, storage_options), name="checkpoint")
+            self._thread.start()
+        else:
+            self._copies.clear()
+            self._write(checkpoint, storage_options)
+            self.finish()
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The state that the run goes on from."""
+        assert self.resumed is not None
+        state, self.resumed = self.resumed, None
+        return state
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Not used: `CheckpointFolder` removes."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Waits until what was begun is on the disk, or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        unexpected, self._unexpected = self._unexpected, None
+        if unexpected is not None:
+            raise unexpected
+
+    def _write(self, state: dict[str, Any], validation_loss: float | None) -> None:
+        step = state["steps_done"]
+        try:
+            self.folder.write(step, state, validation_loss)
+            self.saved_step, self.failure = step, None
+            self.folder.remove_old(step, self.keep_last, self.keep_every_steps)
+        except OSError as error:
+            self.failure = error
+            before = f"the last one is of step {self.saved_step:,}" if self.saved_step is not None else "there is none"
+            log.error(
+                "THE CHECKPOINT OF STEP %s COULD NOT BE WRITTEN to %s: %s. Training goes on, and the next checkpoint "
+                "is tried as usual; until then %s. Make room on that disk.",
+                f"{step:,}", self.folder.path, error.strerror or error, before,
+            )  # fmt: skip
+        except BaseException as error:  # told where training can hear it
+            self._unexpected = error
+
+    def _has_room_for_copy(self, state: dict[str, Any]) -> bool:
+        needed = sum(tensor.nbytes for tensor in _tensors(state)) - sum(copy.nbytes for copy in self._copies.values())
+        return needed <= (1 - MEMORY_LEFT_FREE) * self.free_memory()
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        state = list(state.values())
+    return [tensor for value in state for tensor in _tensors(value)] if isinstance(state, list | tuple) else []
+
+
+def _copied(state: Any, copies: dict[str, Tensor], place: str = "") -> Any:
+    """The state with every container and tensor copied, tensors into main memory.
+
+    Args:
+        state: Nested dictionaries, lists and tuples of tensors and plain values.
+        copies: Tensors of an earlier copy by their places: they are written over, which is many times as fast as
+            new memory.
+        place: Where `state` stands in the whole.
+    """
+    if isinstance(state, Tensor):
+        before = copies.get(place)
+        if before is None or before.shape != state.shape or before.dtype != state.dtype:
+            before = copies[place] = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
+        return before.copy_(state)
+    if isinstance(state, dict):
+        return {key: _copied(value, copies, f"{place}/{key}") for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_copied(value, copies, f"{place}/{index}") for index, value in enumerate(state))
+    return state

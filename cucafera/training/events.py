@@ -1,0 +1,168 @@
+"""TensorBoard events that survive a full disk, and stand in the curves once."""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
+
+log = logging.getLogger(__name__)
+
+EVENTS = "events.out.tfevents."
+FLUSH_SECONDS = 30
+
+
+class PatientFile:
+    """A file that is only appended to. What the disk does not take is kept in memory and tried again.
+
+    What is on the disk is always a whole number of flushes: of one that failed midway nothing stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending = bytearray()
+        self._size = 0
+        self._told = False
+
+    def write(self, content: bytes) -> None:
+        """Keeps the content until the next flush."""
+        self._pending += content
+
+    def flush(self) -> None:
+        """Brings all content onto the disk, or says once that it has to wait."""
+        try:
+            with self.path.open("ab") as file:
+                try:
+                    file.write(self._pending)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), self._size)
+                    raise
+        except OSError as error:
+            if not self._told:
+                log.error("%s cannot be written: %s. The curves wait in memory", self.path, error.strerror or error)
+            self._told = True
+            return
+        self._size += len(self._pending)
+        self._pending.clear()
+        self._told = False
+
+    def close(self) -> None:
+        """Flushes."""
+        self.flush()
+
+
+class EventFile:
+    """What torch's FileWriter expects of an event file, on a PatientFile.
+
+    Args:
+        folder: Where the file goes.
+        flush_seconds: It is flushed that often, at the next event.
+    """
+
+    def __init__(self, folder: Path, flush_seconds: float) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = PatientFile(folder / f"{EVENTS}{_stamp_after(folder)}.{os.getpid()}")
+        self._records = RecordWriter(self._file)
+        self._folder = folder
+        self._flush_seconds = flush_seconds
+        self._flushed_at = 0.0
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+
+    def get_logdir(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def add_event(self, event: Any) -> None:
+        """Adds an event."""
+        self._records.write(event.SerializeToString())
+        if time.monotonic() - self._flushed_at > self._flush_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings the events onto the disk."""
+        self._file.flush()
+        self._flushed_at = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes."""
+        self.flush()
+
+    def reopen(self) -> None:
+        """Nothing to do: the file is opened for each flush."""
+
+
+def _stamp_after(folder: Path) -> str:
+    """The time in seconds and nanoseconds, but later than that of any file in the folder.
+
+    TensorBoard reads them in the order of their names, and the clock of the machine that goes on may be behind.
+    """
+    stamp = time.time_ns()
+    for path in folder.glob(EVENTS + "*"):
+        seconds, _, rest = path.name.removeprefix(EVENTS).partition(".")
+        nanoseconds = rest.partition(".")[0]
+        if seconds.isdecimal() and nanoseconds.isdecimal():
+            stamp = max(stamp, int(seconds) * 10**9 + int(nanoseconds) + 1)
+    return f"{stamp // 10**9:010d}.{stamp % 10**9:09d}"
+
+
+class EventWriter(FileWriter):
+    """torch's FileWriter on an EventFile."""
+
+    def __init__(self, folder: Path, flush_seconds: float) -> None:
+        self.event_writer = EventFile(folder, flush_seconds)
+
+
+class EventSummaryWriter(SummaryWriter):
+    """torch's SummaryWriter on an EventFile."""
+
+    file_writer: FileWriter | None  # type: ignore[assignment]
+    all_writers: dict[str, FileWriter] | None  # type: ignore[assignment]
+
+    def _get_file_writer(self) -> FileWriter:
+        if self.file_writer is None:
+            writer = self.file_writer = EventWriter(Path(self.log_dir), self.flush_secs)
+            self.all_writers = {writer.event_writer.get_logdir(): writer}
+            if self.purge_step is not None:
+                # TensorBoard drops what earlier files hold from this step on.
+                start = SessionLog(status=SessionLog.START)
+                writer.add_event(Event(step=self.purge_step, session_log=start))
+                self.purge_step = None
+        return self.file_writer
+
+
+class EventLogger(TensorBoardLogger):
+    """TensorBoard events, and nothing else, in the run folder.
+
+    Args:
+        folder: The run folder.
+        first_step: Where the run goes on from: what a killed process wrote after it does not count.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        super().__init__(folder, name="", version="")
+        self._folder = folder
+        self._first_step = first_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        """The writer of this process; a dummy in all but the first of a job."""
+        if self._experiment is None:
+            self._experiment = EventSummaryWriter(
+                str(self._folder),
+                flush_secs=FLUSH_SECONDS,
+                purge_step=self._first_step + 1 if self._first_step else None,
+            )
+        return self._experiment
+
+    def save(self) -> None:
+        """Flushes; Lightning would add a second file of hyperparameters beside config.yaml."""
+        self.experiment.flush()
