@@ -275,6 +275,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
             self.training_steps,
             sampler=StepsLeft(self.first_step, self.config.total_steps),
             batch_size=None,
+            generator=torch.Generator(),  # or the loader would draw from the one whose state checkpoints keep
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,

@@ -293,7 +293,7 @@ def test_a_step_is_the_same_for_one_device_and_the_shares_of_two(chat_run):
     steps = data.training_steps
     for step in range(4):
         whole = steps[step]
-        shares = [type(steps)(steps.sources, steps.config, rank, 2)[step] for rank in (0, 1)]
+        shares = [type(steps)(steps.sources, steps.config, (), rank, 2)[step] for rank in (0, 1)]
         for field in ("input_ids", "targets", "documents"):
             assert torch.equal(getattr(whole, field), torch.cat([getattr(share, field) for share in shares]))
 

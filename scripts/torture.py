@@ -1,0 +1,413 @@
+"""Kills, fills and damages a run at random, and compares its end with that of an undisturbed one.
+
+    python scripts/torture.py series --kills 100      one run, killed so often, and disturbed in other ways
+    python scripts/torture.py damage --trials 200     one damaged file a time, then the same command
+
+Both end with status 1 if anything differs, a message is missing, or a stack trace is seen. The product runs as its own
+process each time, started by `cucafera.run.main`; only its imports are shared, or the imports would take most of the
+time.
+
+The faults of a series, at random times:
+    kill            SIGKILL
+    kill in save    SIGKILL at a random write, flush, rename or removal of a checkpoint
+    terminate       SIGTERM: it must save and end with 143
+    full disk       writes of checkpoints, curves and history fail for some saves; it must go on; then SIGKILL
+    damage          bits flipped or a file cut between two starts: the newest checkpoint, its mark, or a shard
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PRELOADED = [
+    "cucafera.run",
+    "cucafera.data.packed",
+    "cucafera.data.conversations",
+    "cucafera.training.report",
+    "cucafera.training.trainer",
+    "cucafera.training.module",
+]
+SETTINGS = [
+    "trainer=cpu",
+    "model.vocab_size=320",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.max_position_embeddings=32",
+    "batch_tokens=128",
+    "schedule.warmup_steps=2",
+    "data.processes=1",
+    "data.prepared_dir=prepared",
+    "data.validation_windows=8",
+    "callbacks.prompts=[La mar]",
+    "callbacks.sampling.max_new_tokens=4",
+]
+TOKENS_OF_STEP = 128
+VARYING_METRICS = ("training_seconds", "tokens_per_second", "data_wait", "peak_memory_gib", "name")
+VARYING_CURVES = ("speed/", "memory/")
+KILLS = ("kill", "kill in save")
+LONGEST_START_SECONDS = 120
+
+
+class Ended(NamedTuple):
+    """How a start of the product ended: its status, negative for a signal, and what it printed."""
+
+    status: int
+    output: str
+
+
+class Fault(NamedTuple):
+    """What happens to one start.
+
+    Attributes:
+        name: As in the list above.
+        after_seconds: When the signal comes, after the product has begun to train.
+        operation: Number of the file operation that is not survived.
+        saves: First and last save that find the disk full.
+    """
+
+    name: str
+    after_seconds: float = 0.0
+    operation: int = 0
+    saves: tuple[int, int] = (0, 0)
+
+
+def product(arguments: list[str], folder: str, output: str, fault: Fault) -> None:
+    """Runs the product in this process, which is its own."""
+    os.chdir(folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    import torch
+
+    torch.set_num_threads(1)  # for a model this small, threads only get in each other's way
+    if fault.name == "kill in save":
+        kill_at_operation(fault.operation)
+    if fault.name == "full disk":
+        fill_disk(*fault.saves)
+    from cucafera.run import main
+
+    sys.argv = ["cucafera", *arguments]
+    main()
+    sys.stdout.flush()
+
+
+def kill_at_operation(number: int) -> None:
+    """Kills this process at its n-th file operation of the saving of checkpoints."""
+    from cucafera.training import checkpoint_files
+
+    left = number
+    saving = False
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            nonlocal left
+            left -= saving
+            if left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **settings)
+
+        return call
+
+    def save(function: Any) -> Any:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            nonlocal saving
+            saving = True
+            try:
+                return function(*arguments, **settings)
+            finally:
+                saving = False
+
+        return call
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    checkpoint_files._HashedFile.write = counted(checkpoint_files._HashedFile.write)  # type: ignore[method-assign]
+    checkpoint_files.CheckpointWriter._write = save(checkpoint_files.CheckpointWriter._write)  # type: ignore[method-assign]
+
+
+def fill_disk(first: int, last: int) -> None:
+    """From the first to the last of these saves, nothing can be brought onto the disk."""
+    from cucafera.training.callbacks.checkpoints import Checkpoints
+
+    saves = 0
+    fsync, save = os.fsync, Checkpoints._save
+
+    def full_fsync(descriptor: int) -> None:
+        if first <= saves <= last:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    def counted(checkpoints: Checkpoints, *arguments: Any) -> None:
+        nonlocal saves
+        checkpoints.writer.finish()
+        saves += 1
+        save(checkpoints, *arguments)
+
+    os.fsync = full_fsync
+    Checkpoints._save = counted  # type: ignore[method-assign]
+
+
+class Bench:
+    """Starts the product in a folder, again and again.
+
+    Args:
+        folder: Where its outputs are.
+        overrides: The command line.
+    """
+
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        self.folder = folder
+        self.overrides = overrides
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+
+    def start(self, name: str, fault: Fault) -> Ended:
+        """Starts the run of a name, and lets a fault happen to it."""
+        output = self.folder / "output.txt"
+        output.unlink(missing_ok=True)
+        arguments = [*self.overrides, f"name={name}"]
+        process = self.context.Process(target=product, args=(arguments, str(self.folder), str(output), fault))
+        process.start()
+        if fault.name in ("kill", "terminate", "full disk") and self._trains(process, output):
+            process.join(fault.after_seconds)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signal.SIGTERM if fault.name == "terminate" else signal.SIGKILL)
+        process.join(600)
+        assert process.exitcode is not None, "the product hangs"
+        return Ended(process.exitcode, output.read_text(errors="replace"))
+
+    def _trains(self, process: Any, output: Path) -> bool:
+        """Waits until the first step has been told; False if the product ended before."""
+        deadline = time.monotonic() + LONGEST_START_SECONDS
+        while process.is_alive() and time.monotonic() < deadline:
+            if output.exists() and "\nstep" in "\n" + output.read_text(errors="replace"):
+                return True
+            process.join(0.02)
+        return False
+
+
+def damage(path: Path, dice: random.Random) -> str:
+    """Flips a bit of a file, or cuts it. Returns what was done."""
+    content = bytearray(path.read_bytes())
+    if dice.random() < 0.5:
+        place = dice.randrange(len(content))
+        content[place] ^= 1 << dice.randrange(8)
+        path.write_bytes(content)
+        return f"a bit of byte {place} flipped"
+    length = dice.randrange(len(content))
+    path.write_bytes(content[:length])
+    return f"cut to {length} bytes"
+
+
+def checked(ended: Ended, expected: set[int], what: str) -> None:
+    """Ends everything if a start of the product ended otherwise than it may, or with a stack trace."""
+    if "Traceback" in ended.output or ended.status not in expected:
+        sys.exit(f"{what}: status {ended.status}, allowed {sorted(expected)}; it printed:\n{ended.output}")
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """What differs between two run folders: weights, moments, metrics or curves."""
+    import torch
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tb_logging
+
+    from cucafera.training.checkpoint_files import read_checkpoint
+    from cucafera.training.run_folder import RunFolder
+
+    tb_logging.get_logger().setLevel("ERROR")  # it tells of each file that goes on after a kill
+    found = []
+    states = [read_checkpoint(RunFolder(path).checkpoints.marked()[-1]) for path in (left, right)]
+    for part in ("state_dict", "optimizer_states", "random_state", "steps_done"):
+        flat = [dict(flattened(state[part])) for state in states]
+        if flat[0].keys() != flat[1].keys():
+            found.append(f"{part} has other entries")
+            continue
+        for key, value in flat[0].items():
+            same = torch.equal(value, flat[1][key]) if isinstance(value, torch.Tensor) else value == flat[1][key]
+            if not same:
+                found.append(f"{part}{key} differs")
+    metrics = [json.loads((path / "metrics.json").read_text()) for path in (left, right)]
+    found += [
+        f"metrics.json: {key} is {value} and {metrics[1][key]}"
+        for key, value in metrics[0].items()
+        if key not in VARYING_METRICS and value != metrics[1][key]
+    ]
+    curves = []
+    for path in (left, right):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+        events.Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(VARYING_CURVES)]
+        curves.append({tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags})
+    for tag, points in curves[0].items():
+        if points != curves[1].get(tag):
+            odd = sorted(set(points) ^ set(curves[1].get(tag, [])))
+            found.append(f"the curve {tag} differs, first at {odd[:3]}")
+        steps = [step for step, _ in curves[1].get(tag, [])]
+        if steps != sorted(set(steps)):
+            found.append(f"the curve {tag} has steps lost or repeated")
+    return found
+
+
+def flattened(value: Any, key: str = "") -> Any:
+    """Every leaf of nested dictionaries, lists and tuples with its place."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    elif isinstance(value, list | tuple):
+        value = list(enumerate(value))
+    else:
+        yield key, value
+        return
+    for name, inner in value:
+        yield from flattened(inner, f"{key}/{name}")
+
+
+def series(folder: Path, kills: int, steps: int, seed: int) -> None:
+    """Disturbs one run until it was killed so often, and compares."""
+    dice = random.Random(seed)
+    bench = Bench(
+        folder,
+        [
+            *SETTINGS,
+            f"budget_tokens={steps * TOKENS_OF_STEP}",
+            "callbacks.log_every_steps=1",
+            "callbacks.validate_every_steps=50",
+            "callbacks.checkpoint_every_steps=5",
+            "callbacks.keep_every_steps=100",
+        ],
+    )
+    begun = time.monotonic()
+    checked(bench.start("undisturbed", Fault("none")), {0}, "the undisturbed run")
+    print(f"undisturbed: {steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
+    counts: Counter[str] = Counter()
+    run = folder / "outputs" / "disturbed"
+    while sum(counts[name] for name in KILLS) < kills:
+        name = dice.choices(["kill", "kill in save", "terminate", "full disk", "damage"], weights=[30, 35, 10, 10, 15])[
+            0
+        ]
+        if name == "damage":
+            counts[name] += damaged_between_starts(bench, run, dice)
+            continue
+        fault = Fault(
+            name,
+            after_seconds=dice.uniform(0, 0.8),
+            operation=dice.randint(1, 200),
+            saves=(first := dice.randint(1, 3), first + dice.randint(0, 2)),
+        )
+        ended = bench.start("disturbed", fault)
+        allowed = {0, 143, -signal.SIGTERM} if name == "terminate" else {0, -signal.SIGKILL}
+        checked(ended, allowed, name)
+        if ended.status == 0:
+            sys.exit(f"the run is complete after {counts}: give it more --steps")
+        if ended.status == 143 and "the same command" not in ended.output:
+            sys.exit(f"SIGTERM was not answered with how to go on:\n{ended.output}")
+        if name == "full disk" and "COULD NOT BE WRITTEN" not in ended.output:
+            continue  # it was killed before a save met the full disk
+        counts[name] += 1
+    ended = bench.start("disturbed", Fault("none"))
+    checked(ended, {0}, "the last start")
+    found = differences(folder / "outputs" / "undisturbed", run)
+    print(f"seed {seed}: {sum(counts.values())} faults in one run of {steps} steps, {time.monotonic() - begun:.0f} s")
+    for name, count in sorted(counts.items()):
+        print(f"  {name:14}{count:5}")
+    report(found)
+
+
+def damaged_between_starts(bench: Bench, run: Path, dice: random.Random) -> int:
+    """Damages a file between two starts, and mends what the product says must be mended. Returns 1 if it could."""
+    marks = sorted((run / "checkpoints").glob("step-*.json"))
+    shards = sorted((bench.folder / "prepared").rglob("*.shard"))
+    if len(marks) < 2:
+        return 0
+    path = dice.choice([marks[-1].with_suffix(".ckpt"), marks[-1], dice.choice(shards)])
+    content = path.read_bytes()
+    damage(path, dice)
+    ended = bench.start("disturbed", Fault("kill", after_seconds=0.1))
+    checked(ended, {2} if path in shards else {0, -signal.SIGKILL}, f"{path.name} was damaged")
+    if path.stem not in ended.output or not ("damaged" in ended.output or "cannot be used" in ended.output):
+        sys.exit(f"{path} was damaged, and that was not told:\n{ended.output}")
+    if path in shards:
+        path.write_bytes(content)
+    return 1
+
+
+def damage_trials(folder: Path, trials: int, seed: int) -> None:
+    """Damages one file of a run that stands half-way, and gives the same command, again and again."""
+    dice = random.Random(seed)
+    settings = [*SETTINGS, "callbacks.checkpoint_every_steps=4", "callbacks.validate_every_steps=4"]
+    half, whole = f"budget_tokens={8 * TOKENS_OF_STEP}", f"budget_tokens={12 * TOKENS_OF_STEP}"
+    settings.append("schedule.horizon_steps=12")
+    original = folder / "original"
+    original.mkdir()
+    checked(Bench(original, [*settings, half]).start("run", Fault("none")), {0}, "the first half")
+    undisturbed = folder / "undisturbed"
+    shutil.copytree(original, undisturbed)
+    checked(Bench(undisturbed, [*settings, whole]).start("run", Fault("none")), {0}, "the second half")
+    newest = max((original / "outputs/run/checkpoints").glob("step-*.json"))
+    files = [newest, newest.with_suffix(".ckpt"), *(p for p in (original / "prepared").rglob("*") if p.is_file())]
+    files = [path for path in files if path.suffix != ".lock"]
+    outcomes: Counter[tuple[str, str]] = Counter()
+    for number in range(trials):
+        path = files[number % len(files)].relative_to(original)
+        trial = folder / "trial"
+        shutil.copytree(original, trial)
+        done = damage(trial / path, dice)
+        ended = Bench(trial, [*settings, whole]).start("run", Fault("none"))
+        checked(ended, {0, 2}, f"{path} ({done})")
+        if path.name not in ended.output and path.stem not in ended.output:
+            sys.exit(f"{path} ({done}): not told; status {ended.status}:\n{ended.output}")
+        if ended.status == 0 and (found := differences(undisturbed / "outputs/run", trial / "outputs/run")):
+            sys.exit(f"{path} ({done}): a wrong result: {found}")
+        kind = "checkpoint" if path.suffix == ".ckpt" else path.name
+        outcomes[kind, "refused" if ended.status == 2 else "fell back, same result"] += 1
+        shutil.rmtree(trial)
+    print(f"seed {seed}: {trials} damaged files, each of them told")
+    for (kind, outcome), count in sorted(outcomes.items()):
+        print(f"  {kind:20}{outcome:26}{count:5}")
+
+
+def report(found: list[str]) -> None:
+    """Says whether the two runs are the same, and ends with status 1 if not."""
+    if found:
+        sys.exit("DIFFERENT:\n" + "\n".join(f"  {line}" for line in found[:20]))
+    print("The end is bit-equal to the undisturbed run: weights, moments, random state, metrics, curves.")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("series", help="one run, disturbed many times")
+    one.add_argument("--kills", type=int, default=100)
+    one.add_argument("--steps", type=int, help="of the run; default: 60 a kill")
+    two = commands.add_parser("damage", help="one damaged file a time")
+    two.add_argument("--trials", type=int, default=200)
+    for command in (one, two):
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--folder", type=Path, default=Path("outputs/torture"), help="emptied first")
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    arguments.folder.mkdir(parents=True)
+    folder = arguments.folder.resolve()
+    if arguments.command == "series":
+        series(folder, arguments.kills, arguments.steps or 60 * arguments.kills, arguments.seed)
+    else:
+        damage_trials(folder, arguments.trials, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
