@@ -154,7 +154,7 @@ def _session(
     from cucafera.data.packed import PackedDataModule
     from cucafera.training.module import LanguageModel
     from cucafera.training.report import collect_metrics, terminal_report, write_report
-    from cucafera.training.run_folder import checkpoint_to_begin_with, tokenizer_to_begin_with
+    from cucafera.training.run_folder import checkpoint_to_begin_with, is_within, tokenizer_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
     resumed = folder.checkpoint_to_resume(config)
@@ -166,20 +166,21 @@ def _session(
     first_step, expected = 0, {}
     if before:
         first_step, expected = before["steps_done"], before["identity"]
-        left_out = left_out | set(before["skipped_batches"])
+        left_out = left_out | set(before["left_out_batches"])
     elif initial:
         expected = {"tokenizer": initial["identity"]["tokenizer"]}
-    skipped_batches = sorted(left_out)
+    expected = {key: value for key, value in expected.items() if not is_within(key, config.resume_despite)}
+    left_out_batches = sorted(left_out)
     data_module = ChatDataModule if config.data.kind == "conversations" else PackedDataModule
     data = data_module(
-        config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected, skipped_batches
+        config, first_step, hardware.num_workers, hardware.accelerator == "cuda", expected, left_out_batches
     )
     if config.epochs is not None:
         if before and before["config"]["epochs"] == config.epochs:
             config.budget_tokens = before["config"]["budget_tokens"]
         else:
             config.budget_tokens = budget_of_epochs(config, data)
-    callbacks = build_callbacks(config, hardware, folder, before, started)
+    callbacks = build_callbacks(config, hardware, folder, before, left_out_batches, started)
     if before and first_step >= config.total_steps:
         callbacks.restore(before)
         log.info(

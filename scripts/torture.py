@@ -330,7 +330,7 @@ def series(folder: Path, kills: int, steps: int, seed: int) -> None:
 def damaged_between_starts(bench: Bench, run: Path, dice: random.Random) -> int:
     """Damages a file between two starts, and mends what the product says must be mended. Returns 1 if it could."""
     marks = sorted((run / "checkpoints").glob("step-*.json"))
-    shards = sorted((bench.folder / "prepared").rglob("*.shard"))
+    shards = sorted((bench.folder / "prepared").rglob("train/*.shard"))  # read, and so verified, at the first step
     if len(marks) < 2:
         return 0
     path = dice.choice([marks[-1].with_suffix(".ckpt"), marks[-1], dice.choice(shards)])

@@ -94,7 +94,7 @@ class TrainingSteps(Dataset[Batch]):
     Args:
         sources: The training windows of each source.
         config: The run.
-        skipped_batches: Numbers of batches that are left out.
+        left_out_batches: Numbers of batches that are left out.
         rank, world_size: Which share.
     """
 
@@ -102,13 +102,13 @@ class TrainingSteps(Dataset[Batch]):
         self,
         sources: Sequence[WindowSource],
         config: Config,
-        skipped_batches: Sequence[int],
+        left_out_batches: Sequence[int],
         rank: int,
         world_size: int,
     ) -> None:
         self.sources = sources
         self.config = config
-        self.skipped_batches = sorted(skipped_batches)
+        self.left_out_batches = sorted(left_out_batches)
         self.rank = rank
         self.share = config.windows_per_step // world_size
         weights = [source.weight for source in config.data.sources.values()]
@@ -117,8 +117,8 @@ class TrainingSteps(Dataset[Batch]):
     def batch_at(self, step: int) -> int:
         """The number of the batch that a step, the first being 0, trains on: b has the windows [b W, (b + 1) W)."""
         batch = step
-        for skipped in self.skipped_batches:
-            batch += skipped <= batch
+        for left_out in self.left_out_batches:
+            batch += left_out <= batch
         return batch
 
     def __getitem__(self, step: int) -> Batch:
@@ -163,7 +163,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
     Args:
         config: The run.
         first_step: The step that training begins or goes on with.
-        skipped_batches: Numbers of batches that are left out.
+        left_out_batches: Numbers of batches that are left out.
         num_workers: Processes that read windows; 0: the training process.
         pin_memory: Put batches into memory that a GPU can copy from at once.
         expected: What `identity` was when the weights were trained that training goes on or begins with, as far as
@@ -189,7 +189,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         num_workers: int = 0,
         pin_memory: bool = False,
         expected: dict[str, str] | None = None,
-        skipped_batches: Sequence[int] = (),
+        left_out_batches: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -197,7 +197,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.expected = expected or {}
-        self.skipped_batches = skipped_batches
+        self.left_out_batches = left_out_batches
         self.prepared = Path(config.data.prepared_dir)
         self._is_prepared = False
         self._is_open = False
@@ -240,7 +240,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         if not self._is_open:
             self._open()
         self.training_steps = TrainingSteps(
-            self.training_sources, self.config, self.skipped_batches, *self._rank_and_world_size()
+            self.training_sources, self.config, self.left_out_batches, *self._rank_and_world_size()
         )
 
     def _open(self) -> None:

@@ -185,7 +185,7 @@ class LanguageModel(pl.LightningModule):
         checkpoint["config"] = dataclasses.asdict(self.config)
         checkpoint["steps_done"] = self.steps_done
         checkpoint["identity"] = data_module_of(self.trainer).identity
-        checkpoint["skipped_batches"] = list(data_module_of(self.trainer).skipped_batches)
+        checkpoint["left_out_batches"] = list(data_module_of(self.trainer).left_out_batches)
         checkpoint["random_state"] = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,

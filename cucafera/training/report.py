@@ -1,6 +1,7 @@
 """What a run leaves for its reader: metrics.json, report.md, and the same on the terminal."""
 
 import json
+import math
 from typing import Any
 
 from cucafera.config import Config
@@ -15,9 +16,10 @@ from cucafera.training.trainer import Callbacks
 
 def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) -> dict[str, Any]:
     """The figures of a run, as they go into metrics.json."""
-    throughput, validation = callbacks.throughput, callbacks.validation
+    guards, throughput, validation = callbacks.guards, callbacks.throughput, callbacks.validation
     steps_done, tokens = int(validation.history[-1]["step"]), int(validation.history[-1]["tokens"])
     seconds = throughput.training_seconds
+    loss = throughput.latest["train/loss"]
     tokens_per_second = tokens / seconds if seconds else None
     flops_per_token = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     mfu = None
@@ -38,7 +40,9 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
         "device": hardware.name,
         "devices": hardware.world_size,
         "precision": hardware.precision,
-        "train_loss": throughput.latest.get("train/loss"),
+        "skipped_updates": guards.skipped_updates,
+        "left_out_batches": guards.left_out_batches,
+        "train_loss": loss if math.isfinite(loss) else None,
         "peak_memory_gib": throughput.latest.get("memory/peak_gib"),
         "validation": validation.history,
         "best_bpb": min(record["bpb"] for record in validation.history),
@@ -58,14 +62,19 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     parameters = f"{metrics['parameters']:,}"
     if metrics["adapter_parameters"]:
         parameters += f"; {metrics['adapter_parameters']:,} of adapters were trained"
+    trained = f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"
+    if metrics["skipped_updates"]:
+        trained += f", {metrics['skipped_updates']:,} not applied: not finite"
+    if metrics["left_out_batches"]:
+        trained += f", {len(metrics['left_out_batches']):,} batches left out after rollbacks"
     lines = [
         ("Parameters", parameters),
-        ("Trained on", f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"),
+        ("Trained on", trained),
         ("Time", f"{duration(metrics['training_seconds'])} of training"),
         ("Speed", speed),
         ("MFU", mfu),
         ("Waiting for data", f"{metrics['data_wait']:.2%} of the time"),
-        ("Train loss", f"{metrics['train_loss']:.3f} nats a token"),
+        ("Train loss", "not finite" if metrics["train_loss"] is None else f"{metrics['train_loss']:.3f} nats a token"),
         ("Validation loss", f"{first['loss']:.3f} -> {last['loss']:.3f} (perplexity {last['perplexity']:.1f})"),
         ("Validation bpb", f"{first['bpb']:.3f} -> {last['bpb']:.3f} bits a byte (best {metrics['best_bpb']:.3f})"),
         ("Accuracy", f"{first['accuracy']:.1%} -> {last['accuracy']:.1%} of the tokens were the likeliest"),

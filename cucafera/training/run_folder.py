@@ -110,9 +110,9 @@ class RunFolder:
 
     def _refuse_another_run(self, config: Config, before: dict[str, Any]) -> None:
         changes = changed_keys(config, before)
-        fixed = {key: values for key, values in changes.items() if _is_within(key, FIXED)}
+        fixed = {key: values for key, values in changes.items() if is_within(key, FIXED)}
         free = (*MAY_CHANGE, *MAY_CHANGE_WITHIN, *config.resume_despite)
-        others = {key: values for key, values in changes.items() if key not in fixed and not _is_within(key, free)}
+        others = {key: values for key, values in changes.items() if key not in fixed and not is_within(key, free)}
         if not fixed and not others:
             return
         lines = [f"  - {key} is {shown(now)} here and {shown(then)} there" for key, (then, now) in others.items()]
@@ -323,7 +323,7 @@ def changed_keys(config: Config, before: dict[str, Any]) -> dict[str, tuple[Any,
     return changes
 
 
-def _is_within(key: str, accepted: Sequence[str]) -> bool:
+def is_within(key: str, accepted: Sequence[str]) -> bool:
     """Whether a dotted key is one of some keys, or lies below one."""
     return any(key == other or key.startswith(other + ".") for other in accepted)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 import warnings
 from typing import Any
@@ -57,6 +58,7 @@ def build_callbacks(
     hardware: Hardware,
     folder: RunFolder,
     resumed: dict[str, Any] | None,
+    left_out_batches: list[int],
     started: float,
 ) -> Callbacks:
     """The callbacks, which know of each other what they need.
@@ -66,10 +68,11 @@ def build_callbacks(
         hardware: Where it trains.
         folder: Its folder.
         resumed: The checkpoint that it goes on from, if any.
+        left_out_batches: Numbers of the batches that rollbacks have left out.
         started: Reading of time.monotonic when max_time begins.
     """
     interruption = Interruption(config, started)
-    guards = Guards(config, interruption)
+    guards = Guards(config, interruption, left_out_batches)
     throughput = Throughput(config, hardware, guards)
     validation = Validation(config)
     settings = config.callbacks
@@ -139,9 +142,9 @@ def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> st
     """
     size = sum(weight.nbytes * (3 if weight.requires_grad else 1) for weight in module.parameters())
     settings = config.callbacks
-    saves = 1 + (config.total_steps // settings.checkpoint_every_steps if settings.checkpoint_every_steps else 0)
+    saves = math.ceil(config.total_steps / (settings.checkpoint_every_steps or config.total_steps))
     for_good = config.total_steps // settings.keep_every_steps if settings.keep_every_steps else 0
-    at_once = min(saves, settings.keep_last + 1 + for_good) + 1  # the best is one more, and the one being written
+    at_once = min(saves, settings.keep_last + for_good + 2)  # two for the best, and the one that is being written
     there = sum(checkpoint.size for checkpoint in folder.checkpoints.complete())
     place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

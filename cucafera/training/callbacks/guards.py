@@ -84,15 +84,17 @@ class Guards(pl.Callback):
     Attributes:
         latest: What was read last, of the last step.
         skipped_updates: Updates of the run that were not applied.
+        left_out_batches: Numbers of the batches that rollbacks have left out.
     """
 
-    def __init__(self, config: Config, interruption: Interruption) -> None:
+    def __init__(self, config: Config, interruption: Interruption, left_out_batches: list[int]) -> None:
         self.config = config
         self.guards = config.callbacks.guards
         self.interruption = interruption
         self.monitor = LossMonitor(self.guards)
         self.latest: StepRecord | None = None
         self.skipped_updates = 0
+        self.left_out_batches = left_out_batches
         self._skipped_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:

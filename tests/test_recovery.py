@@ -1,0 +1,347 @@
+"""Stops, resumes, refusals and full disks of whole runs, in one process."""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cucafera.config import UserError
+from cucafera.run import train
+from cucafera.training import checkpoint_files
+from cucafera.training.callbacks.interruption import Interruption
+from cucafera.training.checkpoint_files import read_checkpoint
+from cucafera.training.module import LanguageModel
+from cucafera.training.run_folder import RunFolder
+from cucafera.training.run_lock import run_lock
+from tests.test_run import assert_equal, scalars, weights
+
+HORIZON = "schedule.horizon_steps=12"
+
+
+def folder_of(name: str) -> RunFolder:
+    return RunFolder(Path("outputs") / name)
+
+
+def history_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in folder_of(name).history.read_text().splitlines()]
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Calls a function in the middle of a step, the first being 1."""
+
+    def schedule(number: int, act) -> None:
+        clip = LanguageModel._clip_gradients
+
+        def clip_and_act(module):
+            if module.steps_done + 1 == number:
+                act()
+            return clip(module)
+
+        monkeypatch.setattr(LanguageModel, "_clip_gradients", clip_and_act)
+
+    return schedule
+
+
+def stopped(config, code: int) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(config, [])
+    assert stop.value.code == code
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small_run, at_step, monkeypatch, caplog, capfd, number):
+    caplog.set_level("INFO")
+    train(small_run("name=whole"), [])
+    with monkeypatch.context():
+        at_step(6, lambda: os.kill(os.getpid(), number))
+        stopped(small_run("name=run"), 128 + number)
+    assert folder_of("run").checkpoints.complete()[-1].step == 6
+    assert f"Stopped by {number.name} after step 6, and saved; the same command goes on from there." in caplog.text
+    assert f"{number.name}: finishing the step and saving. Once more to end at once." in capfd.readouterr().err
+    assert history_of("run")[-1]["what"] == "stopped"
+    monkeypatch.undo()
+    monkeypatch.chdir(Path.cwd())
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(small_run, at_step):
+    train(small_run("name=whole"), [])
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped(small_run("name=run"), 143)
+    at_step(99, lambda: None)
+    train(small_run("name=run"), [])
+    assert_equal(weights("outputs/whole"), weights("outputs/run"))
+    for tag in ("train/loss", "val/loss", "train/gradient_norm"):
+        assert scalars("outputs/whole", tag) == scalars("outputs/run", tag)
+
+
+def test_a_second_signal_ends_at_once(small_run, at_step, monkeypatch):
+    class EndedError(Exception):
+        pass
+
+    def end(interruption, number):
+        raise EndedError(number)
+
+    monkeypatch.setattr(Interruption, "_exit_at_once", end)
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(6, twice)
+    with pytest.raises(EndedError):
+        train(small_run("name=run"), [])
+    assert folder_of("run").checkpoints.complete()[-1].step == 4
+
+
+def test_a_signal_at_the_last_step_changes_nothing(small_run, at_step):
+    at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(small_run("name=run"), [])
+    assert folder_of("run").report.exists()
+
+
+def test_signals_are_given_back(small_run):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    train(small_run("name=run"), [])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_sigusr1_saves_and_training_goes_on(small_run, at_step, caplog):
+    caplog.set_level("INFO")
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    train(small_run("name=run", "callbacks.keep_last=9"), [])
+    assert "Saved after step 6, as asked; training goes on." in caplog.text
+    assert [checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()] == [4, 6, 8, 12]
+    assert scalars("outputs/run", "train/loss")[-1][0] == 12
+
+
+def test_max_time_saves_and_stops_with_the_status_of_timeout(small_run, caplog):
+    caplog.set_level("INFO")
+    for step in (1, 2):
+        stopped(small_run("name=run", "max_time=00:00:00"), 124)
+        assert folder_of("run").checkpoints.complete()[-1].step == step
+    assert "Stopped by max_time=00:00:00 after step 2, and saved" in caplog.text
+    train(small_run("name=run", "max_time=1:00:00:00"), [])
+    train(small_run("name=whole"), [])
+    assert_equal(weights("outputs/whole"), weights("outputs/run"))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("00:00:30", 30), ("11:30:00", 41_400), ("1:00:00:00", 86_400), ("36:00:00", 129_600)]
+)
+def test_max_time_in_seconds(small_run, text, seconds):
+    assert small_run(f"max_time={text}").max_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["90", "1h", "10:00", "1:2:3:4:5", "::", "00:00:1"])
+def test_a_time_of_another_form_is_refused(small_run, text):
+    with pytest.raises(UserError, match=r"max_time is .*; it must be HH:MM:SS or DD:HH:MM:SS"):
+        small_run(f"max_time='{text}'")
+
+
+def test_a_run_folder_in_use_is_refused(small_run):
+    with run_lock(folder_of("run").lock), pytest.raises(UserError, match="outputs/run is in use by process"):
+        train(small_run("name=run"), [])
+    train(small_run("name=run"), [])
+    assert not folder_of("run").lock.exists()
+
+
+def test_a_changed_value_is_named_with_the_override_that_forces_it(small_run, caplog):
+    caplog.set_level("INFO")
+    train(small_run("name=run", HORIZON, "budget_tokens=2048"), [])
+    changed = ("optimizer.lr=1e-4", "schedule.final_lr_ratio=0.5", "seed=7")
+    with pytest.raises(UserError) as refusal:
+        train(small_run("name=run", HORIZON, *changed), [])
+    assert "optimizer.lr is 0.0001 here and 0.003 there" in str(refusal.value)
+    assert "'resume_despite=[seed,optimizer.lr,schedule.final_lr_ratio]'" in str(refusal.value)
+    train(small_run("name=run", HORIZON, *changed, "resume_despite=[seed,optimizer.lr,schedule]"), [])
+    changes = history_of("run")[-2]["changed"]
+    assert changes["optimizer.lr"] == [0.003, 0.0001]
+    assert changes["budget_tokens"] == [2048, 3072]
+    assert scalars("outputs/run", "train/lr/matrices")[-1][1] == pytest.approx(5e-5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batch_tokens=512", "batch_tokens is 512 here and 256 there; it cannot change in the life of a run"),
+        ("model.hidden_size=64", "model.hidden_size is 64 here and 48 there; it cannot change"),
+        ("sequence_length=16", "sequence_length is 16 here and 32 there; it cannot change"),
+    ],
+)
+def test_what_cannot_change_is_refused_even_if_forced_with_the_override_for_another_run(small_run, change, message):
+    train(small_run("name=run", "budget_tokens=1024"), [])
+    with pytest.raises(UserError) as refusal:
+        train(small_run("name=run", change, "resume_despite=[batch_tokens,model,sequence_length]"), [])
+    assert message in str(refusal.value)
+    assert "name=ANOTHER init_from=outputs/run" in str(refusal.value)
+
+
+def test_changed_text_is_named_with_both_fingerprints_and_may_be_forced(small_run, corpus):
+    train(small_run("name=run", HORIZON, "budget_tokens=1024"), [])
+    with corpus.open("a") as file:
+        file.write('{"text": "Un document nou, que abans no hi era."}\n')
+    with pytest.raises(UserError) as refusal:
+        train(small_run("name=run", HORIZON), [])
+    before = read_checkpoint(folder_of("run").checkpoints.marked()[-1])["identity"]
+    assert f"here and {before['data.sources.files'][:16]} there" in str(refusal.value)
+    assert "'resume_despite=[tokenizer,data.sources.files]'" in str(refusal.value)
+    train(small_run("name=run", HORIZON, "resume_despite=[tokenizer,data]"), [])
+    assert scalars("outputs/run", "train/loss")[-1][0] == 12
+
+
+def test_what_may_change_does_and_is_written_into_the_history(small_run):
+    train(small_run("name=whole", HORIZON), [])
+    train(small_run("name=run", HORIZON, "budget_tokens=2048"), [])
+    train(
+        small_run(
+            "name=run", HORIZON, "trainer.micro_batch_windows=2", "trainer.num_workers=1",
+            "callbacks.log_every_steps=2", "callbacks.checkpoint_every_steps=3",
+        ),
+        ["name=run"],
+    )  # fmt: skip
+    began, completed, went_on, completed_again = history_of("run")
+    assert [began["what"], completed["what"], completed_again["what"]] == ["began", "completed", "completed"]
+    assert (went_on["what"], went_on["step"], went_on["overrides"]) == ("went on", 8, ["name=run"])
+    assert went_on["changed"] == {
+        "budget_tokens": [2048, 3072],
+        "trainer.micro_batch_windows": [None, 2],
+        "trainer.num_workers": [None, 1],
+        "callbacks.log_every_steps": [1, 2],
+        "callbacks.checkpoint_every_steps": [4, 3],
+    }
+    assert went_on["hardware"]["micro_batch_windows"] == 2
+    for name, value in weights("outputs/whole").items():
+        torch.testing.assert_close(weights("outputs/run")[name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_checkpoints_of_an_abandoned_future_are_removed_when_the_run_goes_on(small_run, caplog):
+    train(small_run("name=run", "callbacks.keep_last=9"), [])
+    undisturbed = weights("outputs/run")
+    folder = folder_of("run").checkpoints
+    for step in (8, 12):
+        folder.file_at(step).write_bytes(b"nothing")
+    train(small_run("name=run", "callbacks.checkpoint_every_steps=6"), [])
+    assert "step-00000012.ckpt is damaged: it has 7 bytes" in caplog.text
+    assert [checkpoint.step for checkpoint in folder.complete()] == [6, 12]
+    assert_equal(undisturbed, weights("outputs/run"))
+    assert len(history_of("run")[-2]["damaged"]) == 2
+
+
+def test_a_first_save_that_was_cut_off_is_begun_again_and_said(small_run, caplog):
+    train(small_run("name=whole"), [])
+    folder = folder_of("run")
+    folder.checkpoints.path.mkdir(parents=True)
+    folder.checkpoints.file_at(4).write_bytes(b"half of")
+    folder.checkpoints.file_at(4).with_suffix(".ckpt.partial").write_bytes(b"a quarter")
+    train(small_run("name=run"), [])
+    assert "step-00000004.ckpt was never finished, and is ignored" in caplog.text
+    assert_equal(weights("outputs/whole"), weights("outputs/run"))
+
+
+def test_every_nth_checkpoint_is_kept_for_good(small_run):
+    train(small_run("name=run", "callbacks.checkpoint_every_steps=1", "callbacks.keep_every_steps=3"), [])
+    assert {3, 6, 9, 11, 12} <= {checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()}
+    with pytest.raises(UserError, match=r"callbacks\.keep_every_steps is 3; it must be a multiple of"):
+        small_run("callbacks.checkpoint_every_steps=2", "callbacks.keep_every_steps=3")
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From one save of a run to another, counted from 1, the disk is full."""
+    saves = 0
+
+    def fill(first: int, last: int) -> None:
+        write = checkpoint_files.CheckpointWriter._write
+
+        def fail_or_write(writer, *arguments):
+            nonlocal saves
+            saves += 1
+            with monkeypatch.context() as patch:
+                if first <= saves <= last:
+                    patch.setattr(checkpoint_files._HashedFile, "write", full_write)
+                write(writer, *arguments)
+
+        monkeypatch.setattr(checkpoint_files.CheckpointWriter, "_write", fail_or_write)
+
+    return fill
+
+
+def full_write(file, content):
+    file.error = OSError(errno.ENOSPC, "No space left on device")
+    raise file.error
+
+
+def test_a_full_disk_does_not_end_the_run(small_run, full_disk, caplog):
+    full_disk(2, 2)
+    train(small_run("name=run"), [])
+    assert "THE CHECKPOINT OF STEP 8 COULD NOT BE WRITTEN to outputs/run/checkpoints: No space left" in caplog.text
+    assert "the last one is of step 4" in caplog.text
+    assert [checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()] == [4, 12]
+
+
+def test_a_result_that_could_not_be_saved_is_an_error_and_can_be_mended(small_run, full_disk):
+    train(small_run("name=whole"), [])
+    full_disk(2, 3)
+    with pytest.raises(UserError, match=r"training is complete, but its result could not be written.*after step 4"):
+        train(small_run("name=run"), [])
+    train(small_run("name=run"), [])
+    assert_equal(weights("outputs/whole"), weights("outputs/run"))
+    assert scalars("outputs/whole", "val/loss") == scalars("outputs/run", "val/loss")
+
+
+def test_a_stop_that_could_not_be_saved_says_from_where_the_run_goes_on(small_run, full_disk, at_step, caplog):
+    caplog.set_level("INFO")
+    full_disk(2, 2)
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stopped(small_run("name=run"), 143)
+    assert "after step 6, which could not be saved; the same command goes on after step 4." in caplog.text
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(small_run, monkeypatch, caplog):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    train(small_run("name=run", "budget_tokens=256", "schedule.warmup_steps=0"), [])
+    assert "THE DISK MAY BECOME FULL" not in caplog.text
+    train(small_run("name=run", "budget_tokens=3072", "schedule.warmup_steps=0", "callbacks.keep_last=9"), [])
+    assert "THE DISK MAY BECOME FULL: 3 checkpoints of" in caplog.text
+    (estimate,) = re.findall(r"3 checkpoints of ([\d.]+) GB", caplog.text)
+    assert float(estimate) * 1e9 == pytest.approx(folder_of("run").checkpoints.complete()[-1].size, rel=0.1)
+
+
+@pytest.mark.parametrize("what", ["tokenizer.json", "prepared.json", "shards.json", "*.shard"])
+def test_damaged_prepared_files_are_refused_by_name(small_run, what):
+    train(small_run("name=run", HORIZON, "budget_tokens=1024"), [])
+    dice = random.Random(0)
+    for path in Path("prepared").rglob(what):
+        content = path.read_bytes()
+        for changed in (content[: dice.randrange(len(content))], flipped(content, dice)):
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match=rf"{path.name} is damaged|{path.name} holds"):
+                train(small_run("name=run", HORIZON), [])
+        path.write_bytes(content)
+    train(small_run("name=run", HORIZON), [])
+
+
+def flipped(content: bytes, dice: random.Random) -> bytes:
+    changed = bytearray(content)
+    changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+    return bytes(changed)
+
+
+def test_a_folder_that_cannot_be_written_is_told(small_run, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = small_run("name=run")
+    train(small_run("name=other"), [])  # the prepared data is there
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="outputs/run cannot be written: No space left on device"):
+        train(config, [])

@@ -1,0 +1,225 @@
+"""Checkpoints on the disk."""
+
+import errno
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cucafera.training import checkpoint_files
+from cucafera.training.checkpoint_files import (
+    CheckpointError,
+    CheckpointFolder,
+    CheckpointWriter,
+    read_checkpoint,
+    read_mark,
+)
+
+
+def state_of(step: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "config": {"name": "x"},
+        "identity": {"tokenizer": "t"},
+        "steps_done": step,
+        "state_dict": {"weight": torch.randn(50, 20, generator=generator)},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(float(step))}}}],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints")
+
+
+def writer_of(folder: CheckpointFolder, keep_last: int = 2, keep_every_steps: int = 0, memory: int = 1 << 40):
+    return CheckpointWriter(folder, None, keep_last, keep_every_steps, lambda: memory)
+
+
+def steps_in(folder: CheckpointFolder) -> list[int]:
+    return [checkpoint.step for checkpoint in folder.complete()]
+
+
+def test_what_is_written_is_read_back(folder):
+    folder.write(3, state_of(3), validation_loss=1.5)
+    read = read_checkpoint(folder.file_at(3))
+    assert torch.equal(read["state_dict"]["weight"], state_of(3)["state_dict"]["weight"])
+    mark = read_mark(folder.file_at(3))
+    assert (mark.step, mark.validation_loss, mark.size) == (3, 1.5, folder.file_at(3).stat().st_size)
+
+
+def test_the_checksum_is_that_of_the_file_as_other_programs_compute_it(folder):
+    import hashlib
+
+    folder.write(3, state_of(3), None)
+    assert read_mark(folder.file_at(3)).sha256 == hashlib.sha256(folder.file_at(3).read_bytes()).hexdigest()
+
+
+def test_every_kind_of_damage_is_told(folder):
+    folder.write(3, state_of(3), None)
+    path = folder.file_at(3)
+    content, mark = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    dice = random.Random(0)
+    for file, written in ((path, content), (path.with_suffix(".json"), mark)):
+        for _ in range(100):
+            changed = bytearray(written)
+            changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+            file.write_bytes(changed)
+            with pytest.raises(CheckpointError, match="damaged"):
+                read_checkpoint(path)
+            file.write_bytes(written[: dice.randrange(len(written))])
+            with pytest.raises(CheckpointError, match="damaged"):
+                read_checkpoint(path)
+        file.write_bytes(written)
+    read_checkpoint(path)
+
+
+def test_a_checkpoint_without_its_mark_was_never_finished(folder):
+    folder.write(3, state_of(3), None)
+    folder.file_at(3).with_suffix(".json").unlink()
+    assert folder.complete() == []
+    assert folder.unmarked() == [folder.file_at(3)]
+    with pytest.raises(CheckpointError, match=r"there is no step-00000003\.json beside it, so it was never finished"):
+        read_checkpoint(folder.file_at(3))
+
+
+def test_a_mark_of_another_format_is_refused(folder, monkeypatch):
+    folder.write(3, state_of(3), None)
+    monkeypatch.setattr(checkpoint_files, "VERSION", 7)
+    with pytest.raises(CheckpointError, match="its format is 1, and this program reads 7"):
+        read_checkpoint(folder.file_at(3))
+
+
+class Executed:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_nothing_in_a_checkpoint_is_executed(folder, tmp_path):
+    folder.write(3, {**state_of(3), "hostile": Executed(str(tmp_path / "executed"))}, None)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(folder.file_at(3))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_what_is_no_checkpoint_of_cucafera_is_refused(folder):
+    folder.write(3, {"weights": torch.ones(3)}, None)
+    with pytest.raises(CheckpointError, match="it has no config, identity, state_dict, steps_done"):
+        read_checkpoint(folder.file_at(3))
+
+
+def test_the_last_few_the_best_and_every_nth_are_kept(folder):
+    writer = writer_of(folder, keep_last=2, keep_every_steps=40)
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: 2.4, 60: 2.3, 70: 2.2}
+    for step, loss in losses.items():
+        writer.save_checkpoint(state_of(step), None, loss)
+        writer.finish()
+    assert steps_in(folder) == [20, 40, 60, 70]
+    best = folder.best()
+    assert best is not None and best.step == 20
+
+
+def test_a_later_checkpoint_of_an_abandoned_future_does_not_push_out_the_newest(folder):
+    folder.write(90, state_of(90), None)
+    writer = writer_of(folder, keep_last=1)
+    for step in (10, 20):
+        writer.save_checkpoint(state_of(step), None, None)
+        writer.finish()
+    assert steps_in(folder) == [20, 90]
+    folder.remove_after(20)
+    assert steps_in(folder) == [20]
+
+
+def test_marks_are_removed_before_what_they_mark(folder, monkeypatch):
+    for step in (1, 2, 3):
+        folder.write(step, state_of(step), None)
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options)))
+    folder.remove_old(3, keep_last=1, keep_every_steps=0)
+    assert removed == ["step-00000001.json", "step-00000002.json", "step-00000001.ckpt", "step-00000002.ckpt"]
+
+
+def test_training_may_change_the_weights_while_they_are_written(folder, monkeypatch):
+    may_write = threading.Event()
+    write = CheckpointFolder.write
+
+    def write_later(*arguments):
+        may_write.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(CheckpointFolder, "write", write_later)
+    writer, state = writer_of(folder), state_of(3)
+    history = state["history"] = [1]
+    writer.save_checkpoint(state, None, None)
+    state["state_dict"]["weight"].zero_()
+    history.append(2)
+    may_write.set()
+    writer.finish()
+    read = read_checkpoint(folder.file_at(3))
+    assert torch.equal(read["state_dict"]["weight"], state_of(3)["state_dict"]["weight"])
+    assert read["history"] == [1]
+
+
+def test_the_copy_of_one_save_is_written_over_by_the_next(folder):
+    writer = writer_of(folder)
+    for step in (1, 2):
+        writer.save_checkpoint(state_of(step), None, None)
+    writer.finish()
+    for step in (1, 2):
+        assert torch.equal(
+            read_checkpoint(folder.file_at(step))["state_dict"]["weight"], state_of(step)["state_dict"]["weight"]
+        )
+
+
+def test_without_memory_for_a_copy_training_waits(folder, monkeypatch):
+    threads = []
+    write = CheckpointFolder.write
+    monkeypatch.setattr(
+        CheckpointFolder, "write", lambda *a: (threads.append(threading.current_thread().name), write(*a))
+    )
+    writer_of(folder, memory=100).save_checkpoint(state_of(1), None, None)
+    assert threads == [threading.main_thread().name]
+    assert steps_in(folder) == [1]
+
+
+@pytest.mark.parametrize("at_byte", [0, 3000])
+def test_a_full_disk_is_told_leaves_what_was_there_and_the_next_save_tries_again(folder, monkeypatch, caplog, at_byte):
+    writer = writer_of(folder)
+    writer.save_checkpoint(state_of(1), None, None)
+    writer.finish()
+    write = checkpoint_files._HashedFile.write
+
+    def full(file, content):
+        if file.size >= at_byte:
+            file.error = OSError(errno.ENOSPC, "No space left on device")
+            raise file.error
+        return write(file, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files._HashedFile, "write", full)
+        writer.save_checkpoint(state_of(2), None, None)
+        writer.finish()
+    assert "THE CHECKPOINT OF STEP 2 COULD NOT BE WRITTEN" in caplog.text
+    assert "No space left on device" in caplog.text and "the last one is of step 1" in caplog.text
+    assert writer.failure is not None and writer.saved_step == 1
+    assert sorted(path.name for path in folder.path.iterdir()) == ["step-00000001.ckpt", "step-00000001.json"]
+    read_checkpoint(folder.file_at(1))
+    writer.save_checkpoint(state_of(3), None, None)
+    writer.finish()
+    assert writer.failure is None and steps_in(folder) == [1, 3]
+
+
+def test_an_error_that_is_not_the_disks_is_raised_where_training_hears_it(folder):
+    writer = writer_of(folder)
+    writer.save_checkpoint({**state_of(1), "unheard of": lambda: None}, None, None)
+    with pytest.raises(Exception, match="pickle"):
+        writer.finish()

@@ -1,0 +1,73 @@
+"""TensorBoard events on the disk."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cucafera.training import events
+from cucafera.training.events import EVENTS, EventLogger
+
+
+def scalars(folder: Path, tag: str = "x") -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_curves_wait_for_a_full_disk_and_are_whole_afterwards(tmp_path, monkeypatch, caplog):
+    logger = EventLogger(tmp_path, 0)
+    for step in range(1, 10):
+        logger.log_metrics({"x": step}, step)
+        with monkeypatch.context() as patch:
+            if 3 <= step <= 6:
+                patch.setattr(os, "fsync", full)
+            logger.save()
+        if step == 6:
+            assert scalars(tmp_path) == [(1, 1.0), (2, 2.0)]
+    assert scalars(tmp_path) == [(step, float(step)) for step in range(1, 10)]
+    assert caplog.text.count("cannot be written: No space left on device. The curves wait in memory") == 1
+
+
+def test_what_a_killed_process_wrote_after_its_last_checkpoint_does_not_count(tmp_path):
+    killed = EventLogger(tmp_path, 0)
+    for step in range(1, 8):
+        killed.log_metrics({"x": step}, step)
+    killed.save()
+    resumed = EventLogger(tmp_path, 5)
+    for step in range(6, 10):
+        resumed.log_metrics({"x": 10 * step}, step)
+    resumed.save()
+    assert scalars(tmp_path) == [*((step, float(step)) for step in range(1, 6)), *((s, 10.0 * s) for s in range(6, 10))]
+
+
+def test_the_order_of_files_holds_when_the_clock_of_the_next_machine_is_behind(tmp_path, monkeypatch):
+    for start, now in ((0, 2_000_000_000), (3, 1_000_000_000), (5, 1_500_000_000)):
+        monkeypatch.setattr(events.time, "time_ns", lambda now=now: now * 10**9)
+        logger = EventLogger(tmp_path, start)
+        for step in range(start + 1, start + 5):
+            logger.log_metrics({"x": step}, step)
+        logger.save()
+    assert [step for step, _ in scalars(tmp_path)] == list(range(1, 10))
+    assert len(list(tmp_path.glob(EVENTS + "*"))) == 3
+
+
+@pytest.mark.parametrize("cut", [1, 10, 100])
+def test_a_file_that_was_cut_by_a_crash_hides_nothing_that_came_after(tmp_path, cut):
+    logger = EventLogger(tmp_path, 0)
+    for step in range(1, 8):
+        logger.log_metrics({"x": step}, step)
+    logger.save()
+    (path,) = tmp_path.glob(EVENTS + "*")
+    os.truncate(path, path.stat().st_size - cut)
+    resumed = EventLogger(tmp_path, 4)
+    for step in range(5, 10):
+        resumed.log_metrics({"x": step}, step)
+    resumed.save()
+    assert [step for step, _ in scalars(tmp_path)] == list(range(1, 10))
