@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
 """Ends the name of a file or folder that is still being written, or never was to its end."""
+
+
+SEALED = re.compile(rb'(?P<body>\{.*"crc32": )(?P<crc32>\d+)\n\}', re.DOTALL)
 
 
 class NotAsWrittenError(ValueError):
@@ -43,8 +47,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all, with a checksum of itself as its last entry."""
-    write_text(path, json.dumps({**content, "crc32": _checksum(content)}, indent=1))
+    """Writes a JSON file, whole or not at all, with a checksum of its text as the last entry; it needs another one."""
+    body = json.dumps(content, indent=1).removesuffix("\n}") + ',\n "crc32": '
+    write_text(path, body + f"{zlib.crc32(body.encode())}\n}}")
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -54,12 +59,12 @@ def read_sealed(path: Path) -> dict[str, Any]:
         NotAsWrittenError: the file is something else, or has changed.
         OSError: it cannot be read.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise NotAsWrittenError(f"it is not JSON ({error})") from error
-    if not isinstance(content, dict) or content.pop("crc32", None) != _checksum(content):
+    text = path.read_bytes()
+    sealed = SEALED.fullmatch(text)
+    if sealed is None or sealed["crc32"] != b"%d" % zlib.crc32(sealed["body"]):
         raise NotAsWrittenError("it is not what was written")
+    content: dict[str, Any] = json.loads(text)
+    del content["crc32"]
     return content
 
 
@@ -82,7 +87,3 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _checksum(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content).encode())

@@ -197,8 +197,13 @@ def read_mark(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} cannot be used: {reason}")
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A complete checkpoint's tensors and plain data, mapped from the disk. Nothing in it is executed.
+def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """A complete checkpoint's tensors and plain data. Nothing in it is executed.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors on the disk until they are looked at: less memory, but a process that holds them
+            dies when the file is cut.
 
     Raises:
         CheckpointError: it is not there, not complete, damaged, or not one of cucafera's.
@@ -212,7 +217,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             log.info("Verifying %s (%.1f GB)", path, size / 1e9)
         if file_sha256(path) != mark.sha256:
             raise CheckpointError(f"{path} is damaged: its content is not what was written")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except CheckpointError:

@@ -238,7 +238,7 @@ def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
         UserError: nothing readable there, or a model of another shape.
     """
     assert config.init_from is not None
-    checkpoint = read_checkpoint(checkpoint_of(config.init_from, "init_from="))
+    checkpoint = read_checkpoint(checkpoint_of(config.init_from, "init_from="), mapped=True)
     here, there = dataclasses.asdict(config.model), checkpoint["config"]["model"]
     differences = [
         f"model.{key} is {shown(here[key])} here and {shown(there.get(key))} there"
@@ -279,7 +279,7 @@ def load_trained(source: str) -> TrainedModel:
         UserError: no checkpoint or tokenizer there, or one that cannot be read.
     """
     path = checkpoint_of(source, "")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, mapped=True)
     config = checkpoint["config"]
     tokenizer_path = tokenizer_to_begin_with(str(path))
     if not Path(tokenizer_path).exists():

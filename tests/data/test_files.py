@@ -42,7 +42,7 @@ def test_a_sealed_file_gives_back_what_was_written(tmp_path):
 
 def test_every_flipped_bit_and_every_cut_of_a_sealed_file_is_noticed(tmp_path):
     path = tmp_path / "seal.json"
-    content = {"step": 3, "loss": 1.25, "sha256": "8f" * 32}
+    content = {"step": 3, "loss": 4.853180408477783, "sha256": "8f" * 32}
     write_sealed(path, content)
     written = path.read_bytes()
     for place in range(len(written)):
@@ -50,10 +50,8 @@ def test_every_flipped_bit_and_every_cut_of_a_sealed_file_is_noticed(tmp_path):
             changed = bytearray(written)
             changed[place] ^= 1 << bit
             path.write_bytes(changed)
-            try:
-                assert read_sealed(path) == content  # a blank that became another blank
-            except NotAsWrittenError:
-                continue
+            with pytest.raises(NotAsWrittenError):
+                read_sealed(path)
     for length in range(len(written)):
         path.write_bytes(written[:length])
         with pytest.raises(NotAsWrittenError):
