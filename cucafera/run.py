@@ -213,9 +213,11 @@ def _session(
         folder.begin(config, overrides, first_step if before else None)
         folder.note_start(config, overrides, dataclasses.asdict(hardware), resumed)
     interruption, writer = callbacks.interruption, callbacks.checkpoints.writer
+    checkpoint = resumed.path if resumed else None
+    del resumed, before, initial  # training would keep a second copy of the weights
     try:
         with interruption.watching():
-            trainer.fit(module, data, ckpt_path=resumed.path if resumed else None, weights_only=True)
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU has too little memory for {hardware.micro_batch_windows} windows at a time: set "

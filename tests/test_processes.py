@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, write_corpus
 from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
 
 pytestmark = pytest.mark.slow
@@ -24,11 +25,11 @@ class Door:
         self.arguments = [*SMALL_RUN, f"data.sources.files.path={corpus}"]
         self.folder = folder
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
+    def start(self, *overrides: str, program: Sequence[str] = ("-m", "cucafera.run")) -> subprocess.Popen[str]:
         flags = [override for override in overrides if override.startswith("-")]
         values = [override for override in overrides if not override.startswith("-")]
         return subprocess.Popen(
-            [sys.executable, "-m", "cucafera.run", *flags, *self.arguments, *values],
+            [sys.executable, *program, *flags, *self.arguments, *values],
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # for a model this small, threads only get in each other's way
             stdout=subprocess.PIPE,
@@ -57,12 +58,21 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 LONG = ("budget_tokens=51_200", "callbacks.checkpoint_every_steps=20", "callbacks.validate_every_steps=40")
 
 
-def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_undisturbed_one(door, tmp_path):
-    assert door.run(*LONG, "name=whole")[0] == 0
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The folder of the long run, which nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_corpus(folder / "corpus.jsonl", documents=80)
+    code, output = Door(folder / "corpus.jsonl", folder).run(*LONG, "name=whole")
+    assert code == 0, output
+    return folder / "outputs" / "whole"
+
+
+def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_undisturbed_one(door, tmp_path, undisturbed):
     killed = tmp_path / "outputs" / "killed"
     for step in (20, 100):
         process = door.start(*LONG, "name=killed")
-        wait_for(killed / "checkpoints" / f"step-{step:08d}.ckpt", process)
+        wait_for(killed / "checkpoints" / f"step-{step:08d}.json", process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -70,23 +80,22 @@ def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_undisturbed_one(door, tmp
     code, output = door.run(*LONG, "name=killed")
     assert code == 0, output
     assert "going on after step" in output
-    assert_equal(weights(tmp_path / "outputs" / "whole"), weights(killed))
+    assert_equal(weights(undisturbed), weights(killed))
     for tag in ("train/loss", "val/loss"):
-        assert scalars(tmp_path / "outputs" / "whole", tag) == scalars(killed, tag)
+        assert scalars(undisturbed, tag) == scalars(killed, tag)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(door, tmp_path, number):
-    assert door.run(*LONG, "name=whole")[0] == 0
+def test_a_signal_saves_and_the_same_command_goes_on(door, tmp_path, number, undisturbed):
     process = door.start(*LONG, "name=stopped")
-    wait_for(tmp_path / "outputs" / "stopped" / "checkpoints" / "step-00000020.ckpt", process)
+    wait_for(tmp_path / "outputs" / "stopped" / "checkpoints" / "step-00000020.json", process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     assert "the same command goes on" in output
     assert "Traceback" not in output
     assert door.run(*LONG, "name=stopped")[0] == 0
-    assert_equal(weights(tmp_path / "outputs" / "whole"), weights(tmp_path / "outputs" / "stopped"))
+    assert_equal(weights(undisturbed), weights(tmp_path / "outputs" / "stopped"))
 
 
 def test_two_devices_give_the_trajectory_of_one(door, tmp_path):
@@ -97,6 +106,111 @@ def test_two_devices_give_the_trajectory_of_one(door, tmp_path):
     for tag in ("train/loss", "val/loss", "val/bpb"):
         assert_same_curve(one, two, tag)
     assert_close(weights(one), weights(two))
+
+
+ELASTIC = ("schedule.horizon_steps=12", "trainer.micro_batch_windows=2")
+
+
+def test_a_run_goes_on_on_another_number_of_devices(door, tmp_path):
+    one, moved = tmp_path / "outputs" / "one", tmp_path / "outputs" / "moved"
+    assert door.run("name=one", *ELASTIC)[0] == 0
+    for devices, budget in ((1, 1024), (2, 2048), (1, 3072)):
+        code, output = door.run("name=moved", f"trainer.devices={devices}", f"budget_tokens={budget}", *ELASTIC)
+        assert code == 0, output
+    for tag in ("train/loss", "train/gradient_norm", "val/loss", "val/bpb"):
+        assert_same_curve(one, moved, tag)
+    assert_close(weights(one), weights(moved))
+    history = [json.loads(line) for line in (moved / "history.jsonl").read_text().splitlines()]
+    assert [line["hardware"]["devices"] for line in history if "hardware" in line] == [1, 2, 1]
+    assert history[2]["changed"]["trainer.devices"] == [1, 2]
+
+
+INJECTION = """
+import sys
+from cucafera.data.windows import TrainingSteps
+from cucafera.model.transformer import Decoder
+
+item, forward = TrainingSteps.__getitem__, Decoder.forward
+
+def poisoned_item(steps, step):
+    batch = item(steps, step)
+    if steps.batch_at(step) == 5 and steps.rank == steps.config.windows_per_step // steps.share - 1:
+        batch.input_ids.fill_(9)  # on the last device alone
+    return batch
+
+def poisoned_forward(model, input_ids, *arguments, **settings):
+    result = forward(model, input_ids, *arguments, **settings)
+    return result * float("nan") if model.training and bool((input_ids == 9).all()) else result
+
+TrainingSteps.__getitem__, Decoder.forward = poisoned_item, poisoned_forward
+from cucafera.run import main
+main()
+"""
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_devices_agree_on_what_is_not_finite_on_one_of_them(door, tmp_path, policy):
+    (tmp_path / "injected.py").write_text(INJECTION)
+    for name, devices in (("one", 1), ("two", 2)):
+        process = door.start(
+            f"name={name}", f"trainer.devices={devices}", f"callbacks.guards.non_finite={policy}",
+            "callbacks.log_every_steps=2", program=["injected.py"],
+        )  # fmt: skip
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, output
+        assert ("back to step 4, and on without batch 5" if policy == "rollback" else "was not applied") in output
+    one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
+    assert scalars(two, "guards/skipped_updates")[-1] == (12, 1 if policy == "skip" else 0)
+    assert_close(weights(one), weights(two))
+
+
+def test_devices_stop_together(door, tmp_path):
+    process = door.start(*LONG, "name=two", "trainer.devices=2")
+    wait_for(tmp_path / "outputs" / "two" / "checkpoints" / "step-00000020.json", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "Stopped by SIGTERM" in output and "and saved" in output
+    assert "Traceback" not in output
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_second_start_is_refused(door, tmp_path):
+    run = tmp_path / "outputs" / "run"
+    process = door.start(*LONG, "name=run")
+    wait_for(run / "checkpoints" / "step-00000020.json", process)
+    process.send_signal(signal.SIGSTOP)  # or it would be done before there is another
+    code, refusal = door.run(*LONG, "name=run")
+    assert code == 2
+    assert f"outputs/run is in use by process {process.pid}" in refusal
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (130, 143), output
+    assert "Stopped by" not in output
+    assert (run / "lock").exists()
+    code, output = door.run(*LONG, "name=run")
+    assert code == 0, output
+    assert f"is taken over from process {process.pid}" in output
+
+
+TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["series", "--kills", "6", "--seed", "3"], "The end is bit-equal to the undisturbed run"),
+        (["damage", "--trials", "16"], "16 damaged files, each of them told"),
+    ],
+)
+def test_a_tortured_run_ends_as_if_nothing_had_happened(tmp_path, arguments, expected):
+    result = subprocess.run(
+        [sys.executable, TORTURE, *arguments, "--folder", tmp_path / "torture"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert expected in result.stdout
 
 
 def test_a_sweep_runs_each_value_in_a_folder_of_its_own(door, tmp_path):
