@@ -23,7 +23,6 @@ from cucafera.composition import composed_config
 from cucafera.config import Config
 from cucafera.data.packed import PackedDataModule
 from cucafera.model.transformer import Decoder
-from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.hardware import Hardware, decide_hardware
 from cucafera.training.module import LanguageModel
 from cucafera.training.optimizers import build_optimizer
@@ -46,12 +45,11 @@ def lightning_round(config: Config, hardware: Hardware, data: PackedDataModule) 
     """Seconds of each step but the first, and the share of the time spent waiting for data."""
     with tempfile.TemporaryDirectory() as directory:
         folder = RunFolder(Path(directory))
-        folder.begin(config, [], resumed=False)
-        callbacks = build_callbacks(config, hardware, folder)
+        callbacks = build_callbacks(config, hardware, folder, None, [], time.monotonic())
         trainer = build_trainer(config, hardware, folder, callbacks, first_step=0)
         times = StepTimes()
-        # The callbacks that the bare loop has no counterpart of, apart from the curves, are left out.
-        trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, Throughput)] + [times]  # type: ignore[attr-defined]
+        # What remains are signals, guards and curves; the rest does nothing between validations and checkpoints.
+        trainer.callbacks = [callbacks.interruption, callbacks.guards, callbacks.throughput, times]  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
         module = LanguageModel(config, hardware.micro_batch_windows, hardware.compile)
         trainer.fit(module, data)

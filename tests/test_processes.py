@@ -194,6 +194,40 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_start_is_refused(door, tmp_pa
     assert f"is taken over from process {process.pid}" in output
 
 
+def stub(path: Path, script: str) -> None:
+    path.write_text("#!/bin/bash\n" + script)
+    path.chmod(0o755)
+
+
+def test_a_job_of_slurm_that_is_preempted_goes_back_into_the_queue_and_then_to_its_end(door, tmp_path, undisturbed):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    stub(programs / "srun", f'echo $$ > {tmp_path}/pid; export SLURM_PROCID=0 SLURM_LOCALID=0; exec "$@"\n')
+    stub(programs / "scontrol", f'echo "$@" >> {tmp_path}/requeued\n')
+    stub(programs / "python", f'exec {sys.executable} "$@"\n')
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "cucafera", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    script = Path(__file__).parents[1] / "scripts" / "slurm.sh"
+    arguments = ["bash", script, *door.arguments, *LONG, "name=job"]
+
+    def submit() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            arguments, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **job, "OMP_NUM_THREADS": "1", "PATH": f"{programs}:{os.environ['PATH']}"},
+        )  # fmt: skip
+
+    process = submit()
+    wait_for(tmp_path / "outputs" / "job" / "checkpoints" / "step-00000020.json", process)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    process = submit()
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    assert_equal(weights(undisturbed), weights(tmp_path / "outputs" / "job"))
+
+
 TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
 
 
