@@ -84,7 +84,12 @@ def _config_of_run(init_from: str) -> DictConfig:
 
 @functools.lru_cache(maxsize=8)
 def _loaded(path: Path, changed_ns: int) -> DictConfig:
-    """A configuration file as it was at a time: each key that is inherited asks for it."""
+    """A configuration file as it was at a time: each key that is inherited asks for it.
+
+    A run writes values and nothing else: an interpolation, which could read this machine's environment, is not its.
+    """
+    if "${" in path.read_text(encoding="utf-8"):
+        raise OmegaConfBaseException(f"{path} holds an interpolation")
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     return config

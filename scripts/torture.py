@@ -3,9 +3,11 @@
     python scripts/torture.py series --kills 100      one run, killed so often, and disturbed in other ways
     python scripts/torture.py damage --trials 200     one damaged file a time, then the same command
 
-Both end with status 1 if anything differs, a message is missing, or a stack trace is seen. The product runs as its own
-process each time, started by `cucafera.run.main`; only its imports are shared, or the imports would take most of the
-time.
+    python scripts/torture.py inject                  NaN, an infinite gradient and a spike, and what becomes of them
+
+The first two end with status 1 if anything differs, a message is missing, or a stack trace is seen. The product runs as
+its own process each time, started by `cucafera.run.main`; only its imports are shared, or the imports would take most
+of the time. The last one runs the quickstart, or what overrides make of it.
 
 The faults of a series, at random times:
     kill            SIGKILL
@@ -380,6 +382,39 @@ def damage_trials(folder: Path, trials: int, seed: int) -> None:
         print(f"  {kind:20}{outcome:26}{count:5}")
 
 
+def inject(overrides: list[str]) -> None:
+    """Trains with three batches that go wrong."""
+    import math
+
+    from torch import Tensor
+
+    from cucafera.data.windows import Batch, TrainingSteps
+    from cucafera.model.transformer import Decoder
+    from cucafera.run import main
+
+    item, forward = TrainingSteps.__getitem__, Decoder.forward
+    broken = {59: "nan", 119: "inf", 179: "spike"}  # numbers of batches; the id in the first place tells the model
+    first_id = 100
+
+    def item_with_mark(steps: TrainingSteps, step: int) -> Batch:
+        batch = item(steps, step)
+        if steps.batch_at(step) in broken:
+            batch.input_ids.fill_(first_id + steps.batch_at(step))
+        return batch
+
+    def forward_that_breaks(model: Decoder, input_ids: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        result = forward(model, input_ids, *arguments, **settings)
+        what = broken.get(int(input_ids[0, 0]) - first_id) if bool((input_ids == input_ids[0, 0]).all()) else None
+        if what == "inf":
+            result.register_hook(lambda gradient: gradient * math.inf)
+        return result * {"nan": math.nan, "spike": 2.0}.get(what or "", 1.0)
+
+    TrainingSteps.__getitem__ = item_with_mark  # type: ignore[method-assign]
+    Decoder.forward = forward_that_breaks  # type: ignore[method-assign]
+    sys.argv = [sys.argv[0], "name=injected", "resume=overwrite", *overrides]
+    main()
+
+
 def report(found: list[str]) -> None:
     """Says whether the two runs are the same, and ends with status 1 if not."""
     if found:
@@ -396,10 +431,14 @@ def main() -> None:
     one.add_argument("--steps", type=int, help="of the run; default: 60 a kill")
     two = commands.add_parser("damage", help="one damaged file a time")
     two.add_argument("--trials", type=int, default=200)
+    three = commands.add_parser("inject", help="what the guards do")
+    three.add_argument("overrides", nargs="*", help="of the quickstart, such as callbacks.guards.loss_spike=rollback")
     for command in (one, two):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--folder", type=Path, default=Path("outputs/torture"), help="emptied first")
     arguments = parser.parse_args()
+    if arguments.command == "inject":
+        return inject(arguments.overrides)
     shutil.rmtree(arguments.folder, ignore_errors=True)
     arguments.folder.mkdir(parents=True)
     folder = arguments.folder.resolve()
@@ -407,6 +446,7 @@ def main() -> None:
         series(folder, arguments.kills, arguments.steps or 60 * arguments.kills, arguments.seed)
     else:
         damage_trials(folder, arguments.trials, arguments.seed)
+    return None
 
 
 if __name__ == "__main__":

@@ -183,6 +183,14 @@ def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
     assert composed_config(["+experiment=finetune", f"init_from={checkpoint}"]).model == config.model
 
 
+def test_the_configuration_of_another_run_cannot_ask_for_what_this_machine_knows(base_run, monkeypatch):
+    monkeypatch.setenv("SECRET", "12")
+    config = base_run / "config.yaml"
+    config.write_text(config.read_text().replace("num_hidden_layers: 30", "num_hidden_layers: ${oc.env:SECRET}"))
+    (problem,) = command_line_problems(["+experiment=finetune", f"init_from={base_run}"])
+    assert "there is no run there whose model could be taken" in problem
+
+
 def test_a_run_that_cannot_be_begun_with_is_told_beside_the_other_problems(tmp_path):
     problems = command_line_problems(["+experiment=finetune", f"init_from={tmp_path}", "optimizer.lr=-1"])
     assert len(problems) == 2

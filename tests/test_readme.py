@@ -54,6 +54,12 @@ def test_its_example_of_a_refusal_is_what_is_printed():
     assert told == command_line_problems(shlex.split(command))
 
 
+@pytest.mark.parametrize("test", re.findall(r"`(tests/[\w/]+\.py::test_\w+)`", README))
+def test_the_tests_it_names_exist(test):
+    path, name = test.split("::")
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", re.findall(r"`((?:conf|cucafera|scripts|tests)/[\w/.]*)`", README))
 def test_the_places_it_names_exist(path):
     assert (ROOT / path).exists()

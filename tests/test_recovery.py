@@ -57,18 +57,14 @@ def stopped(config, code: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small_run, at_step, monkeypatch, caplog, capfd, number):
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small_run, at_step, caplog, capfd, number):
     caplog.set_level("INFO")
-    train(small_run("name=whole"), [])
-    with monkeypatch.context():
-        at_step(6, lambda: os.kill(os.getpid(), number))
-        stopped(small_run("name=run"), 128 + number)
+    at_step(6, lambda: os.kill(os.getpid(), number))
+    stopped(small_run("name=run"), 128 + number)
     assert folder_of("run").checkpoints.complete()[-1].step == 6
     assert f"Stopped by {number.name} after step 6, and saved; the same command goes on from there." in caplog.text
     assert f"{number.name}: finishing the step and saving. Once more to end at once." in capfd.readouterr().err
     assert history_of("run")[-1]["what"] == "stopped"
-    monkeypatch.undo()
-    monkeypatch.chdir(Path.cwd())
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(small_run, at_step):
@@ -105,6 +101,13 @@ def test_a_signal_at_the_last_step_changes_nothing(small_run, at_step):
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(small_run("name=run"), [])
     assert folder_of("run").report.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_ends_at_once_since_there_is_nothing_to_save(small_run, monkeypatch, number):
+    monkeypatch.setattr(LanguageModel, "setup", lambda module, stage: os.kill(os.getpid(), number))
+    stopped(small_run("name=run"), 128 + number)
+    assert folder_of("run").checkpoints.complete() == []
 
 
 def test_signals_are_given_back(small_run):

@@ -375,3 +375,17 @@ class TestHuggingFace:
         assert texts_of(source) == ["mar"]
         source.split = "test"
         assert "split test cannot be read" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("bomb.jsonl.gz", "line"), ("bomb.txt.gz", "document"), ("bomb.jsonl", "line"), ("b.txt", "document")],
+)
+@pytest.mark.parametrize("separator", [None, "<sep>"])
+def test_text_that_would_not_fit_memory_is_refused(tmp_path, monkeypatch, name, what, separator):
+    monkeypatch.setattr(corpus, "LONGEST", 2_000_000)
+    content = b"x" * 5_000_000
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    source = SourceConfig(path=str(tmp_path / name), document_separator=separator)
+    with pytest.raises(UserError, match=rf"{name} holds a {what} of over 1 MiB"):
+        list(read_documents("web", source, skip_broken_lines=True, counts=ReadCounts()))
