@@ -7,7 +7,6 @@ configuration is known to be right.
 import contextlib
 import dataclasses
 import gc
-import json
 import logging
 import os
 import sys
@@ -153,7 +152,7 @@ def _session(
     from cucafera.data.conversations import ChatDataModule
     from cucafera.data.packed import PackedDataModule
     from cucafera.training.module import LanguageModel
-    from cucafera.training.report import collect_metrics, terminal_report, write_report
+    from cucafera.training.report import collect_metrics, read_metrics, terminal_report, write_report
     from cucafera.training.run_folder import checkpoint_to_begin_with, is_within, tokenizer_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
@@ -187,9 +186,12 @@ def _session(
             "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
             "resume=overwrite, or choose another name."
         )
-        if not folder.metrics.exists():  # it was killed between its last checkpoint and its report
-            write_report(collect_metrics(config, hardware, callbacks), folder)
-        metrics = json.loads(folder.metrics.read_text(encoding="utf-8"))
+        metrics = read_metrics(folder)
+        if (
+            metrics is None or metrics["steps"] != first_step
+        ):  # it was killed between its last checkpoint and its report
+            metrics = collect_metrics(config, hardware, callbacks)
+            write_report(metrics, folder)
         log.info("%s", terminal_report(metrics, folder))
         return float(metrics["validation"][-1]["bpb"])
 

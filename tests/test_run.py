@@ -148,6 +148,19 @@ def test_a_run_that_was_killed_before_its_report_gets_one(small_run):
     assert folder.report.read_text() == report
 
 
+@pytest.mark.parametrize("left", ["of a shorter budget", "half of"])
+def test_a_report_that_is_not_of_this_end_is_written_anew(small_run, left):
+    horizon = "schedule.horizon_steps=12"
+    train(small_run("name=run", horizon, "budget_tokens=2048"), [])
+    metrics = RunFolder(Path("outputs/run")).metrics
+    before = metrics.read_bytes()
+    train(small_run("name=run", horizon), [])
+    after = json.loads(metrics.read_bytes())
+    metrics.write_bytes(before if left == "of a shorter budget" else before[:100])
+    train(small_run("name=run", horizon), [])
+    assert json.loads(metrics.read_bytes()) == after
+
+
 def test_changed_text_is_not_gone_on_with(small_run, corpus):
     config = small_run("name=changed", "budget_tokens=1024", "schedule.horizon_steps=12")
     train(config, [])

@@ -346,7 +346,7 @@ def _copied(state: Any, copies: dict[str, Tensor], place: str = "") -> Any:
     if isinstance(state, Tensor):
         before = copies.get(place)
         if before is None or before.shape != state.shape or before.dtype != state.dtype:
-            before = copies[place] = torch.empty(state.shape, dtype=state.dtype, pin_memory=state.is_cuda)
+            before = copies[place] = torch.empty(state.shape, dtype=state.dtype)
         return before.copy_(state)
     if isinstance(state, dict):
         return {key: _copied(value, copies, f"{place}/{key}") for key, value in state.items()}

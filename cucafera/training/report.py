@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from cucafera.config import Config
+from cucafera.config import Config, UserError
 from cucafera.data.files import write_text
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.progress import count, duration
@@ -64,9 +64,9 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         parameters += f"; {metrics['adapter_parameters']:,} of adapters were trained"
     trained = f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"
     if metrics["skipped_updates"]:
-        trained += f", {metrics['skipped_updates']:,} not applied: not finite"
+        trained += f"; not finite, and so not applied: {metrics['skipped_updates']:,} of the steps"
     if metrics["left_out_batches"]:
-        trained += f", {len(metrics['left_out_batches']):,} batches left out after rollbacks"
+        trained += f"; left out after rollbacks: {len(metrics['left_out_batches']):,} of the batches"
     lines = [
         ("Parameters", parameters),
         ("Trained on", trained),
@@ -85,8 +85,17 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     return [*lines, ("Checkpoint", str(folder.checkpoints.complete()[-1].path))]
 
 
+def read_metrics(folder: RunFolder) -> dict[str, Any] | None:
+    """What metrics.json holds; None if there is none, or none that can be read."""
+    try:
+        metrics: dict[str, Any] = json.loads(folder.metrics.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) and "steps" in metrics else None
+
+
 def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
-    """Writes metrics.json and report.md into the run folder."""
+    """Writes metrics.json and report.md into the run folder. Raises UserError if they cannot be written."""
     report = [f"# {metrics['name']}", ""]
     report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary(metrics, folder)), ""]
     report += ["## Validation", "", "| step | tokens | loss | perplexity | accuracy | bpb |"]
@@ -100,8 +109,14 @@ def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
     for sample in metrics["samples"]:
         report += ["> " + as_markdown(sample, metrics["kind"]).replace("\n", "\n> "), ""]
     report += ["## Next", "", *(f"    {command}" for _, command in next_commands(folder)), ""]
-    write_text(folder.report, "\n".join(report))
-    write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
+    try:
+        write_text(folder.report, "\n".join(report))
+        write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {folder.path}: {error.strerror or error}. The run itself is complete and "
+            "saved: make room, and the same command writes it"
+        ) from error
 
 
 def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:

@@ -64,7 +64,7 @@ def test_an_update_that_is_not_finite_is_not_applied(small_run, inject, caplog, 
     assert [value for _, value in scalars("outputs/run", "guards/skipped_updates")] == [0] * 5 + [1] * 7
     metrics = json.loads(Path("outputs/run/metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["skipped_updates"] == 1
-    assert "1 not applied" in Path("outputs/run/report.md").read_text()
+    assert "not applied: 1 of the steps" in Path("outputs/run/report.md").read_text()
 
 
 def test_a_last_step_that_is_not_finite_leaves_metrics_that_every_program_can_read(small_run, inject):

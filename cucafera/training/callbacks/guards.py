@@ -126,13 +126,14 @@ class Guards(pl.Callback):
         for record in records:
             if record.applied:
                 self._skipped_in_a_row = 0
+                mean = self.monitor.mean
                 above = self.monitor.deviations(record.loss)
                 if above > self.guards.spike_deviations:
                     spikes.append(record)
                     if self.guards.loss_spike != "ignore":
                         log.warning(
                             "Step %s: its loss of %.3f lies %.1f standard deviations above the running mean, %.3f",
-                            f"{record.step:,}", record.loss, above, self.monitor.mean,
+                            f"{record.step:,}", record.loss, above, mean,
                         )  # fmt: skip
                 continue
             broken.append(record)
