@@ -122,6 +122,11 @@ def train(config: Config, overrides: list[str]) -> float | None:
             except RollBack as wish:
                 complete = folder.checkpoints.complete()
                 step = complete[-1].step if complete else 0
+                if wish.interruption.exit_code is not None:
+                    if is_first_process:
+                        folder.note("stopped", saved_step=step, why=wish.interruption.reason)
+                        log.info("%s. %s", wish.why, stop_line(wish.interruption.reason, None, step))
+                    sys.exit(wish.interruption.exit_code)
                 rollbacks[step] += 1
                 if rollbacks[step] > config.callbacks.guards.most_in_a_row:
                     raise UserError(
@@ -245,12 +250,19 @@ def _session(
     return float(metrics["validation"][-1]["bpb"])
 
 
-def stop_line(reason: str, step: int, saved_step: int | None) -> str:
-    """What a run that was stopped says last: where it stands, and how it goes on."""
+def stop_line(reason: str, step: int | None, saved_step: int | None) -> str:
+    """What a run that was stopped says last, and how it goes on.
+
+    Args:
+        reason: The signal or limit.
+        step: The step that should have been saved; None if it was not to be.
+        saved_step: The last one that is saved.
+    """
     if saved_step == step:
         return f"Stopped by {reason} after step {step:,}, and saved; the same command goes on from there."
-    whence = f"goes on after step {saved_step:,}" if saved_step is not None else "begins again"
-    return f"Stopped by {reason} after step {step:,}, which could not be saved; the same command {whence}."
+    whence = f"goes on after step {saved_step:,}" if saved_step else "begins again"
+    lost = f" after step {step:,}, which could not be saved" if step is not None else ""
+    return f"Stopped by {reason}{lost}; the same command {whence}."
 
 
 def budget_of_epochs(config: Config, data: "WindowDataModule[Any]") -> int:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,11 @@ MEMORY_LEFT_FREE = 0.1
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is not there, not complete, or not what was written."""
+    """A checkpoint that cannot be used."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not there, not complete, or not what was written: it can be given up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +98,9 @@ class CheckpointFolder:
 
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest validation loss; of several, the earliest."""
-        validated = [checkpoint for checkpoint in self.complete() if checkpoint.validation_loss is not None]
-        return min(validated, key=lambda checkpoint: cast(float, checkpoint.validation_loss), default=None)
+        losses = {checkpoint: checkpoint.validation_loss for checkpoint in self.complete()}
+        finite = {checkpoint: loss for checkpoint, loss in losses.items() if loss is not None and math.isfinite(loss)}
+        return min(finite, key=finite.__getitem__, default=None)
 
     def write(self, step: int, state: dict[str, Any], validation_loss: float | None) -> None:
         """Writes the state after a step, and marks it when all of it is on the disk. Raises OSError."""
@@ -175,7 +181,7 @@ def _mark_of(path: Path) -> Path:
 
 
 def read_mark(path: Path) -> Checkpoint:
-    """The mark of a checkpoint's file. Raises CheckpointError if it has none, or a damaged one."""
+    """The mark of a checkpoint's file. Raises DamagedCheckpointError if it has none, or a damaged one."""
     mark = _mark_of(path)
     if path.exists() and path.suffix != ".ckpt":
         raise CheckpointError(f"{path} is not a checkpoint: those end with .ckpt")
@@ -189,12 +195,17 @@ def read_mark(path: Path) -> Checkpoint:
             f"there is no {mark.name} beside it, so it was never finished" if path.exists() else "it does not exist"
         )
     except OSError as error:
-        reason = f"{mark}: {error.strerror}"
+        raise _unreadable(mark, error.strerror or error) from error
     except NotAsWrittenError as error:
         reason = f"{mark.name} is damaged: {error}"
     except KeyError as error:
         reason = f"{mark.name} is not the mark of a checkpoint: it has no {error}"
-    raise CheckpointError(f"{path} cannot be used: {reason}")
+    raise DamagedCheckpointError(f"{path} cannot be used: {reason}")
+
+
+def _unreadable(path: Path, reason: object) -> CheckpointError:
+    """What cannot be read now may be whole all the same: it is not given up for an earlier one."""
+    return CheckpointError(f"{path} cannot be read: {reason}. Mend that, or remove the file to do without it")
 
 
 def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
@@ -206,24 +217,27 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
             dies when the file is cut.
 
     Raises:
-        CheckpointError: it is not there, not complete, damaged, or not one of cucafera's.
+        DamagedCheckpointError: it is not there, not complete, or damaged.
+        CheckpointError: it cannot be read now, for want of memory or a broken disk, or is not one of cucafera's.
     """
     mark = read_mark(path)
     try:
         size = path.stat().st_size
         if size != mark.size:
-            raise CheckpointError(f"{path} is damaged: it has {size:,} bytes instead of {mark.size:,}")
+            raise DamagedCheckpointError(f"{path} is damaged: it has {size:,} bytes instead of {mark.size:,}")
         if size > SHOWN_BYTES:
             log.info("Verifying %s (%.1f GB)", path, size / 1e9)
         if file_sha256(path) != mark.sha256:
-            raise CheckpointError(f"{path} is damaged: its content is not what was written")
+            raise DamagedCheckpointError(f"{path} is damaged: its content is not what was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: there is no such file") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise _unreadable(path, error.strerror or error) from error
     except CheckpointError:
         raise
-    except Exception as error:  # torch.load raises many kinds; what was written by cucafera raises none
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch.load raises many kinds, also for want of memory
+        raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
     missing = {"config", "identity", "state_dict", "steps_done"} - set(checkpoint)
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of cucafera: it has no {', '.join(sorted(missing))}")
@@ -309,7 +323,6 @@ class CheckpointWriter(CheckpointIO):
         try:
             self.folder.write(step, state, validation_loss)
             self.saved_step, self.failure = step, None
-            self.folder.remove_old(step, self.keep_last, self.keep_every_steps)
         except OSError as error:
             self.failure = error
             before = f"the last one is of step {self.saved_step:,}" if self.saved_step is not None else "there is none"
@@ -318,8 +331,14 @@ class CheckpointWriter(CheckpointIO):
                 "is tried as usual; until then %s. Make room on that disk.",
                 f"{step:,}", self.folder.path, error.strerror or error, before,
             )  # fmt: skip
+            return
         except BaseException as error:  # told where training can hear it
             self._unexpected = error
+            return
+        try:
+            self.folder.remove_old(step, self.keep_last, self.keep_every_steps)
+        except OSError as error:
+            log.warning("Old checkpoints in %s cannot be removed: %s", self.folder.path, error.strerror or error)
 
     def _has_room_for_copy(self, state: dict[str, Any]) -> bool:
         needed = sum(tensor.nbytes for tensor in _tensors(state)) - sum(copy.nbytes for copy in self._copies.values())

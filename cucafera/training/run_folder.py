@@ -19,7 +19,7 @@ from cucafera.data.files import PARTIAL, flush, write_text
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
-from cucafera.training.checkpoint_files import CheckpointError, CheckpointFolder, read_checkpoint
+from cucafera.training.checkpoint_files import CheckpointFolder, DamagedCheckpointError, read_checkpoint
 from cucafera.training.events import EVENTS
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class RunFolder:
         for path in reversed(marked):
             try:
                 state = read_checkpoint(path)
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 log.warning("%s; falling back to the checkpoint before it", error)
                 damaged.append(str(error))
                 continue
@@ -124,7 +124,7 @@ class RunFolder:
             advice = f"Another run can begin with these weights: name=ANOTHER init_from={self.path}"
         else:
             accepted = [*config.resume_despite, *dict.fromkeys(others)]
-            advice = f"To go on with the values of here: 'resume_despite=[{','.join(accepted)}]'"
+            advice = f"To go on with the new values all the same: 'resume_despite=[{','.join(accepted)}]'"
         raise UserError(
             f"{self.path} holds a run with another configuration:\n"
             + "\n".join(lines)

@@ -61,10 +61,9 @@ def _acquired(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             locks = _locked(descriptor, path)
-            if not _is(descriptor, path):  # its owner has just removed it
+            if not (_is(descriptor, path) and _is_silent(descriptor, path, locks)):  # its owner has just removed it
                 os.close(descriptor)
                 continue
-            _wait_for_silence(descriptor, path, locks)
             owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": _now()}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
@@ -94,17 +93,24 @@ def _locked(descriptor: int, path: Path) -> bool:
             return False
 
 
-def _wait_for_silence(descriptor: int, path: Path, locks: bool) -> None:
-    """Refuses an owner whose heart beats; returns at once if there is none, or it died on this machine."""
+def _is_silent(descriptor: int, path: Path, locks: bool) -> bool:
+    """Waits for a sign of life of an owner on another machine.
+
+    Returns:
+        True if there is none, or no owner; False if it has removed the file.
+
+    Raises:
+        UserError: the owner lives.
+    """
     owner = _owner(descriptor)
     if not owner:
-        return
+        return True
     dead = "is taken over from process {pid} on {host}, which has died"
     if owner.get("host") == socket.gethostname():
         if not locks and _lives(owner.get("pid")):
             raise _in_use(path, owner)
         log.info("%s %s", path.parent, dead.format_map(owner))
-        return
+        return True
     last_beat = os.fstat(descriptor).st_mtime_ns
     log.info(
         "%s was in use by process %s on %s: waiting up to %.0f seconds for a sign of life",
@@ -113,9 +119,12 @@ def _wait_for_silence(descriptor: int, path: Path, locks: bool) -> None:
     waited_since = time.monotonic()
     while time.monotonic() - waited_since < SILENT_SECONDS:
         time.sleep(min(1.0, SILENT_SECONDS / 10))
-        if path.stat().st_mtime_ns != last_beat:
+        if not _is(descriptor, path):
+            return False
+        if os.fstat(descriptor).st_mtime_ns != last_beat:
             raise _in_use(path, owner)
     log.info("%s %s", path.parent, dead.format_map(owner))
+    return True
 
 
 def _in_use(path: Path, owner: dict[str, Any]) -> UserError:

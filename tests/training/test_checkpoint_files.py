@@ -14,6 +14,7 @@ from cucafera.training.checkpoint_files import (
     CheckpointError,
     CheckpointFolder,
     CheckpointWriter,
+    DamagedCheckpointError,
     read_checkpoint,
     read_mark,
 )
@@ -75,6 +76,46 @@ def test_every_kind_of_damage_is_told(folder):
                 read_checkpoint(path)
         file.write_bytes(written)
     read_checkpoint(path)
+
+
+def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(folder, monkeypatch):
+    folder.write(3, state_of(3), None)
+
+    def broken_disk(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def no_memory(*arguments, **settings):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    for owner, name, fails in ((checkpoint_files, "file_sha256", broken_disk), (torch, "load", no_memory)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(CheckpointError, match=r"cannot be read: .*Mend that") as caught:
+                read_checkpoint(folder.file_at(3))
+            assert not isinstance(caught.value, DamagedCheckpointError)
+
+
+def test_a_validation_that_was_not_finite_is_not_the_best(folder):
+    for step, loss in ((1, float("nan")), (2, 3.0), (3, 2.0), (4, float("inf"))):
+        folder.write(step, state_of(step), loss)
+    best = folder.best()
+    assert best is not None and best.step == 3
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_no_failure_of_the_new_one(folder, monkeypatch, caplog):
+    writer = writer_of(folder, keep_last=1)
+    writer.save_checkpoint(state_of(1), None, None)
+    writer.finish()
+
+    def forbidden(path, **options):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda p, **o: forbidden(p) if "00000001" in p.name else unlink(p, **o))
+    writer.save_checkpoint(state_of(2), None, None)
+    writer.finish()
+    assert "cannot be removed: Operation not permitted" in caplog.text
+    assert writer.saved_step == 2 and writer.failure is None
 
 
 def test_a_checkpoint_without_its_mark_was_never_finished(folder):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.training.callbacks.guards import LossMonitor
 from cucafera.training.checkpoint_files import read_checkpoint
+from cucafera.training.module import LanguageModel
 from cucafera.training.run_folder import RunFolder
 from tests.test_run import assert_equal, scalars, weights
 
@@ -140,6 +143,28 @@ def test_rollbacks_that_lead_nowhere_end(small_run, inject):
     with pytest.raises(UserError, match="going back to step 4 was tried 3 times"):
         train(small_run("name=run", ROLLBACK), [])
     assert len([line for line in history_of("run") if line["what"] == "rolled back"]) == 3
+
+
+def test_a_signal_in_the_step_that_asks_for_a_rollback_is_not_lost(small_run, inject, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    train(small_run("name=whole", ROLLBACK, "callbacks.log_every_steps=4"), [])
+    inject({5}, math.nan)
+    clip = LanguageModel._clip_gradients
+
+    def clip_and_signal(module):
+        if module.steps_done == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return clip(module)
+
+    config = small_run("name=run", ROLLBACK, "callbacks.log_every_steps=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "_clip_gradients", clip_and_signal)
+        with pytest.raises(SystemExit) as stop:
+            train(config, [])
+    assert stop.value.code == 143
+    assert "Step 6 was not finite. Stopped by SIGTERM; the same command goes on after step 4." in caplog.text
+    train(small_run("name=run", ROLLBACK, "callbacks.log_every_steps=4"), [])
+    assert read_checkpoint(RunFolder(Path("outputs/run")).checkpoints.marked()[-1])["left_out_batches"] == [5]
 
 
 def test_overwrite_erases_once_and_not_again_at_a_rollback(small_run, inject):

@@ -111,6 +111,15 @@ def test_an_owner_on_another_machine_whose_heart_beats_is_not_disturbed(path, mo
         pass
 
 
+def test_an_owner_on_another_machine_that_ends_while_it_is_waited_for_leaves_the_lock(path, monkeypatch):
+    monkeypatch.setattr(module, "SILENT_SECONDS", 5.0)
+    path.parent.mkdir()
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    threading.Timer(0.3, path.unlink).start()
+    with run_lock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
 def test_the_heart_beats_while_the_lock_is_held(path, monkeypatch):
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.02)
     with run_lock(path):

@@ -23,12 +23,14 @@ class RollBack(Exception):  # noqa: N818 - it is no error: training goes on from
     Attributes:
         batches: Numbers of the batches.
         why: What was wrong with them, in words.
+        interruption: Says whether training should stop instead: the next start will come to the same batches.
     """
 
-    def __init__(self, batches: list[int], why: str) -> None:
+    def __init__(self, batches: list[int], why: str, interruption: Interruption) -> None:
         super().__init__(why)
         self.batches = batches
         self.why = why
+        self.interruption = interruption
 
 
 class LossMonitor:
@@ -130,7 +132,7 @@ class Guards(pl.Callback):
                 above = self.monitor.deviations(record.loss)
                 if above > self.guards.spike_deviations:
                     spikes.append(record)
-                    if self.guards.loss_spike != "ignore":
+                    if self.guards.loss_spike != "ignore" and trainer.is_global_zero:
                         log.warning(
                             "Step %s: its loss of %.3f lies %.1f standard deviations above the running mean, %.3f",
                             f"{record.step:,}", record.loss, above, mean,
@@ -139,10 +141,11 @@ class Guards(pl.Callback):
             broken.append(record)
             self.skipped_updates += 1
             self._skipped_in_a_row += 1
-            log.warning(
-                "Step %s: loss %s, gradient norm %s: the update was not applied",
-                f"{record.step:,}", f"{record.loss:g}", f"{record.gradient_norm:g}",
-            )  # fmt: skip
+            if trainer.is_global_zero:
+                log.warning(
+                    "Step %s: loss %s, gradient norm %s: the update was not applied",
+                    f"{record.step:,}", f"{record.loss:g}", f"{record.gradient_norm:g}",
+                )  # fmt: skip
             if self._skipped_in_a_row > self.guards.most_in_a_row and self.guards.non_finite == "skip":
                 raise UserError(self._advice(f"{self._skipped_in_a_row} updates in a row were not finite"))
         if broken and self.guards.non_finite == "stop":
@@ -156,7 +159,9 @@ class Guards(pl.Callback):
             first = min(broken + spikes, key=lambda record: record.step)
             what = "was not finite" if not first.applied else f"had a loss of {first.loss:.3f}, a spike"
             raise RollBack(
-                sorted(steps.batch_at(record.step - 1) for record in broken + spikes), f"Step {first.step:,} {what}"
+                sorted(steps.batch_at(record.step - 1) for record in broken + spikes),
+                f"Step {first.step:,} {what}",
+                self.interruption,
             )
 
     def _advice(self, what: str) -> str:
