@@ -1,6 +1,7 @@
 """Stops, resumes, refusals and full disks of whole runs, in one process."""
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -345,6 +346,10 @@ def test_a_folder_that_cannot_be_written_is_told(small_run, monkeypatch):
 
     config = small_run("name=run")
     train(small_run("name=other"), [])  # the prepared data is there
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="outputs/run cannot be written: No space left on device"):
-        train(config, [])
+    for allowed in (0, 5, 6, 7):  # of config, overrides, history and the tokenizer's two files
+        calls = itertools.count()
+        monkeypatch.setattr(
+            os, "fsync", lambda fd, calls=calls, allowed=allowed: full(fd) if next(calls) >= allowed else None
+        )
+        with pytest.raises(UserError, match="outputs/run cannot be written: No space left on device"):
+            train(config, [])

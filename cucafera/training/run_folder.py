@@ -6,6 +6,7 @@ import logging
 import platform
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,7 +143,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written.
         """
-        try:
+        with self._writing():
             if resumed_step is None:
                 self._erase()
             else:
@@ -150,6 +151,12 @@ class RunFolder:
             self.checkpoints.path.mkdir(parents=True, exist_ok=True)
             write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
             write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tells in a sentence that the folder cannot be written."""
+        try:
+            yield
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
@@ -189,8 +196,10 @@ class RunFolder:
         Args:
             tokenizer: The tokenizer.
             stop_id: The token that ends what the model writes.
+
+        Raises:
+            UserError: they cannot be written.
         """
-        tokenizer.save(self.tokenizer)
         described = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": SPECIAL_TOKENS[0],
@@ -200,7 +209,9 @@ class RunFolder:
             "clean_up_tokenization_spaces": False,
             "chat_template": CHAT_TEMPLATE,
         }
-        write_text(self.tokenizer_config, json.dumps(described, indent=2) + "\n")
+        with self._writing():
+            tokenizer.save(self.tokenizer)
+            write_text(self.tokenizer_config, json.dumps(described, indent=2) + "\n")
 
     def _erase(self) -> None:
         self.checkpoints.remove_all()
