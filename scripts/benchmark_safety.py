@@ -8,6 +8,9 @@ while the copy is written. Both are measured beside steps without, and so is a s
 of the time between two checkpoints is given for a step time of your choice (--step-seconds, --every-steps).
 
 The guards of a step are timed alone, and steps with and without them in turn.
+
+Set OMP_WAIT_POLICY=PASSIVE, as cucafera.run does: threads that spin while they wait would slow the writing of a
+checkpoint, and be slowed by it.
 """
 
 import argparse

@@ -244,10 +244,16 @@ def test_a_first_save_that_was_cut_off_is_begun_again_and_said(small_run, caplog
     folder = folder_of("run")
     folder.checkpoints.path.mkdir(parents=True)
     folder.checkpoints.file_at(4).write_bytes(b"half of")
-    folder.checkpoints.file_at(4).with_suffix(".ckpt.partial").write_bytes(b"a quarter")
+    folder.checkpoints.file_at(3).with_suffix(".ckpt.partial").write_bytes(b"a quarter")
     train(small_run("name=run"), [])
-    assert "step-00000004.ckpt was never finished, and is ignored" in caplog.text
+    assert (
+        "step-00000004.ckpt has no mark, so it was never finished: it becomes step-00000004.ckpt.unfin" in caplog.text
+    )
+    assert folder.checkpoints.path.joinpath("step-00000004.ckpt.unfinished").read_bytes() == b"half of"
+    assert not list(folder.checkpoints.path.glob("*.partial"))
     assert_equal(weights("outputs/whole"), weights("outputs/run"))
+    train(small_run("name=run", "resume=overwrite"), [])
+    assert not list(folder.checkpoints.path.glob("*.unfinished"))
 
 
 def test_every_nth_checkpoint_is_kept_for_good(small_run):

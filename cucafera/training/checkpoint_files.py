@@ -33,6 +33,8 @@ from cucafera.data.files import (
 log = logging.getLogger(__name__)
 
 VERSION = 1
+UNFINISHED = ".unfinished"
+"""Ends the name of a checkpoint's file that was found without its mark, and without any other checkpoint."""
 SHOWN_BYTES = 1 << 30
 """Reading a larger checkpoint takes so long that it is announced."""
 MEMORY_LEFT_FREE = 0.1
@@ -134,12 +136,22 @@ class CheckpointFolder:
         """Removes what lies after the step that a run goes on from, and what was never finished."""
         later = [path for path in self.marked() if path > self.file_at(step)]
         self._remove([*later, *self.unmarked()])
-        for partial in self.path.glob("step-*" + PARTIAL):
-            partial.unlink()
+        self._remove_named(PARTIAL)
 
     def remove_all(self) -> None:
         """Removes every checkpoint; files of other names stay."""
         self.remove_after(-1)
+        self._remove_named(UNFINISHED)
+
+    def set_aside_unmarked(self) -> None:
+        """Gives what has no mark another name: it may be all that somebody has copied here of a run."""
+        for path in self.unmarked():
+            path.rename(path.with_name(path.name + UNFINISHED))
+        self._remove_named(PARTIAL)
+
+    def _remove_named(self, ending: str) -> None:
+        for path in self.path.glob("step-*" + ending):
+            path.unlink()
 
     def _remove(self, paths: Any) -> None:
         """Removes marks first, so that half a removal leaves nothing that looks complete."""

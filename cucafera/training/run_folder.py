@@ -20,7 +20,7 @@ from cucafera.data.files import PARTIAL, flush, write_text
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
-from cucafera.training.checkpoint_files import CheckpointFolder, DamagedCheckpointError, read_checkpoint
+from cucafera.training.checkpoint_files import UNFINISHED, CheckpointFolder, DamagedCheckpointError, read_checkpoint
 from cucafera.training.events import EVENTS
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class RunFolder:
                     "another name=..., or erase the run there with resume=overwrite"
                 )
             for path in self.checkpoints.unmarked():
-                log.warning("%s was never finished, and is ignored", path)
+                log.warning("%s has no mark, so it was never finished: it becomes %s%s", path, path.name, UNFINISHED)
             return None
         damaged = []
         for path in reversed(marked):
@@ -105,7 +105,7 @@ class RunFolder:
 
     def _not_ours_to_erase(self) -> list[Path]:
         """What a run that failed before its first checkpoint cannot have left."""
-        ours = (".ckpt", PARTIAL)
+        ours = (".ckpt", PARTIAL, UNFINISHED)
         found = [path for path in self.checkpoints.path.glob("*") if path.suffix not in ours]
         return found + [path for path in (self.metrics, self.report) if path.exists()]
 
@@ -145,7 +145,7 @@ class RunFolder:
         """
         with self._writing():
             if resumed_step is None:
-                self._erase()
+                self._erase(checkpoints=config.resume == "overwrite")
             else:
                 self.checkpoints.remove_after(resumed_step)
             self.checkpoints.path.mkdir(parents=True, exist_ok=True)
@@ -213,8 +213,12 @@ class RunFolder:
             tokenizer.save(self.tokenizer)
             write_text(self.tokenizer_config, json.dumps(described, indent=2) + "\n")
 
-    def _erase(self) -> None:
-        self.checkpoints.remove_all()
+    def _erase(self, checkpoints: bool) -> None:
+        """Removes what an earlier run left; if not checkpoints, there are none but unfinished ones."""
+        if checkpoints:
+            self.checkpoints.remove_all()
+        else:
+            self.checkpoints.set_aside_unmarked()
         events = self.path.glob(EVENTS + "*")
         for path in (self.metrics, self.report, *events):
             path.unlink(missing_ok=True)
