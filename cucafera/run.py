@@ -6,9 +6,11 @@ configuration is known to be right.
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from cucafera.data.windows import WindowDataModule
     from cucafera.training.hardware import Hardware
     from cucafera.training.run_folder import RunFolder
+    from cucafera.training.trainer import Callbacks
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,9 @@ def main() -> None:
     """Answers --help and wrong command lines at once; leaves the rest to Hydra and `job`."""
     # Threads that wait by spinning make a CPU run ten times slower beside another busy program, and gain nothing alone.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print a trace of what is told in a sentence below
     logging.raiseExceptions = False  # a disk too full for the log is told by what matters more
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and nothing to die of
     arguments = get_args_parser().parse_args()
     if arguments.help:
         print(help_text())
@@ -64,6 +69,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted; the same command begins or goes on.", file=sys.stderr)
         sys.exit(130)
+    except UserError as error:  # of a job of a sweep: the others have been done
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+            raise
+        print(f"{error.filename or 'the run folder'} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def job(composed: DictConfig) -> float | None:
@@ -157,7 +170,6 @@ def _session(
     from cucafera.data.conversations import ChatDataModule
     from cucafera.data.packed import PackedDataModule
     from cucafera.training.module import LanguageModel
-    from cucafera.training.report import collect_metrics, read_metrics, terminal_report, write_report
     from cucafera.training.run_folder import checkpoint_to_begin_with, is_within, tokenizer_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
@@ -187,18 +199,7 @@ def _session(
     callbacks = build_callbacks(config, hardware, folder, before, left_out_batches, started)
     if before and first_step >= config.total_steps:
         callbacks.restore(before)
-        log.info(
-            "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
-            "resume=overwrite, or choose another name."
-        )
-        metrics = read_metrics(folder)
-        if (
-            metrics is None or metrics["steps"] != first_step
-        ):  # it was killed between its last checkpoint and its report
-            metrics = collect_metrics(config, hardware, callbacks)
-            write_report(metrics, folder)
-        log.info("%s", terminal_report(metrics, folder))
-        return float(metrics["validation"][-1]["bpb"])
+        return _told_again(config, hardware, folder, callbacks, first_step)
 
     pl.seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -219,22 +220,48 @@ def _session(
     if trainer.is_global_zero:
         folder.begin(config, overrides, first_step if before else None)
         folder.note_start(config, overrides, dataclasses.asdict(hardware), resumed)
-    interruption, writer = callbacks.interruption, callbacks.checkpoints.writer
     checkpoint = resumed.path if resumed else None
     del resumed, before, initial  # training would keep a second copy of the weights
     try:
-        with interruption.watching():
+        with callbacks.interruption.watching():
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU has too little memory for {hardware.micro_batch_windows} windows at a time: set "
             f"trainer.micro_batch_windows={max(1, hardware.micro_batch_windows // 2)}. The result stays the same"
         ) from error
+    return _ended(config, hardware, folder, callbacks, module.steps_done, trainer.is_global_zero)
 
+
+def _told_again(
+    config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int
+) -> float | None:
+    """What a complete run says when it is started once more."""
+    from cucafera.training.report import collect_metrics, read_metrics, terminal_report, write_report
+
+    log.info(
+        "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
+        "resume=overwrite, or choose another name."
+    )
+    metrics = read_metrics(folder)
+    if metrics is None or metrics["steps"] != step:  # it was killed between its last checkpoint and its report
+        metrics = collect_metrics(config, hardware, callbacks)
+        write_report(metrics, folder)
+    log.info("%s", terminal_report(metrics, folder))
+    return float(metrics["validation"][-1]["bpb"])
+
+
+def _ended(
+    config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int, is_first_process: bool
+) -> float | None:
+    """What a run says when training has ended, by itself or by a signal or limit."""
+    from cucafera.training.report import collect_metrics, terminal_report, write_report
+
+    interruption, writer = callbacks.interruption, callbacks.checkpoints.writer
     if interruption.exit_code is not None:
-        if trainer.is_global_zero:
-            folder.note("stopped", step=module.steps_done, saved_step=writer.saved_step, why=interruption.reason)
-            log.info("%s", stop_line(interruption.reason, module.steps_done, writer.saved_step))
+        if is_first_process:
+            folder.note("stopped", step=step, saved_step=writer.saved_step, why=interruption.reason)
+            log.info("%s", stop_line(interruption.reason, step, writer.saved_step))
         sys.exit(interruption.exit_code)
     if writer.failure is not None:
         raise UserError(
@@ -243,9 +270,9 @@ def _session(
             + (f"goes on after step {writer.saved_step:,}" if writer.saved_step else "begins again")
         )
     metrics = collect_metrics(config, hardware, callbacks)
-    if trainer.is_global_zero:
+    if is_first_process:
         write_report(metrics, folder)
-        folder.note("completed", step=module.steps_done, bpb=metrics["validation"][-1]["bpb"])
+        folder.note("completed", step=step, bpb=metrics["validation"][-1]["bpb"])
         log.info("%s", terminal_report(metrics, folder))
     return float(metrics["validation"][-1]["bpb"])
 

@@ -25,13 +25,16 @@ class Door:
         self.arguments = [*SMALL_RUN, f"data.sources.files.path={corpus}"]
         self.folder = folder
 
-    def start(self, *overrides: str, program: Sequence[str] = ("-m", "cucafera.run")) -> subprocess.Popen[str]:
+    def start(
+        self, *overrides: str, program: Sequence[str] = ("-m", "cucafera.run"), new_group: bool = False
+    ) -> subprocess.Popen[str]:
         flags = [override for override in overrides if override.startswith("-")]
         values = [override for override in overrides if not override.startswith("-")]
         return subprocess.Popen(
             [sys.executable, *program, *flags, *self.arguments, *values],
             cwd=self.folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # for a model this small, threads only get in each other's way
+            start_new_session=new_group,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -174,6 +177,23 @@ def test_devices_stop_together(door, tmp_path):
     assert "Traceback" not in output
 
 
+def test_a_signal_to_every_process_of_a_job_is_answered_by_one(door, tmp_path):
+    process = door.start(*LONG, "name=job", "trainer.num_workers=2", "budget_tokens=512_000", new_group=True)
+    wait_for(tmp_path / "outputs" / "job" / "checkpoints" / "step-00000020.json", process)
+    os.killpg(process.pid, signal.SIGUSR1)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "and saved; the same command goes on" in output and "Traceback" not in output
+
+
+def test_a_folder_that_cannot_be_made_is_told(door, tmp_path):
+    (tmp_path / "outputs").write_text("a file")
+    code, output = door.run()
+    assert code == 2, output
+    assert "outputs" in output and "Traceback" not in output
+
+
 def test_a_second_ctrl_c_ends_at_once_and_a_second_start_is_refused(door, tmp_path):
     run = tmp_path / "outputs" / "run"
     process = door.start(*LONG, "name=run")
@@ -261,8 +281,17 @@ def test_a_sweep_runs_each_value_in_a_folder_of_its_own(door, tmp_path):
 
 def test_a_sweep_over_several_devices_is_refused_in_words(door):
     code, output = door.run("--multirun", "seed=1,2", "trainer.devices=2")
-    assert code == 1
+    assert code == 2
     assert "start the jobs one by one" in output
+    assert "Traceback" not in output
+
+
+def test_one_refused_job_of_a_sweep_does_not_keep_the_others_from_their_end(door, tmp_path):
+    short = ("budget_tokens=1024", "schedule.warmup_steps=0")
+    code, output = door.run("--multirun", "tokenizer.path=nowhere.json,null", *short)
+    assert code == 2, output
+    assert "nowhere.json" in output and "Traceback" not in output
+    assert (tmp_path / "outputs" / "quickstart-sweep" / "1" / "report.md").exists()
 
 
 def test_what_the_user_can_mend_ends_with_code_2_and_no_stack_trace(door, tmp_path):

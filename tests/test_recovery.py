@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from cucafera.config import UserError
+from cucafera.data.files import read_sealed, write_sealed
 from cucafera.run import train
 from cucafera.training import checkpoint_files
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.checkpoint_files import read_checkpoint
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import RunFolder
+from cucafera.training.run_folder import RunFolder, load_trained
 from cucafera.training.run_lock import run_lock
 from tests.test_run import assert_equal, scalars, weights
 
@@ -324,6 +325,30 @@ def test_a_disk_that_is_too_small_is_told_before_training(small_run, monkeypatch
     assert "THE DISK MAY BECOME FULL: 3 checkpoints of" in caplog.text
     (estimate,) = re.findall(r"3 checkpoints of ([\d.]+) GB", caplog.text)
     assert float(estimate) * 1e9 == pytest.approx(folder_of("run").checkpoints.complete()[-1].size, rel=0.1)
+
+
+def test_a_torn_line_of_the_history_spoils_no_other(small_run):
+    train(small_run("name=run", HORIZON, "budget_tokens=2048"), [])
+    history = folder_of("run").history
+    history.write_bytes(history.read_bytes()[:-10])
+    train(small_run("name=run", HORIZON), [])
+    began, torn, went_on, completed = history.read_text().splitlines()
+    assert json.loads(began)["what"] == "began" and torn.startswith('{"time"')
+    assert (json.loads(went_on)["what"], json.loads(completed)["what"]) == ("went on", "completed")
+
+
+def test_a_model_whose_best_checkpoint_is_damaged_is_refused_with_the_other_one(small_run):
+    train(small_run("name=run"), [])
+    before, newest = folder_of("run").checkpoints.complete()
+    mark = newest.path.with_suffix(".json")
+    write_sealed(mark, read_sealed(mark) | {"validation_loss": 99.0})
+    assert load_trained("outputs/run").step == before.step
+    before.path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=rf"is damaged.*There is also .*{newest.path.name}: name it"):
+        load_trained("outputs/run")
+    with pytest.raises(UserError, match="There is also"):
+        train(small_run("name=next", "init_from=outputs/run"), [])
+    assert load_trained(str(newest.path)).step == newest.step
 
 
 @pytest.mark.parametrize("what", ["tokenizer.json", "prepared.json", "shards.json", "*.shard"])

@@ -25,7 +25,7 @@ class NotAsWrittenError(ValueError):
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes its name, and the place of an earlier one, when all of it is on the disk.
 
-    If that fails, nothing is left, and an earlier file is as it was.
+    If writing fails, nothing is left of it, and an earlier file is as it was.
     """
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)
@@ -66,6 +66,27 @@ def read_sealed(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(text)
     del content["crc32"]
     return content
+
+
+def append(path: Path, content: bytes) -> None:
+    """Appends all of the content to a file, through no link, and brings it onto the disk.
+
+    Raises:
+        OSError: that failed, and the file is as it was.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

@@ -163,11 +163,11 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
     Args:
         config: The run.
         first_step: The step that training begins or goes on with.
-        left_out_batches: Numbers of batches that are left out.
         num_workers: Processes that read windows; 0: the training process.
         pin_memory: Put batches into memory that a GPU can copy from at once.
         expected: What `identity` was when the weights were trained that training goes on or begins with, as far as
             it must be the same.
+        left_out_batches: Numbers of batches that are left out.
 
     Attributes:
         training_sources, validation_sources: The windows of each source; known after `setup`.
@@ -279,7 +279,7 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=_leave_signals_to_the_parent,
             prefetch_factor=4 if self.num_workers else None,
         )
 
@@ -336,6 +336,7 @@ def short_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; a reader must live until the step has been saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Signals may be sent to every process of a job or a terminal; a reader must live until the step is saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

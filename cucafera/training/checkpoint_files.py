@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import logging
 import math
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 VERSION = 1
 UNFINISHED = ".unfinished"
 """Ends the name of a checkpoint's file that was found without its mark, and without any other checkpoint."""
+STEP_FILE = re.compile(r"step-\d+\.ckpt")
 SHOWN_BYTES = 1 << 30
 """Reading a larger checkpoint takes so long that it is announced."""
 MEMORY_LEFT_FREE = 0.1
@@ -153,7 +155,7 @@ class CheckpointFolder:
         for path in self.path.glob("step-*" + ending):
             path.unlink()
 
-    def _remove(self, paths: Any) -> None:
+    def _remove(self, paths: Iterable[Path]) -> None:
         """Removes marks first, so that half a removal leaves nothing that looks complete."""
         removed = [path for path in paths if path.exists() or _mark_of(path).exists()]
         if not removed:
@@ -201,6 +203,8 @@ def read_mark(path: Path) -> Checkpoint:
         content = read_sealed(mark)
         if content["version"] != VERSION:
             raise NotAsWrittenError(f"its format is {content['version']}, and this program reads {VERSION}")
+        if STEP_FILE.fullmatch(path.name) and path.name != f"step-{content['step']:08d}.ckpt":
+            raise NotAsWrittenError(f"it is the mark of step {content['step']}")
         return Checkpoint(path, content["step"], content["size"], content["sha256"], content["validation_loss"])
     except FileNotFoundError:
         reason = (

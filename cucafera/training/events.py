@@ -12,6 +12,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
+from cucafera.data.files import append
+
 log = logging.getLogger(__name__)
 
 EVENTS = "events.out.tfevents."
@@ -27,7 +29,6 @@ class PatientFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending = bytearray()
-        self._size = 0
         self._told = False
 
     def write(self, content: bytes) -> None:
@@ -37,26 +38,20 @@ class PatientFile:
     def flush(self) -> None:
         """Brings all content onto the disk, or says once that it has to wait."""
         try:
-            with self.path.open("ab") as file:
-                try:
-                    file.write(self._pending)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.ftruncate(file.fileno(), self._size)
-                    raise
+            append(self.path, bytes(self._pending))
         except OSError as error:
             if not self._told:
                 log.error("%s cannot be written: %s. The curves wait in memory", self.path, error.strerror or error)
             self._told = True
             return
-        self._size += len(self._pending)
         self._pending.clear()
         self._told = False
 
     def close(self) -> None:
-        """Flushes."""
+        """Flushes; what the disk does not take now is lost, and that is told."""
         self.flush()
+        if self._pending:
+            log.error("%s: the curves since it could last be written are lost", self.path)
 
 
 class EventFile:
@@ -92,8 +87,8 @@ class EventFile:
         self._flushed_at = time.monotonic()
 
     def close(self) -> None:
-        """Flushes."""
-        self.flush()
+        """Flushes for the last time."""
+        self._file.close()
 
     def reopen(self) -> None:
         """Nothing to do: the file is opened for each flush."""

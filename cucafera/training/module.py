@@ -136,7 +136,7 @@ class LanguageModel(pl.LightningModule):
             torch.distributed.all_reduce(broken, torch.distributed.ReduceOp.MAX)
         return broken
 
-    def read_steps(self) -> list["StepRecord"]:
+    def read_steps(self) -> list[StepRecord]:
         """Loss and gradient norm of each step since the last time; waits for the device."""
         values = torch.stack(self._unread)
         self._unread.clear()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from typing import Any
 
 from cucafera.config import Config, UserError
@@ -136,6 +137,6 @@ def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:
 def next_commands(folder: RunFolder) -> list[tuple[str, str]]:
     """What to type next, and what for."""
     return [
-        ("Curves", f"tensorboard --logdir {folder.path.parent}"),
-        ("Talk", f"python -m cucafera.chat {folder.path}"),
+        ("Curves", f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}"),
+        ("Talk", f"python -m cucafera.chat {shlex.quote(str(folder.path))}"),
     ]

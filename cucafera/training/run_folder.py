@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from cucafera.config import SPECIAL_TOKENS, Config, ModelConfig, UserError, shown
 from cucafera.data.chat import CHAT_TEMPLATE
-from cucafera.data.files import PARTIAL, flush, write_text
+from cucafera.data.files import PARTIAL, append, write_text
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
@@ -70,7 +70,7 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.report = path / "report.md"
 
-    def checkpoint_to_resume(self, config: Config) -> "ResumedCheckpoint | None":
+    def checkpoint_to_resume(self, config: Config) -> ResumedCheckpoint | None:
         """The newest checkpoint that is complete and undamaged; None for a run that begins here.
 
         Raises:
@@ -165,9 +165,8 @@ class RunFolder:
         line = {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "what": what, **facts}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with self.history.open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                flush(file)
+            torn = self.history.exists() and not self.history.read_bytes().endswith(b"\n")  # by a power cut
+            append(self.history, (b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
         except OSError as error:
             log.warning("%s cannot be written: %s", self.history, error.strerror or error)
 
@@ -215,13 +214,12 @@ class RunFolder:
 
     def _erase(self, checkpoints: bool) -> None:
         """Removes what an earlier run left; if not checkpoints, there are none but unfinished ones."""
+        for path in (self.metrics, self.report, *self.path.glob(EVENTS + "*")):
+            path.unlink(missing_ok=True)
         if checkpoints:
             self.checkpoints.remove_all()
         else:
             self.checkpoints.set_aside_unmarked()
-        events = self.path.glob(EVENTS + "*")
-        for path in (self.metrics, self.report, *events):
-            path.unlink(missing_ok=True)
 
 
 def checkpoint_of(source: str, key: str) -> Path:
@@ -246,6 +244,21 @@ def checkpoint_of(source: str, key: str) -> Path:
     return path
 
 
+def _read_named(source: str, key: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path names, and its content; see `checkpoint_of`.
+
+    Raises:
+        UserError: nothing is there, or it cannot be read; with the others that there are.
+    """
+    path = checkpoint_of(source, key)
+    try:
+        return path, read_checkpoint(path, mapped=True)
+    except DamagedCheckpointError as error:
+        others = [str(other.path) for other in CheckpointFolder(path.parent).complete() if other.path != path]
+        advice = f". There is also {' and '.join(others)}: name it instead of the folder" if others else ""
+        raise UserError(f"{error}{advice}") from error
+
+
 def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
     """The checkpoint that init_from names, checked against the model's shape, with its adapters merged.
 
@@ -253,7 +266,7 @@ def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
         UserError: nothing readable there, or a model of another shape.
     """
     assert config.init_from is not None
-    checkpoint = read_checkpoint(checkpoint_of(config.init_from, "init_from="), mapped=True)
+    _, checkpoint = _read_named(config.init_from, "init_from=")
     here, there = dataclasses.asdict(config.model), checkpoint["config"]["model"]
     differences = [
         f"model.{key} is {shown(here[key])} here and {shown(there.get(key))} there"
@@ -293,8 +306,7 @@ def load_trained(source: str) -> TrainedModel:
     Raises:
         UserError: no checkpoint or tokenizer there, or one that cannot be read.
     """
-    path = checkpoint_of(source, "")
-    checkpoint = read_checkpoint(path, mapped=True)
+    path, checkpoint = _read_named(source, "")
     config = checkpoint["config"]
     tokenizer_path = tokenizer_to_begin_with(str(path))
     if not Path(tokenizer_path).exists():

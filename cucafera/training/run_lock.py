@@ -155,7 +155,7 @@ def _is(descriptor: int, path: Path) -> bool:
 def _lives(pid: Any) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -152,8 +152,9 @@ def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> st
         return None
     return (
         f"THE DISK MAY BECOME FULL: {at_once} checkpoints of {size / 1e9:.2g} GB need {at_once * size / 1e9:.2g} GB in "
-        f"{folder.path}, and {(free + there) / 1e9:.2g} GB are free for them. Lower callbacks.keep_last or raise "
-        "callbacks.keep_every_steps, or set run_dir to a folder on a larger disk"
+        f"{folder.path}, and {(free + there) / 1e9:.2g} GB are free for them. Lower callbacks.keep_last"
+        + (", raise callbacks.keep_every_steps" if for_good else "")
+        + " or set run_dir to a folder on a larger disk"
     )
 
 

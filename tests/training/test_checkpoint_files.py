@@ -144,6 +144,15 @@ class Executed:
         return (Path.touch, (Path(self.path),))
 
 
+def test_a_pair_under_the_name_of_another_step_is_refused(folder):
+    folder.write(3, state_of(3), None)
+    for ending in (".ckpt", ".json"):
+        folder.file_at(3).with_suffix(ending).rename(folder.file_at(5).with_suffix(ending))
+    assert folder.complete() == []
+    with pytest.raises(DamagedCheckpointError, match="it is the mark of step 3"):
+        read_checkpoint(folder.file_at(5))
+
+
 def test_nothing_in_a_checkpoint_is_executed(folder, tmp_path):
     folder.write(3, {**state_of(3), "hostile": Executed(str(tmp_path / "executed"))}, None)
     with pytest.raises(CheckpointError, match="cannot be read"):

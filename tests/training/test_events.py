@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,34 @@ def test_curves_wait_for_a_full_disk_and_are_whole_afterwards(tmp_path, monkeypa
             assert scalars(tmp_path) == [(1, 1.0), (2, 2.0)]
     assert scalars(tmp_path) == [(step, float(step)) for step in range(1, 10)]
     assert caplog.text.count("cannot be written: No space left on device. The curves wait in memory") == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
+def test_a_disk_that_is_really_full_keeps_whole_records(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not permitted")
+    try:
+        logger = EventLogger(disk, 0)
+        for step in range(1, 1001):
+            logger.log_metrics({"x": step}, step)
+            if step % 10 == 0:
+                logger.save()
+        assert 0 < len(scalars(disk)) < 1000
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        logger.save()
+        assert scalars(disk) == [(step, float(step)) for step in range(1, 1001)]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_curves_that_never_reached_the_disk_are_told_at_the_end(tmp_path, monkeypatch, caplog):
+    logger = EventLogger(tmp_path, 0)
+    logger.log_metrics({"x": 1}, 1)
+    monkeypatch.setattr(os, "fsync", full)
+    logger.finalize("failed")
+    assert "the curves since it could last be written are lost" in caplog.text
 
 
 def test_what_a_killed_process_wrote_after_its_last_checkpoint_does_not_count(tmp_path):

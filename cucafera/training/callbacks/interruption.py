@@ -104,7 +104,9 @@ class Interruption(pl.Callback):
             wishes = torch.tensor([code, save], device=pl_module.device)
             torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
             code, save = int(wishes[0]), bool(wishes[1])
-        if code and pl_module.steps_done < self.config.total_steps:
+        if pl_module.steps_done == self.config.total_steps:
+            return  # it is over, and saved anyway
+        if code:
             self.exit_code = code
             trainer.should_stop = True
         if code or save:
