@@ -101,16 +101,6 @@ def test_a_signal_saves_and_the_same_command_goes_on(door, tmp_path, number, und
     assert_equal(weights(undisturbed), weights(tmp_path / "outputs" / "stopped"))
 
 
-def test_two_devices_give_the_trajectory_of_one(door, tmp_path):
-    assert door.run("name=one")[0] == 0
-    code, output = door.run("name=two", "trainer.devices=2", "trainer.micro_batch_windows=2")
-    assert code == 0, output
-    one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
-    for tag in ("train/loss", "val/loss", "val/bpb"):
-        assert_same_curve(one, two, tag)
-    assert_close(weights(one), weights(two))
-
-
 ELASTIC = ("schedule.horizon_steps=12", "trainer.micro_batch_windows=2")
 
 
@@ -254,8 +244,8 @@ TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["series", "--kills", "6", "--seed", "3"], "The end is bit-equal to the undisturbed run"),
-        (["damage", "--trials", "16"], "16 damaged files, each of them told"),
+        (["series", "--kills", "4", "--seed", "3"], "The end is bit-equal to the undisturbed run"),
+        (["damage", "--trials", "9"], "9 damaged files, each of them told"),
     ],
 )
 def test_a_tortured_run_ends_as_if_nothing_had_happened(tmp_path, arguments, expected):
