@@ -88,9 +88,10 @@ def _loaded(path: Path, changed_ns: int) -> DictConfig:
 
     A run writes values and nothing else: an interpolation, which could read this machine's environment, is not its.
     """
-    if "${" in path.read_text(encoding="utf-8"):
+    text = path.read_text(encoding="utf-8")
+    if "${" in text:
         raise OmegaConfBaseException(f"{path} holds an interpolation")
-    config = OmegaConf.load(path)
+    config = OmegaConf.create(text)
     assert isinstance(config, DictConfig)
     return config
 

@@ -99,7 +99,7 @@ def job(composed: DictConfig) -> float | None:
         sys.exit(EXIT_USER_ERROR)
 
 
-def train(config: Config, overrides: list[str]) -> float | None:
+def train(config: Config, overrides: list[str]) -> float:
     """Trains, or goes on training, the run of a configuration, alone in its folder.
 
     Args:
@@ -162,7 +162,7 @@ def _session(
     folder: "RunFolder",
     started: float,
     left_out: set[int],
-) -> float | None:
+) -> float:
     """Trains from the last checkpoint, or the beginning, to the end, a stop, or a rollback."""
     import lightning.pytorch as pl
     import torch
@@ -233,9 +233,7 @@ def _session(
     return _ended(config, hardware, folder, callbacks, module.steps_done, trainer.is_global_zero)
 
 
-def _told_again(
-    config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int
-) -> float | None:
+def _told_again(config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int) -> float:
     """What a complete run says when it is started once more."""
     from cucafera.training.report import collect_metrics, read_metrics, terminal_report, write_report
 
@@ -253,7 +251,7 @@ def _told_again(
 
 def _ended(
     config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int, is_first_process: bool
-) -> float | None:
+) -> float:
     """What a run says when training has ended, by itself or by a signal or limit."""
     from cucafera.training.report import collect_metrics, terminal_report, write_report
 

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 PARTIAL = ".partial"
 """Ends the name of a file or folder that is still being written, or never was to its end."""
 
-
 SEALED = re.compile(rb'(?P<body>\{.*"crc32": )(?P<crc32>\d+)\n\}', re.DOTALL)
 
 

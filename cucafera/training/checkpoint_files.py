@@ -101,10 +101,8 @@ class CheckpointFolder:
         return [checkpoint for checkpoint in found if checkpoint.path.exists()]
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the lowest validation loss; of several, the earliest."""
-        losses = {checkpoint: checkpoint.validation_loss for checkpoint in self.complete()}
-        finite = {checkpoint: loss for checkpoint, loss in losses.items() if loss is not None and math.isfinite(loss)}
-        return min(finite, key=finite.__getitem__, default=None)
+        """See `best_of`."""
+        return best_of(self.complete())
 
     def write(self, step: int, state: dict[str, Any], validation_loss: float | None) -> None:
         """Writes the state after a step, and marks it when all of it is on the disk. Raises OSError."""
@@ -126,8 +124,8 @@ class CheckpointFolder:
         Kept are the last few up to that step, the best, and those whose step is a multiple of `keep_every_steps`
         (0: none).
         """
-        up_to = [checkpoint for checkpoint in self.complete() if checkpoint.step <= step]
-        best = self.best()
+        complete = self.complete()
+        up_to, best = [checkpoint for checkpoint in complete if checkpoint.step <= step], best_of(complete)
         self._remove(
             checkpoint.path
             for checkpoint in up_to[:-keep_last]
@@ -165,6 +163,13 @@ class CheckpointFolder:
         flush_folder(self.path)
         for path in removed:
             path.unlink(missing_ok=True)
+
+
+def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """The one with the lowest validation loss; of several, the first. None if none was validated."""
+    losses = {checkpoint: checkpoint.validation_loss for checkpoint in checkpoints}
+    finite = {checkpoint: loss for checkpoint, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return min(finite, key=finite.__getitem__, default=None)
 
 
 class _HashedFile:
@@ -322,7 +327,7 @@ class CheckpointWriter(CheckpointIO):
         return state
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Not used: `CheckpointFolder` removes."""
+        """Lightning's interface wants it; only its ModelCheckpoint calls it, and here `CheckpointFolder` removes."""
         raise NotImplementedError
 
     def finish(self) -> None:

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 EVENTS = "events.out.tfevents."
 FLUSH_SECONDS = 30
+"""Events are flushed that often, at the next one."""
 
 
 class PatientFile:
@@ -59,15 +60,13 @@ class EventFile:
 
     Args:
         folder: Where the file goes.
-        flush_seconds: It is flushed that often, at the next event.
     """
 
-    def __init__(self, folder: Path, flush_seconds: float) -> None:
+    def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = PatientFile(folder / f"{EVENTS}{_stamp_after(folder)}.{os.getpid()}")
         self._records = RecordWriter(self._file)
         self._folder = folder
-        self._flush_seconds = flush_seconds
         self._flushed_at = 0.0
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -78,7 +77,7 @@ class EventFile:
     def add_event(self, event: Any) -> None:
         """Adds an event."""
         self._records.write(event.SerializeToString())
-        if time.monotonic() - self._flushed_at > self._flush_seconds:
+        if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -111,8 +110,8 @@ def _stamp_after(folder: Path) -> str:
 class EventWriter(FileWriter):
     """torch's FileWriter on an EventFile."""
 
-    def __init__(self, folder: Path, flush_seconds: float) -> None:
-        self.event_writer = EventFile(folder, flush_seconds)
+    def __init__(self, folder: Path) -> None:
+        self.event_writer = EventFile(folder)
 
 
 class EventSummaryWriter(SummaryWriter):
@@ -123,7 +122,7 @@ class EventSummaryWriter(SummaryWriter):
 
     def _get_file_writer(self) -> FileWriter:
         if self.file_writer is None:
-            writer = self.file_writer = EventWriter(Path(self.log_dir), self.flush_secs)
+            writer = self.file_writer = EventWriter(Path(self.log_dir))
             self.all_writers = {writer.event_writer.get_logdir(): writer}
             if self.purge_step is not None:
                 # TensorBoard drops what earlier files hold from this step on.
@@ -153,7 +152,6 @@ class EventLogger(TensorBoardLogger):
         if self._experiment is None:
             self._experiment = EventSummaryWriter(
                 str(self._folder),
-                flush_secs=FLUSH_SECONDS,
                 purge_step=self._first_step + 1 if self._first_step else None,
             )
         return self._experiment

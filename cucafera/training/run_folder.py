@@ -20,7 +20,13 @@ from cucafera.data.files import PARTIAL, append, write_text
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
-from cucafera.training.checkpoint_files import UNFINISHED, CheckpointFolder, DamagedCheckpointError, read_checkpoint
+from cucafera.training.checkpoint_files import (
+    UNFINISHED,
+    CheckpointFolder,
+    DamagedCheckpointError,
+    best_of,
+    read_checkpoint,
+)
 from cucafera.training.events import EVENTS
 
 log = logging.getLogger(__name__)
@@ -116,15 +122,15 @@ class RunFolder:
         others = {key: values for key, values in changes.items() if key not in fixed and not is_within(key, free)}
         if not fixed and not others:
             return
-        lines = [f"  - {key} is {shown(now)} here and {shown(then)} there" for key, (then, now) in others.items()]
-        lines += [
-            f"  - {key} is {shown(now)} here and {shown(then)} there; it cannot change in the life of a run"
-            for key, (then, now) in fixed.items()
+        lines = [
+            f"  - {key} is {shown(now)} here and {shown(then)} there"
+            + ("; it cannot change in the life of a run" if key in fixed else "")
+            for key, (then, now) in (others | fixed).items()
         ]
         if fixed:
             advice = f"Another run can begin with these weights: name=ANOTHER init_from={self.path}"
         else:
-            accepted = [*config.resume_despite, *dict.fromkeys(others)]
+            accepted = [*config.resume_despite, *others]
             advice = f"To go on with the new values all the same: 'resume_despite=[{','.join(accepted)}]'"
         raise UserError(
             f"{self.path} holds a run with another configuration:\n"
@@ -234,11 +240,10 @@ def checkpoint_of(source: str, key: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        checkpoints = RunFolder(path).checkpoints
-        complete = checkpoints.complete()
+        complete = RunFolder(path).checkpoints.complete()
         if not complete:
             raise UserError(f"{key}{source}: the folder holds no checkpoint")
-        return (checkpoints.best() or complete[-1]).path
+        return (best_of(complete) or complete[-1]).path
     if not path.exists():
         raise UserError(f"{key}{source}: there is no such run folder or checkpoint")
     return path

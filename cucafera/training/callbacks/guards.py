@@ -150,19 +150,14 @@ class Guards(pl.Callback):
                 raise UserError(self._advice(f"{self._skipped_in_a_row} updates in a row were not finite"))
         if broken and self.guards.non_finite == "stop":
             raise UserError(self._advice(f"the update of step {broken[0].step:,} was not finite"))
-        if self.guards.loss_spike != "rollback":
-            spikes = []
-        if self.guards.non_finite != "rollback":
-            broken = []
-        if broken or spikes:
-            steps = data_module_of(trainer).training_steps
-            first = min(broken + spikes, key=lambda record: record.step)
-            what = "was not finite" if not first.applied else f"had a loss of {first.loss:.3f}, a spike"
-            raise RollBack(
-                sorted(steps.batch_at(record.step - 1) for record in broken + spikes),
-                f"Step {first.step:,} {what}",
-                self.interruption,
-            )
+        offending = broken if self.guards.non_finite == "rollback" else []
+        offending += spikes if self.guards.loss_spike == "rollback" else []
+        if offending:
+            offending.sort()
+            steps, first = data_module_of(trainer).training_steps, offending[0]
+            what = f"had a loss of {first.loss:.3f}, a spike" if first.applied else "was not finite"
+            batches = [steps.batch_at(record.step - 1) for record in offending]
+            raise RollBack(batches, f"Step {first.step:,} {what}", self.interruption)
 
     def _advice(self, what: str) -> str:
         return (

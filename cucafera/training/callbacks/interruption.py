@@ -18,7 +18,7 @@ from cucafera.training.module import LanguageModel
 
 EXIT_OUT_OF_TIME = 124
 """As the command `timeout` has it."""
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption(pl.Callback):
@@ -59,7 +59,7 @@ class Interruption(pl.Callback):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Takes the signals over for the time of a fit, and gives them back, so that a later run starts afresh."""
-        before = {number: signal.signal(number, self._on_signal) for number in (*STOPPING, signal.SIGUSR1)}
+        before = {number: signal.signal(number, self._on_signal) for number in ANSWERED}
         try:
             yield
         finally:
@@ -68,7 +68,7 @@ class Interruption(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes them over once more: Lightning's own handlers would end with status 0 and save nothing."""
-        for number in (*STOPPING, signal.SIGUSR1):
+        for number in ANSWERED:
             signal.signal(number, self._on_signal)
         self._training = True
 
