@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -37,6 +37,7 @@ from cucafera.config import Config, UserError
 
 if TYPE_CHECKING:
     from cucafera.data.windows import WindowDataModule
+    from cucafera.training.callbacks.interruption import Interruption
     from cucafera.training.hardware import Hardware
     from cucafera.training.run_folder import RunFolder
     from cucafera.training.trainer import Callbacks
@@ -120,39 +121,59 @@ def train(config: Config, overrides: list[str]) -> float:
 
     from lightning.pytorch.utilities import rank_zero_only
 
-    from cucafera.training.callbacks.guards import RollBack
+    from cucafera.training.callbacks.guards import GuardsError, RollBack
+    from cucafera.training.callbacks.interruption import Interruption
     from cucafera.training.run_folder import RunFolder
     from cucafera.training.run_lock import run_lock
 
     folder = RunFolder(Path(config.run_dir))
-    is_first_process = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    # Lightning knows the node of a process that a person started there by hand only later, when it has a Trainer.
+    is_first_process = rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]
+    interruption = Interruption(config, started)
     left_out: set[int] = set()
     rollbacks: Counter[int] = Counter()
-    with run_lock(folder.lock) if is_first_process else contextlib.nullcontext():
+    with run_lock(folder.lock) if is_first_process else contextlib.nullcontext(), interruption.giving_back():
         while True:
             try:
-                return _session(config, overrides, hardware, folder, started, left_out)
+                return _session(config, overrides, hardware, folder, interruption, is_first_process, left_out)
             except RollBack as wish:
-                complete = folder.checkpoints.complete()
-                step = complete[-1].step if complete else 0
-                if wish.interruption.exit_code is not None:
+                step = folder.checkpoints.newest_step()
+                if interruption.exit_code is not None:
                     if is_first_process:
-                        folder.note("stopped", saved_step=step, why=wish.interruption.reason)
-                        log.info("%s. %s", wish.why, stop_line(wish.interruption.reason, None, step))
-                    sys.exit(wish.interruption.exit_code)
+                        folder.note("stopped", saved_step=step, why=interruption.reason)
+                        log.info("%s. %s", wish.why, stop_line(interruption.reason, None, step))
+                    _leave(interruption.exit_code, is_first_process)
                 rollbacks[step] += 1
                 if rollbacks[step] > config.callbacks.guards.most_in_a_row:
-                    raise UserError(
+                    why = (
                         f"{wish.why}, and going back to step {step:,} was tried {rollbacks[step] - 1} times. Lower "
                         "optimizer.lr and go on with 'resume_despite=[optimizer.lr]'"
-                    ) from None
+                    )
+                    _give_up(why, folder, is_first_process)
                 left_out.update(wish.batches)
                 if is_first_process:
                     batches = ", ".join(f"{batch:,}" for batch in wish.batches)
                     log.warning("%s: back to step %s, and on without batch %s", wish.why, f"{step:,}", batches)
                     folder.note("rolled back", why=wish.why, to_step=step, left_out_batches=sorted(left_out))
-            config.resume = "auto"  # what there is now is this run's
+            except GuardsError as error:
+                _give_up(str(error), folder, is_first_process)
             gc.collect()  # model and optimizer, before there are others
+
+
+def _give_up(why: str, folder: "RunFolder", is_first_process: bool) -> NoReturn:
+    """Ends a run that every process of the job gives up at the same place. Raises UserError in the first one."""
+    if not is_first_process:
+        _leave(EXIT_USER_ERROR, is_first_process)
+    folder.note("stopped", saved_step=folder.checkpoints.newest_step(), why=why)
+    raise UserError(why)
+
+
+def _leave(code: int, is_first_process: bool) -> NoReturn:
+    """Ends a process of a job whose processes all end here.
+
+    The first one's exit code is the job's. Another's would make Lightning kill the first before it has said its word.
+    """
+    sys.exit(code if is_first_process else 0)
 
 
 def _session(
@@ -160,7 +181,8 @@ def _session(
     overrides: list[str],
     hardware: "Hardware",
     folder: "RunFolder",
-    started: float,
+    interruption: "Interruption",
+    is_first_process: bool,
     left_out: set[int],
 ) -> float:
     """Trains from the last checkpoint, or the beginning, to the end, a stop, or a rollback."""
@@ -173,7 +195,7 @@ def _session(
     from cucafera.training.run_folder import checkpoint_to_begin_with, is_within, tokenizer_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
-    resumed = folder.checkpoint_to_resume(config)
+    resumed = folder.checkpoint_to_resume(config, is_ours=bool(left_out))
     before = resumed.state if resumed else None
     if config.init_from and config.tokenizer.path is None:
         # A run that has begun needs nothing any more of the run that it began with.
@@ -196,10 +218,10 @@ def _session(
             config.budget_tokens = before["config"]["budget_tokens"]
         else:
             config.budget_tokens = budget_of_epochs(config, data)
-    callbacks = build_callbacks(config, hardware, folder, before, left_out_batches, started)
+    callbacks = build_callbacks(config, hardware, folder, before, left_out_batches, interruption)
     if before and first_step >= config.total_steps:
         callbacks.restore(before)
-        return _told_again(config, hardware, folder, callbacks, first_step)
+        return _told_again(config, hardware, folder, callbacks, first_step, is_first_process)
 
     pl.seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -208,7 +230,7 @@ def _session(
         adapters = {name: value for name, value in module.state_dict().items() if ".lora_" in name}
         module.load_state_dict(adapters | initial["state_dict"])
     trainer = build_trainer(config, hardware, folder, callbacks, first_step)
-    if trainer.is_global_zero:
+    if is_first_process:
         log.info("%s", describe_plan(config, hardware, first_step))
         if before:
             warn_of_another_horizon(config, before["config"])
@@ -217,60 +239,73 @@ def _session(
     if trainer.world_size == 1:
         data.prepare_data()  # Lightning would do it in `fit`, and end Ctrl-C with code 1 and no word
         data.setup()  # what is wrong with the text is known before an earlier run is erased
-    if trainer.is_global_zero:
+    if is_first_process:
         folder.begin(config, overrides, first_step if before else None)
         folder.note_start(config, overrides, dataclasses.asdict(hardware), resumed)
     checkpoint = resumed.path if resumed else None
     del resumed, before, initial  # training would keep a second copy of the weights
     try:
-        with callbacks.interruption.watching():
-            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        interruption.take_over()
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the GPU has too little memory for {hardware.micro_batch_windows} windows at a time: set "
             f"trainer.micro_batch_windows={max(1, hardware.micro_batch_windows // 2)}. The result stays the same"
         ) from error
-    return _ended(config, hardware, folder, callbacks, module.steps_done, trainer.is_global_zero)
+    return _ended(config, hardware, folder, callbacks, module.steps_done, is_first_process)
 
 
-def _told_again(config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int) -> float:
+def _told_again(
+    config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int, is_first_process: bool
+) -> float:
     """What a complete run says when it is started once more."""
-    from cucafera.training.report import collect_metrics, read_metrics, terminal_report, write_report
+    from cucafera.training.report import collect_metrics, read_metrics, terminal_report
 
-    log.info(
-        "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
-        "resume=overwrite, or choose another name."
-    )
     metrics = read_metrics(folder)
-    if metrics is None or metrics["steps"] != step:  # it was killed between its last checkpoint and its report
+    is_told = metrics is not None and metrics["steps"] == step
+    if metrics is None or not is_told:  # it was killed between its last checkpoint and its report
         metrics = collect_metrics(config, hardware, callbacks)
-        write_report(metrics, folder)
-    log.info("%s", terminal_report(metrics, folder))
+    if is_first_process:
+        log.info(
+            "This run is complete. Train longer with a larger budget_tokens or epochs, begin anew with "
+            "resume=overwrite, or choose another name."
+        )
+        if not is_told:
+            _complete(metrics, folder)
+        log.info("%s", terminal_report(metrics, folder))
     return float(metrics["validation"][-1]["bpb"])
+
+
+def _complete(metrics: dict[str, Any], folder: "RunFolder") -> None:
+    from cucafera.training.report import write_report
+
+    write_report(metrics, folder)
+    folder.note("completed", step=metrics["steps"], bpb=metrics["validation"][-1]["bpb"])
 
 
 def _ended(
     config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int, is_first_process: bool
 ) -> float:
     """What a run says when training has ended, by itself or by a signal or limit."""
-    from cucafera.training.report import collect_metrics, terminal_report, write_report
+    from cucafera.training.report import collect_metrics, terminal_report
 
     interruption, writer = callbacks.interruption, callbacks.checkpoints.writer
     if interruption.exit_code is not None:
         if is_first_process:
             folder.note("stopped", step=step, saved_step=writer.saved_step, why=interruption.reason)
             log.info("%s", stop_line(interruption.reason, step, writer.saved_step))
-        sys.exit(interruption.exit_code)
+        _leave(interruption.exit_code, is_first_process)
     if writer.failure is not None:
+        why = writer.failure.strerror or str(writer.failure)
+        folder.note("stopped", step=step, saved_step=writer.saved_step, why=f"the result could not be written: {why}")
         raise UserError(
             f"training is complete, but its result could not be written to {folder.checkpoints.path}: "
-            f"{writer.failure.strerror or writer.failure}. Make room there: the same command "
+            f"{why}. Make room there: the same command "
             + (f"goes on after step {writer.saved_step:,}" if writer.saved_step else "begins again")
         )
     metrics = collect_metrics(config, hardware, callbacks)
     if is_first_process:
-        write_report(metrics, folder)
-        folder.note("completed", step=step, bpb=metrics["validation"][-1]["bpb"])
+        _complete(metrics, folder)
         log.info("%s", terminal_report(metrics, folder))
     return float(metrics["validation"][-1]["bpb"])
 

@@ -17,7 +17,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
 
-srun python -m cucafera.run "$@"
+srun --kill-on-bad-exit=1 python -m cucafera.run "$@"
 status=$?
 if [ "$status" -eq 143 ] || [ "$status" -eq 124 ]; then
     scontrol requeue "$SLURM_JOB_ID"

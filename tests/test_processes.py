@@ -157,14 +157,41 @@ def test_devices_agree_on_what_is_not_finite_on_one_of_them(door, tmp_path, poli
     assert_close(weights(one), weights(two))
 
 
-def test_devices_stop_together(door, tmp_path):
-    process = door.start(*LONG, "name=two", "trainer.devices=2")
+SLOW_DISK = """
+import time
+from cucafera.training.checkpoint_files import CheckpointFolder
+
+write = CheckpointFolder.write
+
+def slow_write(folder, step, state, validation_loss):
+    if step != 20:
+        time.sleep(8)  # Lightning looks every five seconds whether a process of the job has failed
+    write(folder, step, state, validation_loss)
+
+CheckpointFolder.write = slow_write
+"""
+
+
+def test_devices_stop_together_and_wait_for_a_slow_disk(door, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_DISK + "from cucafera.run import main\nmain()\n")
+    process = door.start(*LONG, "name=two", "trainer.devices=2", program=["slow.py"])
     wait_for(tmp_path / "outputs" / "two" / "checkpoints" / "step-00000020.json", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
     assert "Stopped by SIGTERM" in output and "and saved" in output
     assert "Traceback" not in output
+
+
+def test_guards_that_stop_several_devices_wait_for_a_slow_disk(door, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_DISK + INJECTION)
+    policy = ("callbacks.guards.non_finite=stop", "callbacks.log_every_steps=2")
+    process = door.start("name=two", "trainer.devices=2", *policy, program=["slow.py"])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert output.count("the update of step 6 was not finite, and none was applied") == 1
+    history = (tmp_path / "outputs" / "two" / "history.jsonl").read_text().splitlines()
+    assert json.loads(history[-1])["saved_step"] == 4
 
 
 def test_a_signal_to_every_process_of_a_job_is_answered_by_one(door, tmp_path):
@@ -212,7 +239,7 @@ def stub(path: Path, script: str) -> None:
 def test_a_job_of_slurm_that_is_preempted_goes_back_into_the_queue_and_then_to_its_end(door, tmp_path, undisturbed):
     programs = tmp_path / "programs"
     programs.mkdir()
-    stub(programs / "srun", f'echo $$ > {tmp_path}/pid; export SLURM_PROCID=0 SLURM_LOCALID=0; exec "$@"\n')
+    stub(programs / "srun", f'echo $$ > {tmp_path}/pid; export SLURM_PROCID=0 SLURM_LOCALID=0; exec "${{@:2}}"\n')
     stub(programs / "scontrol", f'echo "$@" >> {tmp_path}/requeued\n')
     stub(programs / "python", f'exec {sys.executable} "$@"\n')
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "cucafera", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from cucafera.config import UserError
 from cucafera.data.files import read_sealed, write_sealed
 from cucafera.run import train
 from cucafera.training import checkpoint_files
+from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.checkpoint_files import read_checkpoint
 from cucafera.training.module import LanguageModel
@@ -99,6 +101,15 @@ def test_a_second_signal_ends_at_once(small_run, at_step, monkeypatch):
     assert folder_of("run").checkpoints.complete()[-1].step == 4
 
 
+@pytest.mark.parametrize(("tasks", "problem"), [("2", "--ntasks-per-node=2"), ("1", "--nodes=3")])
+def test_devices_that_slurm_has_not_given_are_refused(small_run, monkeypatch, tasks, problem):
+    facts = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_NTASKS_PER_NODE": tasks, "SLURM_NNODES": "3"}
+    for name, value in facts.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"{problem}.*sbatch --nodes=1 --ntasks-per-node=1, or other values of"):
+        train(small_run("name=run"), [])
+
+
 def test_a_signal_at_the_last_step_changes_nothing(small_run, at_step):
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(small_run("name=run"), [])
@@ -149,6 +160,22 @@ def test_max_time_in_seconds(small_run, text, seconds):
 def test_a_time_of_another_form_is_refused(small_run, text):
     with pytest.raises(UserError, match=r"max_time is .*; it must be HH:MM:SS or DD:HH:MM:SS"):
         small_run(f"max_time='{text}'")
+
+
+@pytest.mark.parametrize(("here", "there"), [(8, 8), (8, 4), (None, 4)])
+def test_processes_that_found_different_checkpoints_are_refused(small_run, monkeypatch, here, there):
+    def reduce(ends: torch.Tensor, operation: object) -> None:
+        ends.copy_(torch.maximum(ends, torch.tensor([there, -there])))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    writer = SimpleNamespace(saved_step=here)
+    checkpoints = Checkpoints(small_run("name=run"), folder_of("run"), writer, None, None)
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    if here == there:
+        checkpoints.on_fit_start(trainer, None)
+        return
+    with pytest.raises(UserError, match=rf"of steps {min(here or 0, there)} and {max(here or 0, there)}: another"):
+        checkpoints.on_fit_start(trainer, None)
 
 
 def test_a_run_folder_in_use_is_refused(small_run):
@@ -303,9 +330,21 @@ def test_a_result_that_could_not_be_saved_is_an_error_and_can_be_mended(small_ru
     full_disk(2, 3)
     with pytest.raises(UserError, match=r"training is complete, but its result could not be written.*after step 4"):
         train(small_run("name=run"), [])
+    assert history_of("run")[-1]["why"] == "the result could not be written: No space left on device"
     train(small_run("name=run"), [])
     assert_equal(weights("outputs/whole"), weights("outputs/run"))
     assert scalars("outputs/whole", "val/loss") == scalars("outputs/run", "val/loss")
+
+
+def test_a_run_that_was_killed_before_its_report_gets_it_at_the_next_start(small_run):
+    train(small_run("name=run"), [])
+    folder = folder_of("run")
+    report = folder.report.read_text()
+    folder.metrics.unlink()
+    folder.report.unlink()
+    train(small_run("name=run"), [])
+    assert folder.report.read_text() == report
+    assert [line["what"] for line in history_of("run")] == ["began", "completed", "completed"]
 
 
 def test_a_stop_that_could_not_be_saved_says_from_where_the_run_goes_on(small_run, full_disk, at_step, caplog):

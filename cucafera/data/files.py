@@ -67,13 +67,21 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return content
 
 
+def descriptor_of(path: Path, flags: int) -> int:
+    """Opens a file for os.read and os.write, and makes it if it is not there.
+
+    Never through a link, which may lead to any file of this machine. Raises OSError.
+    """
+    return os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
 def append(path: Path, content: bytes) -> None:
-    """Appends all of the content to a file, through no link, and brings it onto the disk.
+    """Appends all of the content to a file, and brings it onto the disk.
 
     Raises:
         OSError: that failed, and the file is as it was.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = descriptor_of(path, os.O_WRONLY | os.O_APPEND)
     try:
         size = os.fstat(descriptor).st_size
         try:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import logging
+import os
 import shutil
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cucafera.config import UserError
-from cucafera.data.files import PARTIAL, NotAsWrittenError, read_sealed
+from cucafera.data.files import PARTIAL, NotAsWrittenError, descriptor_of, read_sealed
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +99,16 @@ def _cannot_write(folder: Path, error: OSError) -> PreparedDataError:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Held by one process of this machine at a time."""
-    with path.open("w") as file:
+    descriptor = descriptor_of(path, os.O_RDWR)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             log.info("Another process is preparing %s: waiting for it", path.with_suffix(""))
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 class PreparationProgress:

@@ -100,6 +100,10 @@ class CheckpointFolder:
                 found.append(read_mark(path))
         return [checkpoint for checkpoint in found if checkpoint.path.exists()]
 
+    def newest_step(self) -> int:
+        """The step of the newest complete checkpoint; 0 if there is none, for a run that would begin again."""
+        return max((checkpoint.step for checkpoint in self.complete()), default=0)
+
     def best(self) -> Checkpoint | None:
         """See `best_of`."""
         return best_of(self.complete())

@@ -1,7 +1,9 @@
 """What the trainer presets mean on the machine at hand."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,15 +11,12 @@ import torch
 from cucafera.config import Config, UserError
 from cucafera.model.flops import parameter_count, peak_flops
 
-CONTROL_GROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
-)
-"""Limit, use and its parts of the container that this process may run in, in the two versions of Linux."""
+MEMORY_GROUPS = {
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+}
+"""By the name of the controller, none in version 2 of Linux's control groups: where they lie, the files with limit and
+use, and what begins the line of memory.stat with the part of the use that the system gives up when asked."""
 MICRO_BATCH_TOKENS_CPU = 4096
 """More gain nothing on a CPU."""
 
@@ -129,7 +128,7 @@ def tokens_in_memory(config: Config, memory_bytes: float) -> int:
 
 
 def free_memory_bytes() -> int:
-    """Main memory that this process may still take: what the system has, or a container's limit leaves.
+    """Main memory that this process may still take: what the system has, or the limit of a container or job leaves.
 
     Linux tells; elsewhere nothing is known to be free.
     """
@@ -138,12 +137,26 @@ def free_memory_bytes() -> int:
     except OSError:
         return 0
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for files in CONTROL_GROUPS:
-        try:
-            limit, used, parts = (Path(file).read_text(encoding="utf-8") for file in files)
-        except OSError:
-            continue
-        if limit.strip().isdecimal():  # else it is "max"
-            cached = next(int(line.split()[1]) for line in parts.splitlines() if line.startswith("inactive_file "))
-            free = min(free, int(limit) - int(used) + cached)
-    return max(0, free)
+    return max(0, min([free, *_left_in_groups(Path("/proc/self/cgroup"), MEMORY_GROUPS)]))
+
+
+def _left_in_groups(memberships: Path, kinds: dict[str, tuple[str, str, str, str]]) -> Iterator[int]:
+    """Bytes that each limit leaves, of the control group of this process and of those around it."""
+    with contextlib.suppress(OSError):
+        for line in memberships.read_text(encoding="utf-8").splitlines():
+            _, controllers, inside = line.split(":", 2)
+            for name in set(controllers.split(",")) & set(kinds):
+                root, limit_file, used_file, cached_line = kinds[name]
+                group = Path(root) / inside.strip("/")
+                for folder in (group, *group.parents):
+                    if folder.is_relative_to(root):
+                        yield from _left_in_group(folder, limit_file, used_file, cached_line)
+
+
+def _left_in_group(folder: Path, limit_file: str, used_file: str, cached_line: str) -> Iterator[int]:
+    with contextlib.suppress(OSError):  # a container may not see the groups around it
+        limit = (folder / limit_file).read_text(encoding="utf-8").strip()
+        used = int((folder / used_file).read_text(encoding="utf-8"))
+        parts = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+        if limit.isdecimal():  # else it is "max"
+            yield int(limit) - used + sum(int(line.split()[1]) for line in parts if line.startswith(cached_line))

@@ -76,18 +76,22 @@ class RunFolder:
         self.metrics = path / "metrics.json"
         self.report = path / "report.md"
 
-    def checkpoint_to_resume(self, config: Config) -> ResumedCheckpoint | None:
+    def checkpoint_to_resume(self, config: Config, is_ours: bool) -> ResumedCheckpoint | None:
         """The newest checkpoint that is complete and undamaged; None for a run that begins here.
+
+        Args:
+            config: The run.
+            is_ours: This process has trained here already, and goes back: what there is is not erased any more.
 
         Raises:
             UserError: the folder holds a run with another configuration, or only damaged checkpoints; or it holds
                 none and resume=required.
         """
         marked = self.checkpoints.marked()
-        if config.resume == "overwrite" or not marked:
+        if (config.resume == "overwrite" and not is_ours) or not marked:
             if config.resume == "required":
                 raise UserError(f"resume=required, and {self.path} holds no checkpoint to go on from")
-            if config.resume == "auto" and (foreign := self._not_ours_to_erase()):
+            if config.resume == "auto" and not is_ours and (foreign := self._not_ours_to_erase()):
                 raise UserError(
                     f"{self.path} holds no checkpoint to go on from, but {', '.join(map(str, foreign))}. Choose "
                     "another name=..., or erase the run there with resume=overwrite"

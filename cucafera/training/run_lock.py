@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cucafera.config import UserError
+from cucafera.data.files import descriptor_of
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ def run_lock(path: Path) -> Iterator[None]:
     """Holds a run folder's lock; its file says who does.
 
     The operating system gives the lock of a dead process back at once. Where folders are shared between machines whose
-    systems do not share locks, the owner's heartbeat, the file's time of change, tells whether it lives.
+    systems do not share locks, the owner's heartbeat, the file's time of change, tells whether it lives. One that was
+    asleep for so long that it was taken over ends at once when it wakes: two must not write into the same folder.
 
     Args:
         path: The lock file; it is there as long as the lock is held.
@@ -39,35 +41,36 @@ def run_lock(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquired(path)
+        descriptor, owner = _acquired(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     stop = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, stop), name="run lock", daemon=True)
+    heart = threading.Thread(target=_beat, args=(path, owner, stop), name="run lock", daemon=True)
     heart.start()
     try:
         yield
     finally:
         stop.set()
         heart.join()
-        path.unlink(missing_ok=True)
+        if _is_of(path, owner):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _acquired(path: Path) -> int:
-    """Takes the lock, and writes the owner into its file. Returns the file's descriptor, which holds the lock."""
+def _acquired(path: Path) -> tuple[int, bytes]:
+    """Takes the lock. Returns the descriptor of its file, which holds it, and what that says of the owner."""
     while True:
-        # Never through a link, which may lead to any file of this machine.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        descriptor = descriptor_of(path, os.O_RDWR)
         try:
             locks = _locked(descriptor, path)
             if not (_is(descriptor, path) and _is_silent(descriptor, path, locks)):  # its owner has just removed it
                 os.close(descriptor)
                 continue
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": _now()}
+            facts = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": _now()}
+            owner = json.dumps(facts).encode()
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-            return descriptor
+            os.pwrite(descriptor, owner, 0)
+            return descriptor, owner
         except BaseException:
             os.close(descriptor)
             raise
@@ -162,12 +165,27 @@ def _lives(pid: Any) -> bool:
     return True
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
+def _beat(path: Path, owner: bytes, stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_SECONDS):
         try:
+            if not _is_of(path, owner):
+                log.error("%s: another process has taken this run over; this one ends, and saves nothing", path)
+                _end_at_once()
             os.utime(path)
         except OSError as error:
             log.warning("%s: %s", path, error.strerror or error)
+
+
+def _is_of(path: Path, owner: bytes) -> bool:
+    """Whether the lock's file still says so; if it is gone, nobody else has it."""
+    try:
+        return path.read_bytes() == owner
+    except FileNotFoundError:
+        return True
+
+
+def _end_at_once() -> None:
+    os._exit(2)
 
 
 def _user() -> str:

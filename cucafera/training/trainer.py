@@ -9,10 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 
-from cucafera.config import Config
+from cucafera.config import Config, UserError
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.guards import Guards
@@ -59,7 +60,7 @@ def build_callbacks(
     folder: RunFolder,
     resumed: dict[str, Any] | None,
     left_out_batches: list[int],
-    started: float,
+    interruption: Interruption,
 ) -> Callbacks:
     """The callbacks, which know of each other what they need.
 
@@ -69,9 +70,8 @@ def build_callbacks(
         folder: Its folder.
         resumed: The checkpoint that it goes on from, if any.
         left_out_batches: Numbers of the batches that rollbacks have left out.
-        started: Reading of time.monotonic when max_time begins.
+        interruption: What answers signals.
     """
-    interruption = Interruption(config, started)
     guards = Guards(config, interruption, left_out_batches)
     throughput = Throughput(config, hardware, guards)
     validation = Validation(config)
@@ -96,6 +96,7 @@ def build_trainer(
     """The Trainer of a run that begins at `first_step`.
 
     One Lightning epoch holds all the steps that are left; validation, checkpoints and clipping are our own.
+    Raises UserError if the devices are others than those that a SLURM job was given.
     """
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)  # the plan and the report say what they would
@@ -103,9 +104,9 @@ def build_trainer(
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 with torch 2.13
     plugins: list[Any] = [callbacks.checkpoints.writer]
-    if SLURMEnvironment.detect():
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         # Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
-        plugins.append(SLURMEnvironment(auto_requeue=False))
+        plugins.append(_slurm(hardware.devices, config.trainer.num_nodes))
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
@@ -125,6 +126,18 @@ def build_trainer(
         plugins=plugins,
         default_root_dir=folder.path,
     )
+
+
+def _slurm(devices: int, num_nodes: int) -> SLURMEnvironment:
+    environment = SLURMEnvironment(auto_requeue=False)
+    try:
+        environment.validate_settings(devices, num_nodes)
+    except ValueError as error:
+        raise UserError(
+            f"{error} The job has one process a device: sbatch --nodes={num_nodes} --ntasks-per-node={devices}, or "
+            "other values of trainer.num_nodes and trainer.devices"
+        ) from None
+    return environment
 
 
 def _profiler(config: Config, folder: RunFolder) -> Profiler | None:

@@ -111,6 +111,8 @@ def test_too_many_in_a_row_stop_the_run_and_the_last_checkpoint_is_sound(small_r
         train(small_run("name=run"), [])
     newest = RunFolder(Path("outputs/run")).checkpoints.complete()[-1]
     assert newest.step == 8
+    note = history_of("run")[-1]
+    assert (note["what"], note["saved_step"]) == ("stopped", 8) and "4 updates in a row" in note["why"]
     assert all(value.isfinite().all() for value in read_checkpoint(newest.path)["state_dict"].values())
 
 
@@ -162,7 +164,7 @@ def test_rollbacks_that_lead_nowhere_end(small_run, inject):
     inject(range(5, 100), math.nan)
     with pytest.raises(UserError, match="going back to step 4 was tried 3 times"):
         train(small_run("name=run", ROLLBACK), [])
-    assert len([line for line in history_of("run") if line["what"] == "rolled back"]) == 3
+    assert [line["what"] for line in history_of("run")] == ["began", *["rolled back", "went on"] * 3, "stopped"]
 
 
 def test_a_signal_in_the_step_that_asks_for_a_rollback_is_not_lost(small_run, inject, monkeypatch, caplog):
@@ -187,10 +189,32 @@ def test_a_signal_in_the_step_that_asks_for_a_rollback_is_not_lost(small_run, in
     assert read_checkpoint(RunFolder(Path("outputs/run")).checkpoints.marked()[-1])["left_out_batches"] == [5]
 
 
-def test_overwrite_erases_once_and_not_again_at_a_rollback(small_run, inject):
+def test_a_signal_during_a_rollback_is_answered_after_the_next_step(small_run, inject, monkeypatch):
     inject({5}, math.nan)
+    begin = RunFolder.begin
+
+    def begin_and_signal(folder, config, overrides, resumed_step):
+        begin(folder, config, overrides, resumed_step)
+        if resumed_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunFolder, "begin", begin_and_signal)
+    with pytest.raises(SystemExit) as stop:
+        train(small_run("name=run", ROLLBACK), [])
+    assert stop.value.code == 143
+    state = read_checkpoint(RunFolder(Path("outputs/run")).checkpoints.marked()[-1])
+    assert (state["steps_done"], state["left_out_batches"]) == (5, [5])
+
+
+@pytest.mark.parametrize("number", [1, 5])  # before the first checkpoint, and behind it
+def test_overwrite_erases_once_and_not_again_at_a_rollback(small_run, inject, number):
+    foreign = Path("outputs/run/checkpoints/notes.txt")
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    inject({number}, math.nan)
     train(small_run("name=run", ROLLBACK, "resume=overwrite"), [])
     assert scalars("outputs/run", "train/loss")[-1][0] == 12
+    assert foreign.exists()
 
 
 SPIKES = ("callbacks.guards.spike_window_steps=4",)

@@ -130,6 +130,16 @@ def test_the_heart_beats_while_the_lock_is_held(path, monkeypatch):
             time.sleep(0.01)
 
 
+def test_an_owner_that_slept_and_was_taken_over_ends_and_leaves_the_lock_to_the_other(path, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(module, "_end_at_once", ended.set)
+    with run_lock(path):
+        path.write_text("another")
+        assert ended.wait(5)
+    assert path.read_text() == "another"
+
+
 @pytest.mark.parametrize("content", [b"", b"half of", b"[]", b"\xff"])
 def test_a_damaged_lock_file_that_nobody_holds_is_taken(path, content):
     path.parent.mkdir()

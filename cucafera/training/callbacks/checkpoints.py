@@ -4,9 +4,11 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+import torch.distributed
 
-from cucafera.config import Config
-from cucafera.training.callbacks.guards import RollBack
+from cucafera.config import Config, UserError
+from cucafera.training.callbacks.guards import GuardsError, RollBack
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.checkpoint_files import CheckpointWriter
@@ -37,6 +39,23 @@ class Checkpoints(pl.Callback):
         self.interruption = interruption
         self.validation = validation
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses processes that go on from different steps: they would wait for each other for ever.
+
+        Those that a cluster starts one by one may look into the folder before and after another save. Raises UserError.
+        """
+        if trainer.world_size == 1:
+            return
+        step = self.writer.saved_step or 0
+        ends = torch.tensor([step, -step], device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        last, first = int(ends[0]), -int(ends[1])
+        if first != last:
+            raise UserError(
+                f"the processes of this job found different checkpoints in {self.folder.path}, of steps {first:,} and "
+                f"{last:,}: another process has just saved there, or the machines do not share it. Start again"
+            )
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it they are of no use."""
         data = data_module_of(trainer)
@@ -66,11 +85,12 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.folder.checkpoints.file_at(step), storage_options=loss)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the last checkpoint."""
+        """Waits for the last checkpoint, all processes together: when one has ended, the others may be ended."""
         self.writer.finish()
+        trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets a checkpoint that is being written come to its end; all processes go back to the same one."""
+        """Lets a checkpoint that is being written come to its end; where all processes stop, all wait for it."""
         self.writer.finish()
-        if isinstance(exception, RollBack):
+        if isinstance(exception, RollBack | GuardsError):
             trainer.strategy.barrier()

@@ -23,14 +23,16 @@ class RollBack(Exception):  # noqa: N818 - it is no error: training goes on from
     Attributes:
         batches: Numbers of the batches.
         why: What was wrong with them, in words.
-        interruption: Says whether training should stop instead: the next start will come to the same batches.
     """
 
-    def __init__(self, batches: list[int], why: str, interruption: Interruption) -> None:
+    def __init__(self, batches: list[int], why: str) -> None:
         super().__init__(why)
         self.batches = batches
         self.why = why
-        self.interruption = interruption
+
+
+class GuardsError(UserError):
+    """Training cannot go on. As with RollBack, every process of a job raises it after the same step."""
 
 
 class LossMonitor:
@@ -81,7 +83,7 @@ class Guards(pl.Callback):
     The module itself keeps an update from being applied whose loss or gradient is not finite; what else is done about
     it is decided here, when the device is waited for anyway. So no checkpoint holds what was not looked at.
 
-    Raises UserError when training cannot go on, and RollBack.
+    Raises GuardsError and RollBack.
 
     Attributes:
         latest: What was read last, of the last step.
@@ -147,9 +149,9 @@ class Guards(pl.Callback):
                     f"{record.step:,}", f"{record.loss:g}", f"{record.gradient_norm:g}",
                 )  # fmt: skip
             if self._skipped_in_a_row > self.guards.most_in_a_row and self.guards.non_finite == "skip":
-                raise UserError(self._advice(f"{self._skipped_in_a_row} updates in a row were not finite"))
+                raise GuardsError(self._advice(f"{self._skipped_in_a_row} updates in a row were not finite"))
         if broken and self.guards.non_finite == "stop":
-            raise UserError(self._advice(f"the update of step {broken[0].step:,} was not finite"))
+            raise GuardsError(self._advice(f"the update of step {broken[0].step:,} was not finite"))
         offending = broken if self.guards.non_finite == "rollback" else []
         offending += spikes if self.guards.loss_spike == "rollback" else []
         if offending:
@@ -157,7 +159,7 @@ class Guards(pl.Callback):
             steps, first = data_module_of(trainer).training_steps, offending[0]
             what = f"had a loss of {first.loss:.3f}, a spike" if first.applied else "was not finite"
             batches = [steps.batch_at(record.step - 1) for record in offending]
-            raise RollBack(batches, f"Step {first.step:,} {what}", self.interruption)
+            raise RollBack(batches, f"Step {first.step:,} {what}")
 
     def _advice(self, what: str) -> str:
         return (

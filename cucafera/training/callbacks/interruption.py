@@ -29,6 +29,7 @@ class Interruption(pl.Callback):
     checkpoint, and training goes on.
 
     With several devices they agree at the next log step, since a signal may have reached only one of them.
+    One lives as long as the run, through all its rollbacks.
 
     Args:
         config: The run.
@@ -57,19 +58,23 @@ class Interruption(pl.Callback):
         return signal.Signals(self.exit_code - 128).name
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Takes the signals over for the time of a fit, and gives them back, so that a later run starts afresh."""
-        before = {number: signal.signal(number, self._on_signal) for number in ANSWERED}
+    def giving_back(self) -> Iterator[None]:
+        """Gives the signals back at the end of a run, so that a later one starts afresh."""
+        before = {number: signal.getsignal(number) for number in ANSWERED}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes them over once more: Lightning's own handlers would end with status 0 and save nothing."""
+    def take_over(self) -> None:
+        """Takes the signals over, for the rest of the run: between a rollback and the next step none is lost."""
         for number in ANSWERED:
             signal.signal(number, self._on_signal)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes them over once more: Lightning's own handlers would end with status 0 and save nothing."""
+        self.take_over()
         self._training = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
