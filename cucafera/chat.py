@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from cucafera.data.chat import Message
     from cucafera.training.run_folder import TrainedModel
 
-EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 COMMANDS = """\
@@ -244,7 +243,7 @@ def main() -> None:
         sys.exit(_talk(arguments))
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # what reads the output has left
         sys.exit(1)

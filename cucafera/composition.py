@@ -31,6 +31,13 @@ from cucafera.config import Config, DataConfig, ModelConfig, UserError, shown, v
 
 CONFIG_NAME = "config"
 SCHEMA_NAME = "schema"
+PLUGINS = {
+    "hydra/launcher/joblib": "parallel",
+    "hydra/launcher/submitit_local": "cluster",
+    "hydra/launcher/submitit_slurm": "cluster",
+    "hydra/sweeper/optuna": "search",
+}
+"""Choices that Hydra has only with a plugin, and the extra of pyproject.toml that brings it."""
 
 
 def config_directory() -> Path:
@@ -116,9 +123,54 @@ def _inheritance_problem(composed: DictConfig) -> str | None:
     return None
 
 
-def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra needs them: it must be told with ++ to set a field of a source that no file mentions."""
-    return [f"++{text}" if _is_source_key(text.split("=")[0]) else text for text in arguments]
+def hydra_arguments(arguments: Sequence[str], multirun: bool = False, user_directory: str | None = None) -> list[str]:
+    """The arguments as Hydra needs them.
+
+    It must be told with ++ to set a field of a source that no file mentions. The jobs of a sweep are named by what is
+    swept, so it must be told what is not; and what an experiment sweeps gives way to what the command line says.
+    """
+    given = [f"++{text}" if _is_source_key(text.split("=")[0]) else text for text in map(_readable, arguments)]
+    if not multirun:
+        return given
+    parsed = OverridesParser.create().parse_overrides(given)
+    keys = {override.key_or_group for override in parsed}
+    fixed = [
+        override.key_or_group
+        for override in parsed
+        if not override.is_sweep_override() and not _is_hydras(override.key_or_group)
+    ]
+    swept = _swept_by_experiment(parsed, user_directory)
+    return [
+        *given,
+        *(f"{key}={values}" for key, values in swept.items() if key not in keys),
+        "hydra.sweeper.params=null",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(fixed))}]",
+    ]
+
+
+def _readable(argument: str) -> str:
+    """The argument with its value in quotes if that is a path of a job, with a = in it, which Hydra cannot read."""
+    key, _, value = argument.partition("=")
+    return f"{key}='{value}'" if "=" in value and value[0] not in "'\"[{" and "(" not in value else argument
+
+
+def _swept_by_experiment(overrides: Sequence[Override], user_directory: str | None) -> dict[str, Any]:
+    """What the chosen experiment sweeps, under hydra.sweeper.params: keys and their values as they are written."""
+    fixed = [override.input_line or "" for override in overrides if not override.is_sweep_override()]
+    if not any(override.key_or_group == "experiment" for override in overrides):
+        return {}
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        composed = compose(CONFIG_NAME, [*fixed, *_searchpath(user_directory)], return_hydra_config=True)
+    return dict(composed.hydra.sweeper.params or {})
+
+
+def _searchpath(user_directory: str | None) -> list[str]:
+    return [f"hydra.searchpath=[file://{Path(user_directory).resolve()}]"] if user_directory else []
+
+
+def _is_hydras(key: str) -> bool:
+    """Whether a key is Hydra's own, not one of a run."""
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
 def typed_config(composed: DictConfig) -> Config:
@@ -164,7 +216,7 @@ def command_line_problems(
     usable: list[Override] = []
     for argument in arguments:
         try:
-            override = OverridesParser.create().parse_override(argument)
+            override = OverridesParser.create().parse_override(_readable(argument))
         except HydraException:
             problems.append(f"{argument!r} cannot be read; write key=value, and quote what has spaces or commas")
             continue
@@ -173,10 +225,20 @@ def command_line_problems(
             usable.append(override)
         else:
             problems.append(found)
-    searchpath = [f"hydra.searchpath=[file://{Path(user_directory).resolve()}]"] if user_directory else []
     for job in _sweep_jobs(usable):
-        problems += _composition_problems([*job, *searchpath])
-    return list(dict.fromkeys(problems))
+        problems += _composition_problems([*job, *_searchpath(user_directory)])
+    return list(dict.fromkeys(problems or _sweep_problems(usable, multirun, user_directory)))
+
+
+def _sweep_problems(overrides: Sequence[Override], multirun: bool, user_directory: str | None) -> Iterator[str]:
+    """What is wrong with a command line as a sweep, or as one that is none, where each of its jobs is right."""
+    swept = _swept_by_experiment(overrides, user_directory)
+    missing = [key for key in swept if key not in {override.key_or_group for override in overrides}]
+    if missing and not multirun:
+        values = " ".join(f"{key}=..." for key in missing)
+        yield f"this is a sweep over {', '.join(missing)}: add --multirun, or for a single run of it {values}"
+    if multirun and not missing and not any(override.is_sweep_override() for override in overrides):
+        yield "--multirun runs several values of a key, and there is none with several: optimizer.lr=1e-3,3e-3"
 
 
 def _unknown_sources(overrides: Sequence[str]) -> list[str]:
@@ -211,7 +273,7 @@ def _override_problem(override: Override, directories: Sequence[Path], multirun:
     key, text = override.key_or_group, override.input_line
     if override.is_sweep_override() and not multirun:
         return f"{text}: several values are a sweep, add --multirun; a list is written {key}=[...]"
-    if key.startswith("hydra.") or key == "hydra" or key.startswith("hydra/"):
+    if _is_hydras(key):
         return None
     options = _group_options(key, directories)
     if options is not None:
@@ -226,15 +288,15 @@ def _override_problem(override: Override, directories: Sequence[Path], multirun:
 
 def _group_problem(override: Override, options: Sequence[str]) -> str | None:
     group = override.key_or_group
-    values = (
-        list(override.sweep_string_iterator())
-        if override.is_sweep_override() and override.is_discrete_sweep()
-        else [str(override.value())]
-    )
+    if override.is_sweep_override() and override.is_discrete_sweep():
+        values = list(override.sweep_string_iterator())
+    else:
+        chosen = override.value()
+        values = [str(value) for value in chosen] if isinstance(chosen, list) else [str(chosen)]
     for value in values:
         if value not in options:
             nearest = _nearest(value, options)
-            hint = f"; did you mean {nearest}?" if nearest else ""
+            hint = f"; did you mean {nearest}?" if nearest else "."
             return f"there is no {group} {value!r}{hint} There are: {', '.join(options)}"
     if group == "experiment" and not override.is_add():
         return f"an experiment is added with a plus: +experiment={override.value()}"
@@ -250,7 +312,7 @@ def _composition_problems(overrides: Sequence[str]) -> list[str]:
             return unknown
         composed = _compose_loosely(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        return [" ".join(str(error).split("\n")[0].split())]
+        return [_told_by_hydra(error)]
     except YAMLError as error:
         return [f"a configuration file cannot be read: {' '.join(str(error).split())}"]
     inheritance = _inheritance_problem(composed)
@@ -258,6 +320,14 @@ def _composition_problems(overrides: Sequence[str]) -> list[str]:
         return _checked(_plain(composed))[1]
     composed.model = OmegaConf.to_container(OmegaConf.structured(ModelConfig))  # stands in, for the other problems
     return [inheritance, *_checked(_plain(composed), {"init_from"})[1]]
+
+
+def _told_by_hydra(error: Exception) -> str:
+    first = " ".join(str(error).split("\n")[0].split())
+    for plugin, extra in PLUGINS.items():
+        if f"'{plugin}'" in first:
+            return f"{plugin} needs a plugin of Hydra: pip install 'cucafera[{extra}]'"
+    return first
 
 
 def _compose_loosely(overrides: Sequence[str]) -> DictConfig:

@@ -44,8 +44,16 @@ SMALLEST_TEMPERATURE = 1e-3
 """Logits divided by less may overflow."""
 
 
+EXIT_USER_ERROR = 2
+EXIT_DIVERGED = 3
+EXIT_OUT_OF_TIME = 124
+"""As the command `timeout` has it."""
+
+
 class UserError(Exception):
-    """What the user can mend: the doors print its text and exit with code 2, without a stack trace."""
+    """What the user can mend: the doors print its text, without a stack trace, and exit with its code."""
+
+    exit_code = EXIT_USER_ERROR
 
 
 @dataclass

@@ -33,7 +33,7 @@ from cucafera.composition import (
     register_schema,
     typed_config,
 )
-from cucafera.config import Config, UserError
+from cucafera.config import EXIT_DIVERGED, EXIT_USER_ERROR, Config, UserError
 
 if TYPE_CHECKING:
     from cucafera.data.windows import WindowDataModule
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXIT_USER_ERROR = 2
+CANNOT_BE_WRITTEN = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -54,15 +56,19 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print a trace of what is told in a sentence below
     logging.raiseExceptions = False  # a disk too full for the log is told by what matters more
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and nothing to die of
-    arguments = get_args_parser().parse_args()
+    arguments = get_args_parser().parse_intermixed_args()
     if arguments.help:
         print(help_text())
         return
+    if arguments.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("A sweep is started as one process: its jobs start the others.", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     problems = command_line_problems(arguments.overrides, arguments.multirun, arguments.config_dir)
     if problems:
         print(listed(problems), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    sys.argv[1:] = hydra_arguments(sys.argv[1:])
+    flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
+    sys.argv[1:] = [*flags, *hydra_arguments(arguments.overrides, arguments.multirun, arguments.config_dir)]
     register_schema()
     application = hydra.main(version_base="1.3", config_path=str(config_directory()), config_name=CONFIG_NAME)(job)
     try:
@@ -70,34 +76,46 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted; the same command begins or goes on.", file=sys.stderr)
         sys.exit(130)
-    except UserError as error:  # of a job of a sweep: the others have been done
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR):
+        if error.errno not in CANNOT_BE_WRITTEN:
             raise
         print(f"{error.filename or 'the run folder'} cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
-def job(composed: DictConfig) -> float | None:
-    """One run. Returns its validation bpb, which Hydra's sweepers minimize."""
+def job(composed: DictConfig) -> float:
+    """One run, or one of a sweep. Returns its validation bpb, which Hydra's sweepers minimize."""
     hydra_config = HydraConfig.get()
-    multirun = hydra_config.mode == RunMode.MULTIRUN
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return _job_of_sweep(composed, hydra_config)
     try:
-        config = typed_config(composed)
-        config.run_dir = os.path.relpath(hydra_config.runtime.output_dir)
-        if multirun and config.trainer.devices != 1:
-            raise UserError(
-                "--multirun runs its jobs in one process, which cannot start the processes of several devices: "
-                "set trainer.devices=1, or start the jobs one by one"
-            )
-        return train(config, list(hydra_config.overrides.task))
+        return train(_config_in(composed, hydra_config), list(hydra_config.overrides.task))
     except UserError as error:
-        if multirun:
-            raise  # Hydra goes on with the other jobs
         log.error("%s", error)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code)
+
+
+def _config_in(composed: DictConfig, hydra_config: Any) -> Config:
+    config = typed_config(composed)
+    config.run_dir = os.path.relpath(hydra_config.runtime.output_dir)
+    return config
+
+
+def _job_of_sweep(composed: DictConfig, hydra_config: Any) -> float:
+    from cucafera.sweeps.jobs import run_job
+
+    register_schema()  # a launcher may have brought this here from another process
+    try:
+        config = _config_in(composed, hydra_config)
+    except UserError:
+        config = None
+    return run_job(
+        config,
+        overrides=list(hydra_config.overrides.task),
+        folder=Path(hydra_config.runtime.output_dir),
+        config_folders=[s.path for s in hydra_config.runtime.config_sources if s.provider == "command-line"],
+        has_terminal=hydra_config.runtime.choices["hydra/launcher"] == "basic",
+    )
 
 
 def train(config: Config, overrides: list[str]) -> float:
@@ -161,11 +179,13 @@ def train(config: Config, overrides: list[str]) -> float:
 
 
 def _give_up(why: str, folder: "RunFolder", is_first_process: bool) -> NoReturn:
-    """Ends a run that every process of the job gives up at the same place. Raises UserError in the first one."""
+    """Ends a run that every process of the job gives up at the same place. Raises GuardsError in the first one."""
+    from cucafera.training.callbacks.guards import GuardsError
+
     if not is_first_process:
-        _leave(EXIT_USER_ERROR, is_first_process)
+        _leave(EXIT_DIVERGED, is_first_process)
     folder.note("stopped", saved_step=folder.checkpoints.newest_step(), why=why)
-    raise UserError(why)
+    raise GuardsError(why)
 
 
 def _leave(code: int, is_first_process: bool) -> NoReturn:
@@ -259,9 +279,9 @@ def _told_again(
     config: Config, hardware: "Hardware", folder: "RunFolder", callbacks: "Callbacks", step: int, is_first_process: bool
 ) -> float:
     """What a complete run says when it is started once more."""
-    from cucafera.training.report import collect_metrics, read_metrics, terminal_report
+    from cucafera.training.report import collect_metrics, terminal_report
 
-    metrics = read_metrics(folder)
+    metrics = folder.read_metrics()
     is_told = metrics is not None and metrics["steps"] == step
     if metrics is None or not is_told:  # it was killed between its last checkpoint and its report
         metrics = collect_metrics(config, hardware, callbacks)
@@ -352,4 +372,7 @@ def warn_of_another_horizon(config: Config, before: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Under its own name, so that the launchers of sweeps find `job` in other processes too.
+    from cucafera.run import main as front_door
+
+    front_door()

@@ -284,33 +284,6 @@ def test_a_tortured_run_ends_as_if_nothing_had_happened(tmp_path, arguments, exp
     assert expected in result.stdout
 
 
-def test_a_sweep_runs_each_value_in_a_folder_of_its_own(door, tmp_path):
-    code, output = door.run("--multirun", "optimizer.lr=1e-3,2e-3", "budget_tokens=1024", "schedule.warmup_steps=0")
-    assert code == 0, output
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
-    first, second = (
-        json.loads((sweep / "0/metrics.json").read_text()),
-        json.loads((sweep / "1/metrics.json").read_text()),
-    )
-    assert first["validation"][0] == second["validation"][0]
-    assert first["validation"][-1] != second["validation"][-1]
-
-
-def test_a_sweep_over_several_devices_is_refused_in_words(door):
-    code, output = door.run("--multirun", "seed=1,2", "trainer.devices=2")
-    assert code == 2
-    assert "start the jobs one by one" in output
-    assert "Traceback" not in output
-
-
-def test_one_refused_job_of_a_sweep_does_not_keep_the_others_from_their_end(door, tmp_path):
-    short = ("budget_tokens=1024", "schedule.warmup_steps=0")
-    code, output = door.run("--multirun", "tokenizer.path=nowhere.json,null", *short)
-    assert code == 2, output
-    assert "nowhere.json" in output and "Traceback" not in output
-    assert (tmp_path / "outputs" / "quickstart-sweep" / "1" / "report.md").exists()
-
-
 def test_what_the_user_can_mend_ends_with_code_2_and_no_stack_trace(door, tmp_path):
     for overrides, message in [
         (["data.sources.files.path=nowhere/*.jsonl"], "nowhere"),

@@ -86,15 +86,6 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     return [*lines, ("Checkpoint", str(folder.checkpoints.complete()[-1].path))]
 
 
-def read_metrics(folder: RunFolder) -> dict[str, Any] | None:
-    """What metrics.json holds; None if there is none, or none that can be read."""
-    try:
-        metrics: dict[str, Any] = json.loads(folder.metrics.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return metrics if isinstance(metrics, dict) and "steps" in metrics else None
-
-
 def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
     """Writes metrics.json and report.md into the run folder. Raises UserError if they cannot be written."""
     report = [f"# {metrics['name']}", ""]

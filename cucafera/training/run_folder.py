@@ -199,6 +199,14 @@ class RunFolder:
             versions=versions,
         )
 
+    def read_metrics(self) -> dict[str, Any] | None:
+        """What metrics.json holds; None if there is none, or none that can be read."""
+        try:
+            metrics: dict[str, Any] = json.loads(self.metrics.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return metrics if isinstance(metrics, dict) and "steps" in metrics else None
+
     def write_tokenizer(self, tokenizer: Tokenizer, stop_id: int) -> None:
         """Writes the tokenizer, and beside it what transformers needs to load it, with the chat template.
 
@@ -352,8 +360,8 @@ def changed_keys(config: Config, before: dict[str, Any]) -> dict[str, tuple[Any,
         f"data.sources.{name}": ("not given", "given") if name in sources["now"] else ("given", "not given")
         for name in sorted(set(sources["before"]) ^ set(sources["now"]))
     }
-    flat_before = dict(_flat(before))
-    for key, value in _flat(now):
+    flat_before = dict(flat(before))
+    for key, value in flat(now):
         if key in flat_before and flat_before[key] != value:
             changes[key] = (flat_before[key], value)
     return changes
@@ -364,9 +372,10 @@ def is_within(key: str, accepted: Sequence[str]) -> bool:
     return any(key == other or key.startswith(other + ".") for other in accepted)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of nested dictionaries with its dotted key."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

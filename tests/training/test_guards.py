@@ -116,6 +116,11 @@ def test_too_many_in_a_row_stop_the_run_and_the_last_checkpoint_is_sound(small_r
     assert all(value.isfinite().all() for value in read_checkpoint(newest.path)["state_dict"].values())
 
 
+def test_a_model_that_a_step_has_broken_writes_no_samples_and_is_told(small_run):
+    with pytest.raises(UserError, match="4 updates in a row were not finite"):
+        train(small_run("name=run", "optimizer.lr=1e9", "schedule.warmup_steps=0"), [])
+
+
 def test_a_row_that_spans_a_resume_is_one_row(small_run, inject):
     inject(range(6, 12), math.nan)
     horizon = "schedule.horizon_steps=12"

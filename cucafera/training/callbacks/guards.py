@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from cucafera.config import Config, GuardsConfig, UserError
+from cucafera.config import EXIT_DIVERGED, Config, GuardsConfig, UserError
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.module import LanguageModel, StepRecord, data_module_of
 
@@ -33,6 +33,8 @@ class RollBack(Exception):  # noqa: N818 - it is no error: training goes on from
 
 class GuardsError(UserError):
     """Training cannot go on. As with RollBack, every process of a job raises it after the same step."""
+
+    exit_code = EXIT_DIVERGED
 
 
 class LossMonitor:

@@ -13,11 +13,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 
-from cucafera.config import Config
+from cucafera.config import EXIT_OUT_OF_TIME, Config
 from cucafera.training.module import LanguageModel
 
-EXIT_OUT_OF_TIME = 124
-"""As the command `timeout` has it."""
 ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

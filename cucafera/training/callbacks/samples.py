@@ -1,5 +1,6 @@
 """Texts that the model writes, so that a person sees it learn."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,9 +38,10 @@ class Samples(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes when a validation has just been done."""
+        """Writes when a validation has just been done, unless the model is broken: there is nothing to draw from."""
         assert isinstance(pl_module, LanguageModel)
-        if self.validation.done_at(pl_module.steps_done) and trainer.is_global_zero:
+        validation = self.validation.done_at(pl_module.steps_done)
+        if validation is not None and math.isfinite(validation["loss"]) and trainer.is_global_zero:
             self._write(trainer, pl_module)
 
     def _write(self, trainer: pl.Trainer, module: LanguageModel) -> None:

@@ -1,0 +1,63 @@
+"""The door to runs side by side: `python -m cucafera.compare RUN RUN...`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cucafera.config import UserError
+
+
+def main() -> None:
+    """Prints what the configurations differ in, and what came out; draws the curves if asked to."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cucafera.compare",
+        description="Shows runs side by side: what their configurations differ in, and what came out.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs, such as a sweep")
+    parser.add_argument("--plot", metavar="FILE", help="draw the validation curves into FILE.png and FILE.pdf")
+    arguments = parser.parse_args()
+    try:
+        print(compare([Path(run) for run in arguments.runs], Path(arguments.plot) if arguments.plot else None))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def compare(folders: list[Path], plot: Path | None) -> str:
+    """The tables, for the terminal.
+
+    Args:
+        folders: Run folders, or folders of runs.
+        plot: Where to draw the curves, without the ending; None: nowhere.
+
+    Raises:
+        UserError: there is no run, or the picture cannot be drawn.
+    """
+    from cucafera.sweeps.pictures import FORMATS, draw_curves, has_matplotlib
+    from cucafera.sweeps.records import RESULTS, as_text, differences, in_figures, read_records, results_of
+
+    if plot is not None and not has_matplotlib():
+        raise UserError("--plot needs matplotlib: pip install 'cucafera[plots]'")
+    records = [record for folder in folders for record in read_records(folder)]
+    different = differences(records)
+    results = [["run", *RESULTS], *([record.name, *in_figures(results_of(record))] for record in records)]
+    lines = (
+        ["What they differ in:", as_text(different)]
+        if len(different) > 1 and len(different[0]) > 1
+        else ["Their configurations are equal."]
+    )
+    lines += ["", "What came out (loss in nats a token, bpb in bits a byte):", as_text(results)]
+    if plot is not None:
+        plot = plot.with_suffix("") if plot.suffix.removeprefix(".") in FORMATS else plot
+        try:
+            draw_curves(records, plot)
+        except OSError as error:
+            raise UserError(f"{plot} cannot be written: {error.strerror or error}") from error
+        lines += ["", "Curves: " + " and ".join(f"{plot}.{ending}" for ending in FORMATS)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Many runs: the jobs of a sweep, what came out of them, and the answer."""

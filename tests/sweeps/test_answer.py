@@ -1,0 +1,141 @@
+"""What a sweep says at its end, from folders that the tests write."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from cucafera.compare import compare
+from cucafera.config import UserError
+from cucafera.sweeps.answer import answer, exit_code
+from cucafera.sweeps.jobs import Ended
+from cucafera.training.events import EventLogger
+
+
+def write_job(sweep: Path, status: str, losses: list[float], exit_code: int = 0, **settings: object) -> None:
+    """A job's folder, as a sweep leaves it; without losses, as one that was refused before it began."""
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    folder = sweep / ",".join(overrides)
+    folder.mkdir(parents=True)
+    Ended(status, exit_code, ["+experiment=lr_sweep", *overrides]).write(folder)
+    if not losses:
+        return
+    lines = [f"batch_tokens: 100\noptimizer:\n  lr: {settings.get('optimizer__lr', 0.003)}\nseed: 1\n"]
+    (folder / "config.yaml").write_text("".join(lines))
+    curve = [{"step": step, "tokens": 100 * step, "loss": loss, "bpb": loss / 2} for step, loss in enumerate(losses)]
+    metrics = {"steps": len(losses) - 1, "tokens_per_second": 12345.6, "training_seconds": 9.5, "validation": curve}
+    if status == "finished":
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        return
+    logger = EventLogger(folder, 0)
+    for point in curve:
+        logger.log_metrics({"val/loss": point["loss"], "val/bpb": point["bpb"]}, point["step"])
+    logger.save()
+
+
+def write_sweep(sweep: Path, rates: list[float], best: float = 2e-3, **settings: object) -> None:
+    for rate in rates:
+        loss = 3 + 0.3 * math.log10(rate / best) ** 2
+        write_job(sweep, "finished", [7.0, loss + 0.5, loss], optimizer__lr=rate, **settings)
+
+
+RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
+SWEPT = ["+experiment=lr_sweep", "optimizer.lr=5e-4,1e-3,2e-3,4e-3,8e-3"]
+
+
+def test_the_best_learning_rate_is_told_and_how_sure_it_is(tmp_path):
+    write_sweep(tmp_path, RATES)
+    text = answer(tmp_path, SWEPT)
+    assert "The best learning rate is 0.002; within a factor of 1.00 (one standard error, 5 runs)." in text
+    assert "Best of those tried: 0.002, with a validation loss of 3.000." in text
+    assert exit_code(tmp_path) == 0
+    assert "The best learning rate is 0.002" in (tmp_path / "summary.md").read_text()
+    assert "![Loss against learning rate, and curves](sweep.png)" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "sweep.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_results_hold_every_job_for_other_programs(tmp_path):
+    write_sweep(tmp_path, RATES)
+    write_job(tmp_path, "refused", [], exit_code=2, optimizer__lr="1e-2")
+    answer(tmp_path, SWEPT)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert len(rows) == 6
+    assert rows[0]["optimizer.lr"] == "0.002" and float(rows[0]["loss"]) == 3.0 and float(rows[0]["bpb"]) == 1.5
+    assert float(rows[0]["tokens/s"]) == 12345.6 and float(rows[0]["seconds"]) == 9.5
+    assert (rows[-1]["status"], rows[-1]["exit code"], rows[-1]["loss"]) == ("refused", "2", "")
+
+
+def test_jobs_that_diverged_or_failed_are_named_and_poison_nothing(tmp_path):
+    write_sweep(tmp_path, RATES)
+    write_job(tmp_path, "diverged", [7.0, 9.0, math.nan], exit_code=3, optimizer__lr=0.1)
+    text = answer(tmp_path, SWEPT)
+    assert "The best learning rate is 0.002" in text
+    assert "Diverged: optimizer.lr=0.1." in text
+    assert exit_code(tmp_path) == 0
+    write_job(tmp_path, "refused", [], exit_code=2, optimizer__lr=0.2)
+    assert exit_code(tmp_path) == 2
+    write_job(tmp_path, "crashed", [7.0], exit_code=-9, optimizer__lr=0.3)
+    assert "Crashed; the same command tries again: optimizer.lr=0.3 (exit code -9)." in answer(tmp_path, SWEPT)
+    assert exit_code(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("best", "edge", "further"), [(1e-5, "lowest", "0.00025,0.000125,6.25e-05"), (1, "highest", "0.016,0.032,0.064")]
+)
+def test_at_the_edge_of_the_grid_the_next_command_is_given(tmp_path, best, edge, further):
+    write_sweep(tmp_path, RATES, best)
+    text = answer(tmp_path, [*SWEPT, "hydra/launcher=parallel"])
+    assert f"of those tried it is the {edge}" in text
+    command = f"python -m cucafera.run --multirun +experiment=lr_sweep hydra/launcher=parallel optimizer.lr={further}"
+    assert command in text
+
+
+def test_each_model_of_a_sweep_has_an_answer_of_its_own(tmp_path):
+    write_sweep(tmp_path, RATES, 2e-3, model="tiny")
+    write_sweep(tmp_path, RATES, 1e-3, model="small")
+    text = answer(tmp_path, SWEPT)
+    assert "With model=small, the best learning rate is 0.001;" in text
+    assert "With model=tiny, the best learning rate is 0.002;" in text
+
+
+def test_a_sweep_over_something_else_is_ranked(tmp_path):
+    for batch, loss in ((256, 3.5), (512, 3.25)):
+        write_job(tmp_path, "finished", [7.0, loss], batch_tokens=batch)
+    text = answer(tmp_path, ["batch_tokens=256,512"])
+    assert "The best is batch_tokens=512, with a validation loss of 3.250 (1.625 bpb)." in text
+    assert (tmp_path / "sweep.png").exists()
+
+
+def test_a_sweep_without_a_result_says_so(tmp_path):
+    write_job(tmp_path, "diverged", [7.0, 8.0], exit_code=3, optimizer__lr=1.0)
+    write_job(tmp_path, "crashed", [], exit_code=1, optimizer__lr=2.0)
+    assert "The runs came to no finite loss; try lower learning rates." in answer(tmp_path, SWEPT)
+
+
+def test_without_matplotlib_there_is_an_answer_and_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("cucafera.sweeps.pictures.has_matplotlib", lambda: False)
+    write_sweep(tmp_path, RATES)
+    assert "pip install 'cucafera[plots]'" in answer(tmp_path, SWEPT)
+    assert not (tmp_path / "sweep.png").exists()
+    assert "sweep.png" not in (tmp_path / "summary.md").read_text()
+    with pytest.raises(UserError, match="--plot needs matplotlib"):
+        compare([tmp_path], tmp_path / "curves")
+
+
+def test_runs_are_compared_by_what_differs_in_their_configurations_first(tmp_path):
+    write_sweep(tmp_path, [1e-3, 2e-3])
+    text = compare([tmp_path], tmp_path / "curves.png")
+    head, rest = text.split("What came out")
+    assert "optimizer.lr" in head and "0.001" in head and "seed" not in head
+    assert "3.000  1.500" in rest and "12,346" in rest
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "curves.pdf").exists()
+    (one, _) = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+    assert "Their configurations are equal." in compare([one, one], None)
+
+
+def test_runs_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match="there is no run"):
+        compare([tmp_path / "nowhere"], None)

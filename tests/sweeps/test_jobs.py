@@ -1,0 +1,187 @@
+"""The jobs of a sweep, each in a process of its own."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cucafera.composition import composed_config, hydra_arguments
+from cucafera.sweeps import jobs
+from cucafera.sweeps.jobs import Ended, quoted
+from cucafera.training.run_folder import RunFolder
+from tests.test_processes import Door, wait_for
+from tests.test_run import assert_equal, weights
+
+HORIZON = "schedule.warmup_steps=0"
+
+CRASH = """
+import os, sys
+if any("optimizer.lr=0.5" in argument for argument in sys.orig_argv) and "--multirun" not in sys.orig_argv:
+    os._exit(77)
+"""
+
+
+@pytest.fixture
+def door(corpus: Path, tmp_path: Path) -> Door:
+    return Door(corpus, tmp_path)
+
+
+def ended(folder: Path) -> dict[str, tuple[str, int]]:
+    """How each job of a sweep ended, by its name."""
+    found = {path.parent.name: Ended.read(path.parent) for path in folder.glob("*/job.json")}
+    return {name: (job.status, job.exit_code) for name, job in found.items() if job}
+
+
+def test_a_sweep_keeps_what_is_finished_and_a_job_of_it_is_the_same_as_alone(door, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(CRASH)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    command = ("--multirun", "optimizer.lr=1e-3,1e9,0.5,2e-3", "budget_tokens=2048", HORIZON)
+    code, output = door.run(*command)
+    assert code == 1, output  # for the crash
+    assert ended(sweep) == {
+        "optimizer.lr=0.001": ("finished", 0),
+        "optimizer.lr=1000000000.0": ("diverged", 3),
+        "optimizer.lr=0.5": ("crashed", 77),
+        "optimizer.lr=0.002": ("finished", 0),
+    }
+    assert "Diverged: optimizer.lr=1000000000.0." in output and "Crashed" in output
+    assert "Traceback" not in output
+    assert door.run("name=alone", "optimizer.lr=2e-3", "budget_tokens=2048", HORIZON)[0] == 0
+    assert_equal(weights(tmp_path / "outputs" / "alone"), weights(sweep / "optimizer.lr=0.002"))
+
+    (tmp_path / "sitecustomize.py").unlink()
+    code, output = door.run(*command)
+    assert code == 0, output
+    assert ended(sweep)["optimizer.lr=0.5"][0] in ("finished", "diverged")
+    assert output.count("Run     ") == 1  # only the one that had crashed ran again
+    assert len((sweep / "optimizer.lr=0.001" / "history.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_sweep_that_is_killed_goes_on_with_the_job_that_it_was_at(door, tmp_path):
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    first, second = RunFolder(sweep / "seed=1"), RunFolder(sweep / "seed=2")
+    command = ("--multirun", "seed=1,2", "budget_tokens=25_600", "callbacks.checkpoint_every_steps=20")
+    process = door.start(*command)
+    wait_for(second.checkpoints.path / "step-00000020.json", process)
+    history = first.history.read_text()
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while second.lock.exists():  # the job ends, and saves, when its parent is gone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert json.loads(second.history.read_text().splitlines()[-1])["why"] == "SIGTERM"
+    code, output = door.run(*command)
+    assert code == 0, output
+    assert first.history.read_text() == history
+    assert [json.loads(line)["what"] for line in second.history.read_text().splitlines()][-2:] == [
+        "went on",
+        "completed",
+    ]
+    assert "The best is seed=" in output
+
+
+def test_a_signal_stops_the_job_and_the_sweep(door, tmp_path):
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    process = door.start(
+        "--multirun", "seed=1,2", "budget_tokens=51_200", "callbacks.checkpoint_every_steps=20", "trainer.devices=2"
+    )
+    wait_for(sweep / "seed=1" / "checkpoints" / "step-00000020.json", process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Stopped by SIGINT" in output and "and saved" in output and "Traceback" not in output
+    assert not (sweep / "seed=2").exists()
+
+
+@pytest.mark.parametrize("launcher", ["hydra/launcher=parallel", "hydra/launcher=submitit_local"])
+def test_other_launchers_run_the_same_jobs(door, tmp_path, launcher):
+    settings = {"parallel": "hydra.launcher.n_jobs=2", "submitit_local": "hydra.launcher.timeout_min=5"}
+    code, output = door.run(
+        "--multirun", launcher, settings[launcher.partition("=")[2]], "seed=1,2", "budget_tokens=1024", HORIZON
+    )
+    assert code == 0, output
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    assert ended(sweep) == {"seed=1": ("finished", 0), "seed=2": ("finished", 0)}
+    assert "Validation bpb" in (sweep / "seed=1" / "job.out").read_text()
+    assert "The best is seed=" in output
+
+
+def test_optuna_looks_for_what_is_best_and_goes_on_where_it_was(door, tmp_path):
+    command = ("--multirun", "+experiment=search", "budget_tokens=1024", "name=found")
+    fixed = ("schedule.warmup_steps=0", "optimizer.weight_decay=0.1", "callbacks.validate_every_steps=4")
+    code, output = door.run(*command, *fixed, "hydra.sweeper.n_trials=2")
+    assert code == 0, output
+    sweep = tmp_path / "outputs" / "found"
+    first = ended(sweep)
+    assert [status for status, _ in first.values()] == ["finished"] * 2
+    assert all(name.startswith("optimizer.lr=") for name in first)
+    assert "best_params" in (sweep / "optimization_results.yaml").read_text()
+    code, output = door.run(*command, *fixed, "hydra.sweeper.n_trials=1")
+    assert code == 0, output
+    assert first.items() < ended(sweep).items() and len(ended(sweep)) == 3
+
+
+def test_a_refused_job_does_not_keep_the_others_from_their_end(door, tmp_path):
+    code, output = door.run("--multirun", "tokenizer.path=nowhere.json,null", "budget_tokens=1024", HORIZON)
+    assert code == 2, output
+    assert "nowhere.json" in output and "Traceback" not in output
+    assert "Refused, for what stands above: tokenizer.path=nowhere.json." in output
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    assert ended(sweep) == {"tokenizer.path=nowhere.json": ("refused", 2), "tokenizer.path=null": ("finished", 0)}
+
+
+def test_jobs_are_named_by_what_is_swept_and_the_command_line_outdoes_the_experiment():
+    arguments = hydra_arguments(["+experiment=lr_sweep", "model=tiny,small", "budget_tokens=1e6"], multirun=True)
+    assert "hydra.job.config.override_dirname.exclude_keys=[experiment,budget_tokens]" in arguments
+    (rates,) = [text for text in arguments if text.startswith("optimizer.lr=")]
+    assert rates.count(",") >= 5
+    assert [
+        text
+        for text in hydra_arguments(["+experiment=lr_sweep", "optimizer.lr=1e-3,2e-3"], multirun=True)
+        if text.startswith("optimizer.lr=")
+    ] == ["optimizer.lr=1e-3,2e-3"]
+
+
+def test_a_job_can_be_named_as_the_run_to_begin_with():
+    place = "outputs/lr_sweep/optimizer.lr=0.002,seed=1"
+    assert hydra_arguments([f"init_from={place}"]) == [f"init_from='{place}'"]
+    assert composed_config([f"tokenizer.path={place}"]).tokenizer.path == place
+    assert composed_config([f"tokenizer.path={quoted('it' + chr(39) + 's=a')}"]).tokenizer.path == "it's=a"
+
+
+def test_a_job_waits_for_gpus_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    config = composed_config(["trainer.devices=2"])
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: os.close(other))
+    with jobs._own_gpus(config, tmp_path) as environment:
+        assert environment == {"CUDA_VISIBLE_DEVICES": "0,3"}
+        with jobs._own_gpus(composed_config([]), tmp_path) as environment:
+            assert environment == {"CUDA_VISIBLE_DEVICES": "5"}
+    (lock,) = tmp_path.glob(".*-gpu-0.lock")
+    other = os.open(lock, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with jobs._own_gpus(composed_config(["trainer.devices=4"]), tmp_path) as environment:
+        assert environment == {}  # more than there are, which the job will tell
+    with jobs._own_gpus(config, tmp_path) as environment:
+        assert environment == {"CUDA_VISIBLE_DEVICES": "3,5"}
+    with jobs._own_gpus(composed_config(["trainer=cpu", "trainer.devices=2"]), tmp_path) as environment:
+        assert environment == {}
+
+
+def test_signals_are_handed_on_to_the_job(tmp_path):
+    script = (
+        "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: exit(7)); print(1, flush=True); time.sleep(30)"
+    )
+    with (tmp_path / "out").open("wb") as output:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        before = signal.getsignal(signal.SIGUSR1)
+        assert jobs._answered([sys.executable, "-c", script], dict(os.environ), output) == (None, 7)
+        assert signal.getsignal(signal.SIGUSR1) == before
