@@ -6,16 +6,18 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from cucafera.composition import (
+    PLUGINS,
     command_line_problems,
     composed_config,
     config_directory,
     field_documentation,
     help_text,
 )
-from cucafera.config import Config, UserError, value_of
+from cucafera.config import UserError, value_of
 
 EXPERIMENTS = sorted(
     path.relative_to(config_directory() / "experiment").with_suffix("").as_posix()
@@ -168,7 +170,37 @@ def base_run(tmp_path):
 def test_every_experiment_composes_without_problems(experiment, base_run):
     needed = ["data.sources.files.path=x"] if experiment == "own_text" else []
     needed += [f"init_from={base_run}"] if experiment.startswith("finetune") else []
-    assert isinstance(composed_config([f"+experiment={experiment}", *needed]), Config)
+    sweeps = ("lr_sweep", "search")
+    problems = command_line_problems([f"+experiment={experiment}", *needed], multirun=experiment in sweeps)
+    assert problems == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "multirun", "problem"),
+    [
+        (["+experiment=lr_sweep"], False, "this is a sweep over optimizer.lr: add --multirun, or for a single run of"),
+        (["optimizer.lr=1e-3"], True, "--multirun runs several values of a key, and there is none with several"),
+        (["hydra/launcher=joblibb", "seed=1,2"], True, "Could not find 'hydra/launcher/joblibb'"),
+        (["+experiment=[pretrain,nosuch]"], False, "there is no experiment 'nosuch'"),
+    ],
+)
+def test_what_is_no_sweep_is_told(arguments, multirun, problem):
+    (told,) = command_line_problems(arguments, multirun)
+    assert problem in told
+
+
+@pytest.mark.parametrize(("plugin", "extra"), PLUGINS.items())
+def test_a_plugin_of_hydra_that_is_missing_is_named_with_what_brings_it(plugin, extra, monkeypatch):
+    def compose(*arguments, **settings):
+        raise MissingConfigException(f"In 'hydra/config': Could not find '{plugin}'", plugin)
+
+    monkeypatch.setattr("cucafera.composition.compose", compose)
+    (told,) = command_line_problems(["seed=1"])
+    assert told == f"{plugin} needs a plugin of Hydra: pip install 'cucafera[{extra}]'"
+
+
+def test_one_job_of_a_sweep_runs_alone_with_its_value():
+    assert composed_config(["+experiment=lr_sweep", "optimizer.lr=2e-3"]).optimizer.lr == 2e-3
 
 
 def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
