@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import math
+import shutil
 import textwrap
 import types
 import typing
@@ -273,6 +274,8 @@ def _override_problem(override: Override, directories: Sequence[Path], multirun:
     key, text = override.key_or_group, override.input_line
     if override.is_sweep_override() and not multirun:
         return f"{text}: several values are a sweep, add --multirun; a list is written {key}=[...]"
+    if key == "hydra/launcher" and override.value() in ("cluster", "submitit_slurm") and shutil.which("srun") is None:
+        return f"{text} hands the jobs to SLURM, and there is no srun on this machine"
     if _is_hydras(key):
         return None
     options = _group_options(key, directories)

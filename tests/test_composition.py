@@ -180,6 +180,7 @@ def test_every_experiment_composes_without_problems(experiment, base_run):
     [
         (["+experiment=lr_sweep"], False, "this is a sweep over optimizer.lr: add --multirun, or for a single run of"),
         (["optimizer.lr=1e-3"], True, "--multirun runs several values of a key, and there is none with several"),
+        (["hydra/launcher=cluster", "seed=1,2"], True, "hands the jobs to SLURM, and there is no srun on this machine"),
         (["hydra/launcher=joblibb", "seed=1,2"], True, "Could not find 'hydra/launcher/joblibb'"),
         (["+experiment=[pretrain,nosuch]"], False, "there is no experiment 'nosuch'"),
     ],
