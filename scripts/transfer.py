@@ -41,8 +41,8 @@ from cucafera.run import train
 from cucafera.training.optimizers import build_optimizer
 from cucafera.training.run_folder import RunFolder
 
-HEAD_WIDTH = 32
-BATCH_TOKENS = 512
+HEAD_WIDTH = 16
+BATCH_TOKENS = 1024
 SETTINGS = [
     "trainer=cpu",
     "logger=none",
@@ -50,7 +50,7 @@ SETTINGS = [
     "model.vocab_size=512",
     "model.num_hidden_layers=2",
     "model.max_position_embeddings=64",
-    "model.initializer_range=0.05",  # at width 64 what 0.02 is at width 400: 0.4 over the root of the width
+    "model.initializer_range=0.07",  # 0.4 over the root of 32, the base: 0.02 is as much at a width of 400
     f"batch_tokens={BATCH_TOKENS}",
     "data.processes=1",
     "callbacks.validate_every_steps=0",
@@ -117,7 +117,9 @@ def slopes(measured: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 def coordinates(arguments: argparse.Namespace) -> None:
     """Measures, prints and draws what a few steps change."""
     base = min(arguments.widths)
-    data = PackedDataModule(composed_config([*SETTINGS, f"data.prepared_dir={arguments.folder / 'prepared'}"]))
+    config = composed_config(SETTINGS)
+    config.data.prepared_dir = str(arguments.folder / "prepared")
+    data = PackedDataModule(config)
     data.prepare_data()
     data.setup()
     batches: list[Batch] = [tuple(data.training_steps[step]) for step in range(arguments.steps)]
@@ -150,16 +152,16 @@ class Run(NamedTuple):
     exponent: int
     seed: int
 
-    def overrides(self, base: int, steps: int, folder: Path) -> list[str]:
+    def overrides(self, base: int, steps: int) -> list[str]:
         """What the product is called with."""
         return [
             *SETTINGS,
             *model_overrides(self.width, base if self.scaled else None),
-            f"optimizer.lr={2.0**self.exponent}",
+            f"name={PARAMETRIZATIONS[self.scaled]}-width{self.width}-rate{self.exponent}-seed{self.seed}",
             f"seed={self.seed}",
+            f"optimizer.lr={2.0**self.exponent}",
             f"budget_tokens={BATCH_TOKENS * steps}",
             f"schedule.warmup_steps={steps // 5}",
-            f"data.prepared_dir={folder / 'prepared'}",
         ]
 
     def loss(self, base: int, steps: int, folder: Path) -> float:
@@ -167,17 +169,19 @@ class Run(NamedTuple):
 
         Infinite where the guards gave it up.
         """
-        overrides = self.overrides(base, steps, folder)
-        name = f"{PARAMETRIZATIONS[self.scaled]}-{self.width}-2^{self.exponent}-{self.seed}"
-        run = RunFolder(folder / name)
+        overrides = self.overrides(base, steps)
+        config = composed_config(overrides)
+        config.data.prepared_dir = str(folder / "prepared")
+        config.run_dir = str(folder / config.name)
+        run = RunFolder(Path(config.run_dir))
         if not (run.metrics.exists() and OmegaConf.load(run.overrides) == overrides):
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    train(composed_config([*overrides, f"name={name}", f"run_dir={run.path}"]), overrides)
+                    train(config, overrides)
             except UserError as error:
-                print(f"{name}: {error}")
+                print(f"{config.name}: {error}")
                 return math.inf
-            run.checkpoints.remove_all()  # the widest would fill the disk
+            run.checkpoints.remove_all()  # nobody asks for them, and those of a large grid would fill a disk
         return float(json.loads(run.metrics.read_text())["validation"][-1]["loss"])
 
 
@@ -327,8 +331,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
-        "coordinates": (coordinates, "what a few steps change", [64, 128, 256, 512, 1024], 4, 3),
-        "study": (study, "where the best learning rate is", [64, 128, 256, 512], 160, 1),
+        "coordinates": (coordinates, "what a few steps change", [32, 64, 128, 256, 512], 4, 3),
+        "study": (study, "where the best learning rate is", [32, 64, 128, 256], 200, 1),
     }
     for name, (_, summary, widths, steps, seeds) in parts.items():
         command = commands.add_parser(name, help=summary)
@@ -338,7 +342,7 @@ def main() -> None:
         command.add_argument("--seeds", type=int, default=seeds, help="runs to average over")
     commands.choices["coordinates"].add_argument("--exponent", type=int, default=-7, help="learning rate 2^EXPONENT")
     commands.choices["study"].add_argument(
-        "--exponents", type=int, nargs=2, default=[-10, -5], metavar=("FIRST", "LAST"), help="grid, in factors of two"
+        "--exponents", type=int, nargs=2, default=[-9, -4], metavar=("FIRST", "LAST"), help="grid, in factors of two"
     )
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
