@@ -293,12 +293,13 @@ def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: P
             axes.plot(rates, list(curve.values()), "o-", color=colors[width], markersize=3, linewidth=1.2, label=width)
             if found := optimum(curve):
                 axes.plot(
-                    2.0**found.exponent, found.loss, "*", color=colors[width], markersize=12, markeredgecolor="black",
+                    2.0**found.exponent, found.loss, "*", color=colors[width], markersize=11, markeredgecolor="black",
                     markeredgewidth=0.6, zorder=3,
                 )  # fmt: skip
         if found := optimum(curve_of[base]):
             axes.axvline(2.0**found.exponent, color="grey", linestyle=":", linewidth=1, zorder=0)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(2.0 ** np.array(list(curve_of[base])))
         axes.set_xlabel("peak learning rate")
         axes.set_title(title(scaled, base), fontsize=10)
     panels[0].set_ylabel("validation loss (nats a token)")
@@ -328,6 +329,7 @@ def draw_coordinates(measured: Mapping[bool, Mapping[int, Mapping[str, float]]],
 
 
 def main() -> None:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
@@ -347,7 +349,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger().setLevel(logging.ERROR)
-    parts[arguments.command][0](arguments)
+    try:
+        parts[arguments.command][0](arguments)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
