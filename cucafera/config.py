@@ -82,6 +82,8 @@ class ModelConfig:
     """Activation of the gate: gelu_pytorch_tanh, gelu or silu."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    base_hidden_size: int | None = None
+    """Width at which lr and initializer_range hold; muP scales from there, heads keep their width; null: no scaling."""
 
 
 @dataclass
@@ -395,6 +397,7 @@ AT_LEAST: dict[str, float] = {
     "model.num_key_value_heads": 1,
     "model.max_position_embeddings": 2,
     "model.initializer_range": 0,
+    "model.base_hidden_size": 1,
     "data.validation_windows": 1,
     "data.repeated_5grams": 2,
     "adapter.rank": 0,

@@ -25,7 +25,7 @@ from cucafera.data.packed import PackedDataModule
 from cucafera.model.transformer import Decoder
 from cucafera.training.hardware import Hardware, decide_hardware
 from cucafera.training.module import LanguageModel
-from cucafera.training.optimizers import build_optimizer
+from cucafera.training.optimizers import build_optimizer, set_learning_rate
 from cucafera.training.run_folder import RunFolder
 from cucafera.training.schedules import lr_ratio
 from cucafera.training.trainer import build_callbacks, build_trainer
@@ -67,8 +67,7 @@ def bare_round(config: Config, hardware: Hardware, data: PackedDataModule) -> li
     ends = []
     for step in range(config.total_steps):
         batch = data.training_steps[step]
-        for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * lr_ratio(step, config.schedule, config.horizon_steps)
+        set_learning_rate(optimizer, config.optimizer.lr * lr_ratio(step, config.schedule, config.horizon_steps))
         for micro_batch in batch.split(hardware.micro_batch_windows):
             loss = model(micro_batch.input_ids, micro_batch.targets, micro_batch.documents) / batch.targets.numel()
             loss.backward()

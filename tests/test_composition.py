@@ -1,5 +1,6 @@
 """The configuration: what is wrong is told at once, all of it, in words."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ WRONG_COMMAND_LINES = [
     (["model.vocab_size=70_000"], "model.vocab_size is 70_000; it must be at most 65_536"),
     (["model.vocab_size=100"], "model.vocab_size is 100; it must be at least 266"),
     (["model.hidden_act=relu"], "model.hidden_act is relu; it must be one of gelu_pytorch_tanh, gelu, silu"),
+    (["model.base_hidden_size=0"], "model.base_hidden_size is 0; it must be at least 1"),
     (["model.num_hidden_layers=0"], "model.num_hidden_layers is 0; it must be at least 1"),
     (["schedule.name=linear"], "schedule.name is linear; it must be one of cosine, wsd, constant"),
     (["schedule.final_lr_ratio=1.5"], "schedule.final_lr_ratio is 1.5; it must be at most 1"),
@@ -214,6 +216,26 @@ def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
     checkpoint.parent.mkdir()
     checkpoint.touch()
     assert composed_config(["+experiment=finetune", f"init_from={checkpoint}"]).model == config.model
+
+
+def test_finetuning_inherits_a_base_width_and_has_none_where_the_run_is_older_than_the_key(base_run):
+    path = base_run / "config.yaml"
+    written = path.read_text()
+    path.write_text(written.replace("base_hidden_size: null", "base_hidden_size: 192"))
+    overrides = ["+experiment=finetune", f"init_from={base_run}"]
+    assert composed_config(overrides).model.base_hidden_size == 192
+    assert composed_config([*overrides, "model.base_hidden_size=null"]).model.base_hidden_size is None
+    path.write_text(written.replace("  base_hidden_size: null\n", ""))
+    assert composed_config(overrides).model.base_hidden_size is None
+
+
+def test_the_proxy_of_the_245m_model_differs_from_it_in_width_alone():
+    proxy = composed_config(["+experiment=pretrain", "model=cucafera_proxy"]).model
+    target = composed_config(["+experiment=pretrain"]).model
+    assert proxy.base_hidden_size == proxy.hidden_size
+    in_proportion = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    four_times = {key: 4 * getattr(proxy, key) for key in in_proportion}
+    assert dataclasses.replace(proxy, base_hidden_size=None, **four_times) == target
 
 
 def test_the_configuration_of_another_run_cannot_ask_for_what_this_machine_knows(base_run, monkeypatch):

@@ -246,6 +246,17 @@ def test_a_new_run_begins_with_the_weights_of_another(small_run):
     assert following["validation"][-1]["loss"] < base["validation"][-1]["loss"]
 
 
+def test_learning_rates_that_are_scaled_by_the_width_have_their_curves_and_another_run_goes_without(small_run):
+    config = small_run("name=scaled", "model.base_hidden_size=12")
+    train(config, [])
+    unscaled = [value for _, value in scalars(config.run_dir, "train/lr/matrices")]
+    for group in ("block_matrices", "final_gain"):
+        scaled = [value for _, value in scalars(config.run_dir, f"train/lr/{group}")]
+        assert scaled == pytest.approx([value / 4 for value in unscaled])
+    train(small_run("name=next", "init_from=outputs/scaled"), [])
+    assert scalars("outputs/next", "val/loss")[0][1] == pytest.approx(scalars(config.run_dir, "val/loss")[-1][1])
+
+
 def test_init_from_refuses_what_does_not_fit(small_run):
     train(small_run("name=base"), [])
     with pytest.raises(UserError, match="there is no such run folder or checkpoint"):

@@ -13,6 +13,7 @@ from cucafera.config import ModelConfig
 from cucafera.model.attention import Mask, attend, attention_mask
 from cucafera.model.linear import Linear, linear
 from cucafera.model.loss import linear_cross_entropy
+from cucafera.model.scaling import initial_scale
 
 
 class Cache(Protocol):
@@ -131,7 +132,8 @@ class Decoder(nn.Module):
     """The language model: token ids to hidden states, logits or loss.
 
     Held as `model` by another module, its state dict has the keys of LlamaForCausalLM with a tied head. Initial
-    weights are drawn from torch's global generator: N(0, initializer_range), gains 1.
+    weights are drawn from torch's global generator: N(0, initializer_range), gains 1; with a base_hidden_size, some of
+    them scaled by the width (scaling.py).
     """
 
     cos: Tensor
@@ -144,9 +146,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.make_rotary_tables()
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
+            scale = initial_scale(name, config)
             if parameter.ndim >= 2:
-                nn.init.normal_(parameter, std=config.initializer_range)
+                nn.init.normal_(parameter, std=scale * config.initializer_range)
+            else:
+                nn.init.constant_(parameter, scale)
 
     def make_rotary_tables(self) -> None:
         """Computes the tables, which no checkpoint holds: needed again for a decoder that was made without memory."""

@@ -26,7 +26,7 @@ from cucafera.model.lora import add_adapters
 from cucafera.model.loss import linear_scores
 from cucafera.model.transformer import Decoder
 from cucafera.training.metrics import LanguageModelingMetrics
-from cucafera.training.optimizers import build_optimizer
+from cucafera.training.optimizers import build_optimizer, set_learning_rate
 from cucafera.training.schedules import lr_ratio
 
 
@@ -105,8 +105,7 @@ class LanguageModel(pl.LightningModule):
             batch: The windows of this device: tensors [n, T].
         """
         optimizer = cast(LightningOptimizer, self.optimizers())
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.steps_done)
+        set_learning_rate(optimizer.optimizer, self.learning_rate(self.steps_done))
 
         targets_in_step = (batch.targets != IGNORED).sum()
         if self.trainer.world_size > 1:

@@ -1,29 +1,57 @@
 """Parameter groups and the optimizer."""
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from cucafera.config import OptimizerConfig
+from cucafera.model.scaling import learning_rate_ratio
+from cucafera.model.transformer import Decoder
+
+GROUP_NAMES = {
+    (True, True): "matrices",
+    (False, True): "vectors",
+    (True, False): "block_matrices",
+    (False, False): "final_gain",
+}
+"""By whether a group holds matrices, and whether their learning rate is the same at every width."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices, which are decayed, and vectors (the gains of the norms), which are not.
 
+    Those whose learning rate is scaled by the width are groups of their own, with the ratio as `lr_ratio`. The decay is
+    divided by it: AdamW multiplies it by the learning rate, and the product is to be the same at every width.
     A group's `name` labels its learning rate in the curves.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"name": "matrices", "params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"name": "vectors", "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    members: dict[tuple[bool, float], list[torch.nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = (parameter.ndim >= 2, learning_rate_ratio(name, model.config))
+            members.setdefault(kind, []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (are_matrices, ratio), parameters in members.items():
+        decay = weight_decay / ratio if are_matrices else 0.0
+        groups.append({"name": GROUP_NAMES[are_matrices, ratio == 1.0], "params": parameters, "weight_decay": decay})
+        if ratio != 1.0:
+            groups[-1]["lr_ratio"] = ratio
+    return groups
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: Decoder, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2017), in one fused kernel for each group of parameters.
 
-    The learning rate is set before each step by the training module, from the schedule.
+    The learning rate is set before each step, from the schedule.
     """
     first, second = config.betas
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=config.lr, betas=(first, second), eps=config.eps, fused=True
     )
+    set_learning_rate(optimizer, config.lr)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Sets the learning rate of each group to its share: all of it, unless the group has a ratio of its own."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)

@@ -285,10 +285,11 @@ def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
     assert config.init_from is not None
     _, checkpoint = _read_named(config.init_from, "init_from=")
     here, there = dataclasses.asdict(config.model), checkpoint["config"]["model"]
+    may_differ = ("initializer_range", "base_hidden_size", "max_position_embeddings")
     differences = [
         f"model.{key} is {shown(here[key])} here and {shown(there.get(key))} there"
         for key in here
-        if here[key] != there.get(key) and key not in ("initializer_range", "max_position_embeddings")
+        if here[key] != there.get(key) and key not in may_differ
     ]
     if differences:
         raise UserError(

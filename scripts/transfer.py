@@ -1,0 +1,359 @@
+"""Does a learning rate that was found on a narrow model hold on a wide one, with model.base_hidden_size and without?
+
+    OMP_WAIT_POLICY=PASSIVE python scripts/transfer.py coordinates   what a few steps change in the model, by width
+    OMP_WAIT_POLICY=PASSIVE python scripts/transfer.py study         the best learning rate of each width
+
+Both print a table and draw a figure (`pip install '.[plots]'`), on the embedded corpus. The narrowest width is the
+base; there the two parametrizations are the same network, which is trained once and stands in both.
+
+`coordinates` is the check of Yang et al., 2022 (Tensor Programs V, appendix D): after a few steps at one learning rate,
+the root mean square of the change of activations should not depend on the width. Its slope is that of a line through
+the logarithms of both: 0 where it does not depend, 1 where it grows in proportion.
+
+`study` trains every width at every learning rate of a grid, by the product itself, and validates at the end. The
+optimum is the lowest point of the parabola, in the logarithm of the learning rate, through the best of the grid and its
+two neighbours. Finished runs in --folder are kept: the same command goes on after an interruption, or adds to the grid.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from cucafera.composition import composed_config
+from cucafera.config import ModelConfig, OptimizerConfig, UserError
+from cucafera.data.packed import PackedDataModule
+from cucafera.model.transformer import Decoder
+from cucafera.run import train
+from cucafera.training.optimizers import build_optimizer
+from cucafera.training.run_folder import RunFolder
+
+HEAD_WIDTH = 16
+BATCH_TOKENS = 1024
+SETTINGS = [
+    "trainer=cpu",
+    "logger=none",
+    "resume=overwrite",
+    "model.vocab_size=512",
+    "model.num_hidden_layers=2",
+    "model.max_position_embeddings=64",
+    "model.initializer_range=0.07",  # 0.4 over the root of 32, the base: 0.02 is as much at a width of 400
+    f"batch_tokens={BATCH_TOKENS}",
+    "data.processes=1",
+    "callbacks.validate_every_steps=0",
+    "callbacks.checkpoint_every_steps=0",
+    "callbacks.prompts=[]",
+]
+PARAMETRIZATIONS = {False: "standard", True: "width-aware"}
+ACTIVATIONS = ("residual stream", "attention output", "logits")
+
+
+def model_overrides(width: int, base: int | None) -> list[str]:
+    """The shape at a width: heads of one width, and everything else in proportion."""
+    heads = width // HEAD_WIDTH
+    return [
+        f"model.hidden_size={width}",
+        f"model.intermediate_size={3 * width}",
+        f"model.num_attention_heads={heads}",
+        f"model.num_key_value_heads={heads // 2}",
+        f"model.base_hidden_size={'null' if base is None else base}",
+    ]
+
+
+Batch = tuple[Tensor, Tensor, Tensor | None]
+"""Token ids, targets and documents, each [B, T]."""
+
+
+@torch.no_grad()
+def activations(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
+    """What the last block leaves in the residual stream, what its attention adds, and the logits."""
+    seen: dict[str, Tensor] = {}
+    last = decoder.layers[-1]
+    hooks = [
+        last.register_forward_hook(lambda module, inputs, output: seen.update({"residual stream": output})),
+        last.self_attn.register_forward_hook(lambda module, inputs, output: seen.update({"attention output": output})),
+    ]
+    seen["logits"] = decoder.logits(decoder(batch[0], documents=batch[2]))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def changes(config: ModelConfig, batches: Sequence[Batch], learning_rate: float, seed: int = 0) -> dict[str, float]:
+    """Root mean square of the change of activations on the first batch, by one training step on each."""
+    torch.manual_seed(seed)
+    decoder = Decoder(config)
+    optimizer = build_optimizer(decoder, OptimizerConfig(lr=learning_rate))
+    before = activations(decoder, batches[0])
+    for input_ids, targets, documents in batches:
+        (decoder(input_ids, targets, documents) / targets.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = activations(decoder, batches[0])
+    return {name: (after[name] - before[name]).square().mean().sqrt().item() for name in ACTIVATIONS}
+
+
+def slopes(measured: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Of the line through the logarithms of widths and changes, by activation."""
+    widths = np.log(list(measured))
+    return {
+        name: float(np.polyfit(widths, np.log([row[name] for row in measured.values()]), 1)[0]) for name in ACTIVATIONS
+    }
+
+
+def coordinates(arguments: argparse.Namespace) -> None:
+    """Measures, prints and draws what a few steps change."""
+    base = min(arguments.widths)
+    config = composed_config(SETTINGS)
+    config.data.prepared_dir = str(arguments.folder / "prepared")
+    data = PackedDataModule(config)
+    data.prepare_data()
+    data.setup()
+    batches: list[Batch] = [tuple(data.training_steps[step]) for step in range(arguments.steps)]
+    measured: dict[bool, dict[int, dict[str, float]]] = {False: {}, True: {}}
+    for scaled, width in itertools.product(measured, sorted(arguments.widths)):
+        model = composed_config([*SETTINGS, *model_overrides(width, base if scaled else None)]).model
+        rows = [changes(model, batches, 2.0**arguments.exponent, seed) for seed in range(arguments.seeds)]
+        measured[scaled][width] = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ACTIVATIONS}
+    print(f"RMS change after {arguments.steps} steps at 2^{arguments.exponent}, base width {base}\n")
+    print(f"{'':12}{'width':>8}" + "".join(f"{name:>18}" for name in ACTIVATIONS))
+    for scaled, row_of in measured.items():
+        for width, row in row_of.items():
+            print(f"{PARAMETRIZATIONS[scaled]:12}{width:>8}" + "".join(f"{row[name]:>18.4f}" for name in ACTIVATIONS))
+        print(f"{'':12}{'slope':>8}" + "".join(f"{slope:>18.2f}" for slope in slopes(row_of).values()) + "\n")
+    draw_coordinates(measured, f"RMS change after {arguments.steps} steps", arguments.folder / "coordinates.png")
+
+
+class Run(NamedTuple):
+    """One run of the study.
+
+    Attributes:
+        scaled: With a base width, or with none.
+        width: Its width.
+        exponent: Of its peak learning rate, 2 ** exponent.
+        seed: Of weights and order.
+    """
+
+    scaled: bool
+    width: int
+    exponent: int
+    seed: int
+
+    def overrides(self, base: int, steps: int) -> list[str]:
+        """What the product is called with."""
+        return [
+            *SETTINGS,
+            *model_overrides(self.width, base if self.scaled else None),
+            f"name={PARAMETRIZATIONS[self.scaled]}-width{self.width}-rate{self.exponent}-seed{self.seed}",
+            f"seed={self.seed}",
+            f"optimizer.lr={2.0**self.exponent}",
+            f"budget_tokens={BATCH_TOKENS * steps}",
+            f"schedule.warmup_steps={steps // 5}",
+        ]
+
+    def loss(self, base: int, steps: int, folder: Path) -> float:
+        """Its last validation loss, in nats a token; of a run that is complete, the one that it has told already.
+
+        Infinite where the guards gave it up.
+        """
+        overrides = self.overrides(base, steps)
+        config = composed_config(overrides)
+        config.data.prepared_dir = str(folder / "prepared")
+        config.run_dir = str(folder / config.name)
+        run = RunFolder(Path(config.run_dir))
+        if not (run.metrics.exists() and OmegaConf.load(run.overrides) == overrides):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    train(config, overrides)
+            except UserError as error:
+                print(f"{config.name}: {error}")
+                return math.inf
+            run.checkpoints.remove_all()  # nobody asks for them, and those of a large grid would fill a disk
+        return float(json.loads(run.metrics.read_text())["validation"][-1]["loss"])
+
+
+def study(arguments: argparse.Namespace) -> None:
+    """Trains the grid, and prints and draws where the optimum of each width is."""
+    started = time.monotonic()
+    widths = sorted(arguments.widths)
+    exponents = range(arguments.exponents[0], arguments.exponents[1] + 1)
+    runs = [
+        Run(scaled, width, exponent, seed)
+        for width, scaled in itertools.product(widths, (False, True))
+        if width > widths[0] or not scaled
+        for exponent, seed in itertools.product(exponents, range(arguments.seeds))
+    ]
+    losses: dict[Run, float] = {}
+    for number, run in enumerate(runs, 1):
+        losses[run] = run.loss(widths[0], arguments.steps, arguments.folder)
+        print(
+            f"{number:>3}/{len(runs)}  {time.monotonic() - started:>5.0f} s  {PARAMETRIZATIONS[run.scaled]:12}"
+            f"width {run.width:>4}  rate 2^{run.exponent:<4}seed {run.seed}  validation loss {losses[run]:.3f}",
+            flush=True,
+        )
+    curves: dict[bool, dict[int, dict[int, float]]] = {False: {}, True: {}}
+    for scaled, width in itertools.product(curves, widths):
+        trained = scaled and width > widths[0]
+        curves[scaled][width] = {
+            exponent: statistics.fmean(losses[Run(trained, width, exponent, seed)] for seed in range(arguments.seeds))
+            for exponent in exponents
+        }
+    print_study(curves)
+    draw_study(curves, arguments.folder / "study.png")
+
+
+class Optimum(NamedTuple):
+    """The lowest point of a parabola.
+
+    Attributes:
+        exponent: Of its learning rate.
+        loss: There.
+    """
+
+    exponent: float
+    loss: float
+
+
+def optimum(curve: Mapping[int, float]) -> Optimum | None:
+    """Of the parabola through the best learning rate and its neighbours; None where the grid ends at the best.
+
+    Args:
+        curve: Loss of each exponent.
+    """
+    best = min(curve, key=lambda exponent: curve[exponent])
+    left, middle, right = curve.get(best - 1, math.inf), curve[best], curve.get(best + 1, math.inf)
+    if not math.isfinite(left + right):
+        return None
+    bend = left - 2 * middle + right
+    return Optimum(best + (left - right) / (2 * bend), middle - (left - right) ** 2 / (8 * bend))
+
+
+def print_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]]) -> None:
+    """Losses, optima, and what it costs to train a width at the best rate of the base."""
+    base, widest = min(curves[False]), max(curves[False])
+    exponents = list(curves[False][base])
+    best_of_base = min(exponents, key=lambda exponent: curves[False][base][exponent])
+    print(f"\nvalidation loss (nats a token) by peak learning rate; base width {base}\n")
+    print(f"{'':12}{'width':>6}" + "".join(f"{f'2^{exponent}':>8}" for exponent in exponents), end="")
+    print(f"{'optimum':>10}{'moved':>8}{'cost':>8}")
+    moved: dict[tuple[bool, int], str] = {}
+    for scaled, curve_of in curves.items():
+        first = optimum(curve_of[base])
+        for width, curve in curve_of.items():
+            found = optimum(curve)
+            moved[scaled, width] = f"{found.exponent - first.exponent:+.2f}" if found and first else "unknown"
+            print(f"{PARAMETRIZATIONS[scaled]:12}{width:>6}", end="")
+            print("".join(f"{loss:>8.3f}" for loss in curve.values()), end="")
+            print(f"{f'2^{found.exponent:.2f}' if found else 'outside':>10}{moved[scaled, width]:>8}", end="")
+            print(f"{curve[best_of_base] - min(curve.values()):>8.3f}")
+    print("\nmoved: factors of two from the optimum of the base")
+    print(f"cost: loss at the best rate of the base, 2^{best_of_base}, above that at the best rate of the width")
+    print(f"\nFrom width {base} to {widest} the best learning rate moved by this many factors of two:")
+    for scaled in curves:
+        print(f"  {PARAMETRIZATIONS[scaled]:12}{moved[scaled, widest]}")
+
+
+def two_panels() -> tuple[Any, Any]:
+    """A figure as wide as a page, with a panel for each parametrization."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, 2, figsize=(7.2, 3.2), dpi=200, layout="constrained", sharey=True)
+
+
+def title(scaled: bool, base: int) -> str:
+    """Of a panel."""
+    return f"{PARAMETRIZATIONS[scaled]}, base width {base}" if scaled else PARAMETRIZATIONS[scaled]
+
+
+def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: Path) -> None:
+    """Loss against learning rate: one line a width, a star at its optimum."""
+    import matplotlib
+
+    figure, panels = two_panels()
+    base, *others = curves[False]
+    colors = dict(
+        zip((base, *others), matplotlib.colormaps["viridis"](np.linspace(0.9, 0, 1 + len(others))), strict=True)
+    )
+    for axes, (scaled, curve_of) in zip(panels, curves.items(), strict=True):
+        for width, curve in curve_of.items():
+            rates = 2.0 ** np.array(list(curve))
+            axes.plot(rates, list(curve.values()), "o-", color=colors[width], markersize=3, linewidth=1.2, label=width)
+            if found := optimum(curve):
+                axes.plot(
+                    2.0**found.exponent, found.loss, "*", color=colors[width], markersize=11, markeredgecolor="black",
+                    markeredgewidth=0.6, zorder=3,
+                )  # fmt: skip
+        if found := optimum(curve_of[base]):
+            axes.axvline(2.0**found.exponent, color="grey", linestyle=":", linewidth=1, zorder=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(2.0 ** np.array(list(curve_of[base])))
+        axes.set_xlabel("peak learning rate")
+        axes.set_title(title(scaled, base), fontsize=10)
+    panels[0].set_ylabel("validation loss (nats a token)")
+    panels[0].plot([], [], "*", color="white", markersize=10, markeredgecolor="black", label="optimum")
+    panels[0].plot([], [], ":", color="grey", label=f"optimum at {base}")
+    figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right center", frameon=False)
+    figure.savefig(path)
+    print(path)
+
+
+def draw_coordinates(measured: Mapping[bool, Mapping[int, Mapping[str, float]]], what: str, path: Path) -> None:
+    """Change against width: one line an activation."""
+    figure, panels = two_panels()
+    for axes, (scaled, row_of) in zip(panels, measured.items(), strict=True):
+        for name, marker in zip(ACTIVATIONS, "os^", strict=True):
+            axes.plot(list(row_of), [row[name] for row in row_of.values()], f"{marker}-", markersize=4, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(list(row_of), [str(width) for width in row_of])
+        axes.minorticks_off()
+        axes.set_xlabel("width")
+        axes.set_title(title(scaled, min(row_of)), fontsize=10)
+    panels[0].set_ylabel(what)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path)
+    print(path)
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    parts = {
+        "coordinates": (coordinates, "what a few steps change", [32, 64, 128, 256, 512], 4, 3),
+        "study": (study, "where the best learning rate is", [32, 64, 128, 256], 200, 1),
+    }
+    for name, (_, summary, widths, steps, seeds) in parts.items():
+        command = commands.add_parser(name, help=summary)
+        command.add_argument("--folder", type=Path, default=Path("outputs/transfer"), help="for figure and runs")
+        command.add_argument("--widths", type=int, nargs="+", default=widths, help=f"multiples of {2 * HEAD_WIDTH}")
+        command.add_argument("--steps", type=int, default=steps, help="training steps of a run")
+        command.add_argument("--seeds", type=int, default=seeds, help="runs to average over")
+    commands.choices["coordinates"].add_argument("--exponent", type=int, default=-7, help="learning rate 2^EXPONENT")
+    commands.choices["study"].add_argument(
+        "--exponents", type=int, nargs=2, default=[-9, -4], metavar=("FIRST", "LAST"), help="grid, in factors of two"
+    )
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        parts[arguments.command][0](arguments)
+    except UserError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
