@@ -36,7 +36,8 @@ class Layers(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the activations of a new model."""
         assert isinstance(pl_module, LanguageModel)
-        self._write_activations(trainer, pl_module)
+        if pl_module.steps_done == 0:
+            self._write_activations(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
