@@ -16,11 +16,13 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Union
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -191,6 +193,15 @@ def composed_config(overrides: Sequence[str]) -> Config:
     register_schema()
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         return typed_config(compose(CONFIG_NAME, overrides=hydra_arguments(overrides)))
+
+
+def default_config() -> Config:
+    """The Config of a command line without overrides; also within a job of Hydra."""
+    register_schema()
+    within_job = GlobalHydra.instance().is_initialized()
+    place = nullcontext() if within_job else initialize_config_dir(str(config_directory()), version_base="1.3")
+    with place:
+        return typed_config(compose(CONFIG_NAME))
 
 
 def listed(problems: Sequence[str]) -> str:

@@ -278,6 +278,10 @@ class CallbacksConfig:
     """Checkpoints to keep, beside the best."""
     keep_every_steps: int = 0
     """Steps between checkpoints that are kept for good, a multiple of checkpoint_every_steps; 0: none."""
+    histogram_every_steps: int = 0
+    """Steps between histograms of all weights and gradients in TensorBoard; 0: none."""
+    reference_curve: str | None = None
+    """A published training loss to draw beside this run's: original, that of the original cucafera; null: none."""
     prompts: list[str] = field(default_factory=list)
     """Beginnings that the model continues, or questions that it answers, at each validation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -381,6 +385,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trainer.precision": ("auto", "fp32", "bf16"),
     "trainer.compile": ("auto", True, False),
     "trainer.profiler": (None, "simple", "pytorch"),
+    "callbacks.reference_curve": (None, "original"),
     "callbacks.guards.non_finite": ("skip", "rollback", "stop"),
     "callbacks.guards.loss_spike": ("warn", "rollback", "ignore"),
 }
@@ -416,6 +421,7 @@ AT_LEAST: dict[str, float] = {
     "callbacks.checkpoint_every_steps": 0,
     "callbacks.keep_last": 1,
     "callbacks.keep_every_steps": 0,
+    "callbacks.histogram_every_steps": 0,
     "callbacks.guards.most_in_a_row": 1,
     "callbacks.guards.spike_window_steps": 2,
     "callbacks.sampling.max_new_tokens": 1,

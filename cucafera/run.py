@@ -238,7 +238,7 @@ def _session(
             config.budget_tokens = before["config"]["budget_tokens"]
         else:
             config.budget_tokens = budget_of_epochs(config, data)
-    callbacks = build_callbacks(config, hardware, folder, before, left_out_batches, interruption)
+    callbacks = build_callbacks(config, hardware, folder, before, left_out_batches, interruption, overrides)
     if before and first_step >= config.total_steps:
         callbacks.restore(before)
         return _told_again(config, hardware, folder, callbacks, first_step, is_first_process)

@@ -23,6 +23,7 @@ from cucafera.composition import composed_config
 from cucafera.config import Config
 from cucafera.data.packed import PackedDataModule
 from cucafera.model.transformer import Decoder
+from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.hardware import Hardware, decide_hardware
 from cucafera.training.module import LanguageModel
 from cucafera.training.optimizers import build_optimizer, set_learning_rate
@@ -45,7 +46,8 @@ def lightning_round(config: Config, hardware: Hardware, data: PackedDataModule) 
     """Seconds of each step but the first, and the share of the time spent waiting for data."""
     with tempfile.TemporaryDirectory() as directory:
         folder = RunFolder(Path(directory))
-        callbacks = build_callbacks(config, hardware, folder, None, [], time.monotonic())
+        interruption = Interruption(config, time.monotonic())
+        callbacks = build_callbacks(config, hardware, folder, None, [], interruption, [])
         trainer = build_trainer(config, hardware, folder, callbacks, first_step=0)
         times = StepTimes()
         # What remains are signals, guards and curves; the rest does nothing between validations and checkpoints.

@@ -59,7 +59,7 @@ SETTINGS = [
 ]
 TOKENS_OF_STEP = 128
 VARYING_METRICS = ("training_seconds", "tokens_per_second", "data_wait", "peak_memory_gib", "name")
-VARYING_CURVES = ("speed/", "memory/")
+VARYING_CURVES = ("speed/", "memory/", "hp/tokens_per_second")
 KILLS = ("kill", "kill in save")
 LONGEST_START_SECONDS = 120
 

@@ -68,6 +68,8 @@ WRONG_COMMAND_LINES = [
     (["trainer.devices=none"], "trainer.devices is none; it must be a number of at least 1, or auto"),
     (["trainer.micro_batch_windows=0"], "trainer.micro_batch_windows is 0; it must be at least 1"),
     (["callbacks.keep_last=0"], "callbacks.keep_last is 0; it must be at least 1"),
+    (["callbacks.histogram_every_steps=-1"], "callbacks.histogram_every_steps is -1; it must be at least 0"),
+    (["callbacks.reference_curve=mine"], "callbacks.reference_curve is mine; it must be one of null, original"),
     (["callbacks.sampling.top_p=1.2"], "callbacks.sampling.top_p is 1.2; it must be at most 1"),
     (["budget_tokens=1e6", "batch_tokens=1024.5"], "batch_tokens is 1024.5; it must be a whole number"),
     (["name=a/b"], "name is a/b; it must be a plain folder name"),

@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_undisturbed_one(door, tmp
     assert code == 0, output
     assert "going on after step" in output
     assert_equal(weights(undisturbed), weights(killed))
-    for tag in ("train/loss", "val/loss"):
+    for tag in ("train/loss", "val/loss", "by_tokens/val_loss", "schedule/planned", "layers/activation_rms/01"):
         assert scalars(undisturbed, tag) == scalars(killed, tag)
 
 
@@ -110,7 +110,7 @@ def test_a_run_goes_on_on_another_number_of_devices(door, tmp_path):
     for devices, budget in ((1, 1024), (2, 2048), (1, 3072)):
         code, output = door.run("name=moved", f"trainer.devices={devices}", f"budget_tokens={budget}", *ELASTIC)
         assert code == 0, output
-    for tag in ("train/loss", "train/gradient_norm", "val/loss", "val/bpb"):
+    for tag in ("train/loss", "train/gradient_norm", "val/loss", "val/bpb", "layers/gradient_norm/01"):
         assert_same_curve(one, moved, tag)
     assert_close(weights(one), weights(moved))
     history = [json.loads(line) for line in (moved / "history.jsonl").read_text().splitlines()]

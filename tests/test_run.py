@@ -74,14 +74,17 @@ def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
         "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "val/loss", "val/perplexity", "val/accuracy",
-        "val/bpb", "guards/skipped_updates",
+        "val/bpb", "guards/skipped_updates", "schedule/planned", "by_tokens/val_loss", "by_tokens/val_bpb",
+        "hp/val_loss", "hp/val_bpb", "hp/train_loss", "hp/tokens_per_second",
+        *(f"layers/gradient_norm/{name}" for name in ("embedding", "00", "01")),
+        *(f"layers/activation_rms/{name}" for name in ("embedding", "00", "01")),
     }  # fmt: skip
     assert [step for step, _ in scalars(config.run_dir, "train/loss")] == list(range(1, 13))
     assert [step for step, _ in scalars(config.run_dir, "val/bpb")] == [0, 4, 8, 12]
     assert scalars(config.run_dir, "train/tokens")[-1] == (12, 3072)
     assert scalars(config.run_dir, "train/lr/matrices")[1][1] == pytest.approx(config.optimizer.lr * 2 / 3)
     tags = set(events.Tags()["tensors"])
-    assert {"config/text_summary", "samples/1/text_summary"} <= tags
+    assert {"config/text_summary", "system/text_summary", "samples/1/text_summary"} <= tags
     config_text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "hidden_size: 48" in config_text
 

@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
@@ -17,6 +19,8 @@ from cucafera.data.files import append
 log = logging.getLogger(__name__)
 
 EVENTS = "events.out.tfevents."
+DECLARATIONS = EVENTS + "0000000000.declarations"
+"""The file of what each session of a run declares anew; its name stands before those of the curves."""
 FLUSH_SECONDS = 30
 """Events are flushed that often, at the next one."""
 
@@ -60,11 +64,14 @@ class EventFile:
 
     Args:
         folder: Where the file goes.
+        name: Its name, in place of an earlier file's; None: one that stands behind those of all earlier files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = PatientFile(folder / f"{EVENTS}{_stamp_after(folder)}.{os.getpid()}")
+        path = folder / (name or f"{EVENTS}{_stamp_after(folder)}.{os.getpid()}")
+        path.unlink(missing_ok=True)
+        self._file = PatientFile(path)
         self._records = RecordWriter(self._file)
         self._folder = folder
         self._flushed_at = 0.0
@@ -144,6 +151,7 @@ class EventLogger(TensorBoardLogger):
         super().__init__(folder, name="", version="")
         self._folder = folder
         self._first_step = first_step
+        self._declarations: EventFile | None = None
 
     @property
     @rank_zero_experiment
@@ -156,6 +164,25 @@ class EventLogger(TensorBoardLogger):
             )
         return self._experiment
 
+    def declare(self, *summaries: Summary) -> None:
+        """Writes what belongs to this session, and takes the place of what the session before has declared.
+
+        TensorBoard keeps the first hyperparameters and the first end that it finds in a run, so those of a session
+        that did not go to its end, or had another budget, must not be there any more.
+        """
+        if self._declarations is None:
+            self._declarations = EventFile(self._folder, DECLARATIONS)
+        for summary in summaries:
+            self._declarations.add_event(Event(wall_time=time.time(), summary=summary))
+        self._declarations.flush()
+
     def save(self) -> None:
         """Flushes; Lightning would add a second file of hyperparameters beside config.yaml."""
         self.experiment.flush()
+        if self._declarations is not None:
+            self._declarations.flush()
+
+
+def event_logger(trainer: pl.Trainer) -> EventLogger | None:
+    """The logger of a run's curves; None in all but the first process of a job, and where none are written."""
+    return trainer.logger if isinstance(trainer.logger, EventLogger) and trainer.is_global_zero else None

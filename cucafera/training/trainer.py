@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,9 +18,16 @@ from cucafera.config import Config, UserError
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.guards import Guards
+from cucafera.training.callbacks.histograms import Histograms
+from cucafera.training.callbacks.hyperparameters import Hyperparameters
 from cucafera.training.callbacks.interruption import Interruption
+from cucafera.training.callbacks.layers import Layers
+from cucafera.training.callbacks.layout import Layout
+from cucafera.training.callbacks.plan import Plan
 from cucafera.training.callbacks.progress import Progress, count
+from cucafera.training.callbacks.reference import ReferenceCurve
 from cucafera.training.callbacks.samples import Samples
+from cucafera.training.callbacks.system import System
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.checkpoint_files import CheckpointWriter
@@ -33,19 +41,28 @@ PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 @dataclasses.dataclass(frozen=True)
 class Callbacks:
-    """The callbacks of a run, in the order in which they run after a step."""
+    """The callbacks of a run, in the order in which they run after a step.
+
+    Attributes:
+        dashboard: Those that write nothing but TensorBoard events; none where no events are written.
+    """
 
     interruption: Interruption
     guards: Guards
     throughput: Throughput
     validation: Validation
+    dashboard: tuple[pl.Callback, ...]
     samples: Samples
     checkpoints: Checkpoints
     progress: Progress
 
     def in_order(self) -> list[pl.Callback]:
         """Signals and guards first, lest something broken be written; then what is measured, before it is saved."""
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        callbacks: list[pl.Callback] = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            callbacks += value if isinstance(value, tuple) else (value,)
+        return callbacks
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what a checkpoint knows of the run, without training on."""
@@ -61,6 +78,7 @@ def build_callbacks(
     resumed: dict[str, Any] | None,
     left_out_batches: list[int],
     interruption: Interruption,
+    overrides: Sequence[str],
 ) -> Callbacks:
     """The callbacks, which know of each other what they need.
 
@@ -71,6 +89,7 @@ def build_callbacks(
         resumed: The checkpoint that it goes on from, if any.
         left_out_batches: Numbers of the batches that rollbacks have left out.
         interruption: What answers signals.
+        overrides: The command line.
     """
     guards = Guards(config, interruption, left_out_batches)
     throughput = Throughput(config, hardware, guards)
@@ -84,10 +103,34 @@ def build_callbacks(
         guards=guards,
         throughput=throughput,
         validation=validation,
+        dashboard=_dashboard(config, hardware, overrides, guards, throughput, validation),
         samples=Samples(config, validation),
         checkpoints=Checkpoints(config, folder, writer, interruption, validation),
         progress=Progress(config, throughput, validation),
     )
+
+
+def _dashboard(
+    config: Config,
+    hardware: Hardware,
+    overrides: Sequence[str],
+    guards: Guards,
+    throughput: Throughput,
+    validation: Validation,
+) -> tuple[pl.Callback, ...]:
+    if not config.logger.tensorboard:
+        return ()
+    settings = config.callbacks
+    always = (
+        Layout(hardware),
+        System(config, hardware, overrides),
+        Plan(config),
+        Layers(config, guards, validation),
+        Hyperparameters(config, overrides, throughput, validation),
+    )
+    reference = (ReferenceCurve(config),) if settings.reference_curve else ()
+    histograms = (Histograms(config),) if settings.histogram_every_steps else ()
+    return (*always, *reference, *histograms)
 
 
 def build_trainer(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from cucafera.training import events
 from cucafera.training.events import EVENTS, EventLogger
@@ -34,6 +35,21 @@ def test_curves_wait_for_a_full_disk_and_are_whole_afterwards(tmp_path, monkeypa
             assert scalars(tmp_path) == [(1, 1.0), (2, 2.0)]
     assert scalars(tmp_path) == [(step, float(step)) for step in range(1, 10)]
     assert caplog.text.count("cannot be written: No space left on device. The curves wait in memory") == 1
+
+
+def test_what_a_session_declares_takes_the_place_of_what_the_one_before_did(tmp_path, monkeypatch):
+    first = EventLogger(tmp_path, 0)
+    first.declare(Summary(value=[Summary.Value(tag="declared", simple_value=1)]))
+    first.log_metrics({"x": 1}, 1)
+    first.save()
+    second = EventLogger(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        second.declare(Summary(value=[Summary.Value(tag="declared", simple_value=2)]))
+    second.log_metrics({"x": 2}, 2)
+    second.save()
+    assert scalars(tmp_path, "declared") == [(0, 2.0)]
+    assert scalars(tmp_path) == [(1, 1.0), (2, 2.0)]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")

@@ -155,6 +155,20 @@ def test_a_rollback_leaves_out_the_batch_as_if_it_had_never_been_there(small_run
     assert json.loads(Path("outputs/run/metrics.json").read_text())["left_out_batches"] == [number]
 
 
+def test_each_point_of_the_curves_stands_once_after_a_rollback(small_run, inject):
+    inject({9}, math.nan)
+    train(small_run("name=run", ROLLBACK), [])
+    for tag, steps in (
+        ("train/loss", range(1, 13)),
+        ("schedule/planned", range(1, 13)),
+        ("layers/gradient_norm/00", range(1, 13)),
+        ("val/loss", range(0, 13, 4)),
+        ("hp/val_loss", range(0, 13, 4)),
+        ("by_tokens/val_loss", range(0, 3073, 1024)),
+    ):
+        assert [step for step, _ in scalars("outputs/run", tag)] == list(steps), tag
+
+
 def test_a_batch_that_was_left_out_stays_out_when_the_run_goes_on(small_run, inject):
     inject({5, 9}, math.nan)
     horizon = "schedule.horizon_steps=12"

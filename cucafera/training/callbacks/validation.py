@@ -18,7 +18,8 @@ class Validation(pl.Callback):
     What is measured are the targets: every token of documents, the assistant's tokens of conversations.
 
     Emits, against steps: val/loss (nats a token), val/perplexity, val/accuracy (share of tokens that were the
-    likeliest), val/bpb (bits a UTF-8 byte).
+    likeliest), val/bpb (bits a UTF-8 byte). And against tokens seen, so that runs with other batches can be compared:
+    by_tokens/val_loss, by_tokens/val_bpb.
 
     Attributes:
         history: One record a validation: step, tokens, loss, perplexity, accuracy, bpb.
@@ -41,10 +42,15 @@ class Validation(pl.Callback):
         return self.history[-1] if self.history and self.history[-1]["step"] == step else None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures what the curve falls from."""
+        """Measures what the curve falls from, or writes again what TensorBoard drops of a run that goes on."""
         assert isinstance(pl_module, LanguageModel)
-        if pl_module.steps_done == 0:
+        first_step = pl_module.steps_done
+        if first_step == 0:
             self._validate(trainer, pl_module)
+            return
+        for record in self.history:
+            if record["tokens"] > first_step:  # TensorBoard takes them for steps behind the one that is gone on from
+                self._write_by_tokens(trainer, record)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,3 +76,9 @@ class Validation(pl.Callback):
         self.history.append({"step": step, "tokens": step * int(self.config.batch_tokens), **measured})
         for logger in trainer.loggers:
             logger.log_metrics({f"val/{name}": value for name, value in measured.items()}, step=step)
+        self._write_by_tokens(trainer, self.history[-1])
+
+    def _write_by_tokens(self, trainer: pl.Trainer, record: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            curves = {f"by_tokens/val_{name}": record[name] for name in ("loss", "bpb")}
+            logger.log_metrics(curves, step=int(record["tokens"]))

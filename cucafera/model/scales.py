@@ -1,0 +1,63 @@
+"""How large numbers are in each layer: gradients, and the residual stream. What explodes or dies away shows there.
+
+T time, D hidden, L layers
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cucafera.model.attention import dense_mask
+from cucafera.model.transformer import Decoder, positions_within
+
+EMBEDDING = "embedding"
+"""What stands before the first layer, among the names of layers."""
+
+
+def layer_names(model: Decoder) -> list[str]:
+    """The embedding and the number of each layer, 00 being the first, as the weights are numbered."""
+    return [EMBEDDING, *(f"{number:02}" for number in range(len(model.layers)))]
+
+
+def gradient_norms(model: Decoder) -> dict[str, Tensor]:
+    """Norm of the gradient of the embedding, which is the head too, and of each layer.
+
+    Returns:
+        A scalar a name of `layer_names`, on the device, which is not waited for; nothing for a layer that is not
+        trained.
+    """
+    norms = {}
+    for name, layer in zip(layer_names(model), [model.embed_tokens, *model.layers], strict=True):
+        gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
+        if gradients:
+            norms[name] = nn.utils.get_total_norm(gradients)
+    return norms
+
+
+@torch.no_grad()
+def activation_scales(model: Decoder, input_ids: Tensor, documents: Tensor | None) -> dict[str, Tensor]:
+    """Root mean square of the residual stream behind the embedding and behind each layer.
+
+    The layers are called one by one, whether or not the whole is compiled, and without flex attention, which would be
+    compiled for this alone.
+
+    Args:
+        model: The decoder.
+        input_ids: [B, T] int64.
+        documents: Document number of each token, [B, T] int32, or None; see `Decoder.forward`.
+
+    Returns:
+        An fp32 scalar a name of `layer_names`, on the device.
+    """
+    positions = slice(input_ids.shape[1]) if documents is None else positions_within(documents)
+    cos, sin = model.cos[positions], model.sin[positions]
+    mask = None if documents is None else dense_mask(documents)
+    x = model.embed_tokens(input_ids)
+    scales = [_root_mean_square(x)]
+    for layer in model.layers:
+        x = layer(x, cos, sin, mask, None)
+        scales.append(_root_mean_square(x))
+    return dict(zip(layer_names(model), scales, strict=True))
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    return x.float().square().mean().sqrt()

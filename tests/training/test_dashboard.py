@@ -1,0 +1,373 @@
+"""What TensorBoard shows of a run, read back through its own readers."""
+
+import json
+import math
+import re
+import socket
+import subprocess
+import time
+from html import unescape
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import initialize_config_dir
+from tensorboard import plugin_util
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.context import RequestContext
+from tensorboard.data import server_ingester
+from tensorboard.data.provider import RunTagFilter
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.api_pb2 import ListSessionGroupsRequest, Status
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
+from tensorboard.util import grpc_util
+
+from cucafera.composition import composed_config, config_directory, default_config
+from cucafera.config import AdapterConfig, UserError
+from cucafera.model.lora import add_adapters
+from cucafera.model.scales import activation_scales, gradient_norms
+from cucafera.model.transformer import Decoder
+from cucafera.run import train
+from cucafera.training.callbacks import layers
+from cucafera.training.callbacks.hyperparameters import overridden_values
+from cucafera.training.callbacks.plan import drawn_steps
+from cucafera.training.callbacks.reference import PUBLISHED, PublishedLoss
+from cucafera.training.callbacks.system import plain, source_revision, system_page, table
+from cucafera.training.events import EVENTS
+from cucafera.training.hardware import decide_hardware
+from cucafera.training.module import LanguageModel
+from cucafera.training.run_folder import RunFolder
+from tests.test_run import assert_equal, scalars, weights
+
+HORIZON = "schedule.horizon_steps=12"
+REQUEST = RequestContext()
+
+
+class DataServer:
+    """TensorBoard's own data server on the runs below a folder, which it reads once.
+
+    Args:
+        folder: The folder.
+        runs: How many runs to wait for.
+    """
+
+    def __init__(self, folder: str, runs: int) -> None:
+        try:
+            binary = server_ingester.get_server_binary()
+        except server_ingester.NoDataServerError:
+            pytest.skip("TensorBoard has no data server for this machine")
+        self.ingester = server_ingester.SubprocessServerDataIngester(
+            binary,
+            folder,
+            reload_interval=0,
+            channel_creds_type=grpc_util.ChannelCredsType.LOCAL,
+            samples_per_plugin={"scalars": 0},
+        )
+        self.ingester.start()
+        self.provider = self.ingester.data_provider
+        deadline = time.monotonic() + 20
+        while len(self.provider.list_runs(REQUEST, experiment_id="")) < runs and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def curves(self, run: str) -> dict[str, list[tuple[int, float]]]:
+        """Steps and values of every curve of a run."""
+        found = self.provider.read_scalars(
+            REQUEST, experiment_id="", plugin_name="scalars", downsample=10**6, run_tag_filter=RunTagFilter(runs=[run])
+        )
+        return {tag: [(point.step, point.value) for point in points] for tag, points in found[run].items()}
+
+    def table(self) -> dict[str, dict]:
+        """The rows of the tab HParams, by their runs: hyperparameters, metrics and status."""
+        request = ListSessionGroupsRequest(allowed_statuses=list(Status.values()), slice_size=100)
+        groups = Handler(REQUEST, Context(TBContext(data_provider=self.provider)), "", request).run().session_groups
+        return {
+            group.name: {
+                **{key: getattr(value, value.WhichOneof("kind")) for key, value in group.hparams.items()},
+                **{metric.name.tag: metric.value for metric in group.metric_values},
+                "status": Status.Name(group.sessions[0].status),
+            }
+            for group in groups
+        }
+
+
+def all_curves(run_dir: str) -> dict[str, list[tuple[int, float]]]:
+    """Steps and values of every curve of a run, as the EventAccumulator reads them."""
+    events = EventAccumulator(run_dir, size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def kill_before_its_last_checkpoint(run_dir: str) -> None:
+    """Leaves what SIGKILL between the last step and its checkpoint would."""
+    folder = RunFolder(Path(run_dir))
+    newest = folder.checkpoints.marked()[-1]
+    newest.with_suffix(".json").unlink()
+    newest.unlink()
+    folder.metrics.unlink()
+    folder.report.unlink()
+
+
+def test_each_point_stands_once_after_a_kill_in_both_readers(small_run, monkeypatch):
+    reference = PublishedLoss(batch_tokens=256, losses=((0, 6.0), (3, 5.0), (9, 4.0), (10, 3.9), (99, 2.0)))
+    monkeypatch.setitem(PUBLISHED, "original", reference)
+    settings = ("callbacks.reference_curve=original", HORIZON)
+    train(small_run("name=whole", *settings), [])
+    train(small_run("name=killed", *settings), [])
+    kill_before_its_last_checkpoint("outputs/killed")
+    train(small_run("name=killed", *settings), [])
+    whole, killed = all_curves("outputs/whole"), all_curves("outputs/killed")
+    served = DataServer("outputs", runs=2).curves("killed")
+    assert whole.keys() == killed.keys() == served.keys()
+    for tag, points in whole.items():
+        steps = [step for step, _ in points]
+        assert steps == sorted(set(steps)) == [step for step, _ in killed[tag]] == [step for step, _ in served[tag]]
+        if not tag.startswith(("speed/", "memory/", "hp/tokens_per_second")):
+            assert points == killed[tag] == served[tag]
+    tokens = [0, 1024, 2048, 3072]
+    assert (
+        [step for step, _ in whole["by_tokens/val_bpb"]] == [step for step, _ in whole["by_tokens/val_loss"]] == tokens
+    )
+    assert [value for _, value in whole["by_tokens/val_loss"]] == [value for _, value in whole["val/loss"]]
+    assert whole["original/train_loss"] == [(3, 5.0), (9, 4.0), (10, pytest.approx(3.9))]
+
+
+def test_the_layout_names_curves_that_are_there(small_run):
+    config = small_run("name=run")
+    train(config, [])
+    events = EventAccumulator(config.run_dir)
+    events.Reload()
+    (tensor,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(tensor.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Learning", "Speed", "Layers"]
+    charts = [chart for category in layout.category for chart in category.chart]
+    tags = all_curves(config.run_dir).keys()
+    assert len({chart.title for chart in charts}) == len(charts) == 10
+    for chart in charts:
+        empty = {wanted for wanted in chart.multiline.tag if not any(re.match(wanted, tag) for tag in tags)}
+        assert empty <= {"original/train_loss$"}
+        assert len(empty) < len(chart.multiline.tag)
+
+
+def test_what_is_planned_is_what_is_done(small_run):
+    config = small_run("name=run", "schedule=wsd", "schedule.warmup_steps=3", "callbacks.log_every_steps=2")
+    train(config, [])
+    curves = all_curves(config.run_dir)
+    planned, done = dict(curves["schedule/planned"]), dict(curves["train/lr/matrices"])
+    assert {1, 3, 4, 11, 12} <= planned.keys() and max(planned.values()) == pytest.approx(config.optimizer.lr)
+    assert set(done) <= set(planned)
+    assert all(planned[step] == value for step, value in done.items())
+
+
+def test_a_long_plan_is_drawn_by_some_200_points_to_its_horizon():
+    config = composed_config(["+experiment=pretrain_original"])
+    steps = drawn_steps(config)
+    assert 190 < len(steps) < 215
+    assert (steps[0], steps[-1]) == (1, 20_000)
+    assert {200, 201} <= set(steps)
+
+
+def test_runs_are_rows_of_one_table_and_a_resume_does_not_break_it(small_run, monkeypatch):
+    overrides = ["optimizer.lr=1e-3", "data.document_masking=false", "optimizer=adamw", "logger=tensorboard"]
+    train(small_run("name=whole", "run_dir=outputs/sweep/lr-0.001", *overrides), overrides)
+    stopped = ("name=stopped", "run_dir=outputs/sweep/stopped", HORIZON)
+    with pytest.raises(SystemExit):
+        train(small_run(*stopped, "max_time=00:00:00", "budget_tokens=2048"), [])
+    clip = LanguageModel._clip_gradients
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "_clip_gradients", lambda module: clip(module) * math.nan)
+        with pytest.raises(UserError):
+            train(small_run("run_dir=outputs/sweep/failed", "callbacks.guards.non_finite=stop"), [])
+    before = DataServer("outputs/sweep", runs=3).table()
+    assert before.keys() == {"lr-0.001", "stopped", "failed"}
+    assert before["failed"]["status"] == "STATUS_FAILURE"
+    assert not before["failed"].keys() & {"hp/train_loss", "hp/tokens_per_second"}  # nothing stands in for a measure
+    assert before["stopped"]["status"] not in ("STATUS_FAILURE", "STATUS_SUCCESS")
+    assert before["stopped"]["budget_tokens"] == 2048
+
+    row = before["lr-0.001"]
+    assert row["status"] == "STATUS_SUCCESS"
+    assert (row["optimizer.lr"], row["batch_tokens"], row["budget_tokens"], row["seed"]) == (0.001, 256, 3072, 1337)
+    assert (row["schedule.name"], row["data.document_masking"], row["optimizer"]) == ("cosine", "false", "adamw")
+    assert (row["model.hidden_size"], row["model.num_hidden_layers"], row["schedule.warmup_steps"]) == (48, 2, 2)
+    assert not {"logger", "name", "run_dir"} & row.keys()
+    metrics = json.loads(Path("outputs/sweep/lr-0.001/metrics.json").read_text())
+    assert row["parameters"] == metrics["parameters"]
+    assert row["hp/val_bpb"] == pytest.approx(metrics["validation"][-1]["bpb"])
+    assert row["hp/train_loss"] == pytest.approx(metrics["train_loss"])
+    assert row["hp/tokens_per_second"] == pytest.approx(metrics["tokens_per_second"])
+
+    train(small_run(*stopped), [])
+    after = DataServer("outputs/sweep", runs=3).table()
+    assert after.keys() == before.keys()
+    assert (after["stopped"]["budget_tokens"], after["stopped"]["status"]) == (3072, "STATUS_SUCCESS")
+    assert after["stopped"]["hp/val_loss"] == pytest.approx(scalars("outputs/sweep/stopped", "val/loss")[-1][1])
+
+
+def test_hyperparameters_are_numbers_and_texts_that_a_run_may_not_change():
+    overrides = [
+        "+experiment=pretrain", "model=tiny", "optimizer.clip_norm=null", "optimizer.betas=[0.9,0.99]", "name=x",
+        "trainer=cpu", "trainer.devices=2", "callbacks.keep_last=3", "hydra.job.num=1", "+data.sources.more.path=a.txt",
+        "budget_tokens=2e9", "adapter.alpha=16", "init_from=outputs/x", "data=embedded",
+    ]  # fmt: skip
+    assert overridden_values(composed_config([*overrides[:8], *overrides[9:]]), overrides) == {
+        "model": "tiny",
+        "data.sources.more.path": "a.txt",
+        "adapter.alpha": 16.0,
+        "init_from": "outputs/x",
+        "data": "embedded",
+    }
+
+
+def test_layers_are_measured_and_nothing_is_changed(small_run, monkeypatch):
+    by_hand: list[dict[str, float]] = []
+    clip = LanguageModel._clip_gradients
+
+    def norms_and_clip(module):
+        parts = {"embedding": module.model.embed_tokens, **{f"{n:02}": x for n, x in enumerate(module.model.layers)}}
+        norms = {
+            name: math.sqrt(sum(float(p.grad.double().square().sum()) for p in part.parameters()))
+            for name, part in parts.items()
+        }
+        by_hand.append(norms)
+        return clip(module)
+
+    settings = ("optimizer.clip_norm=0.5", "callbacks.log_every_steps=3")
+    train(small_run("name=plain", "logger=none", *settings), [])
+    monkeypatch.setattr(LanguageModel, "_clip_gradients", norms_and_clip)
+    asked = []
+    monkeypatch.setattr(layers, "gradient_norms", lambda model: asked.append(1) or gradient_norms(model))
+    train(small_run("name=watched", "callbacks.histogram_every_steps=5", *settings), [])
+    assert_equal(weights("outputs/plain"), weights("outputs/watched"))
+    states = [torch.load(RunFolder(Path(f"outputs/{name}")).checkpoints.marked()[-1]) for name in ("plain", "watched")]
+    assert torch.equal(states[0]["random_state"]["torch"], states[1]["random_state"]["torch"])
+    assert states[0]["random_state"]["python"] == states[1]["random_state"]["python"]
+    assert not list(Path("outputs/plain").glob(EVENTS + "*"))
+
+    curves = all_curves("outputs/watched")
+    log_steps = [3, 4, 6, 8, 9, 12]
+    assert len(asked) == len(log_steps)
+    for name in ("embedding", "00", "01"):
+        norms = curves[f"layers/gradient_norm/{name}"]
+        assert [step for step, _ in norms] == log_steps
+        assert all(value == pytest.approx(by_hand[step - 1][name], rel=1e-4) for step, value in norms)
+        assert [step for step, _ in curves[f"layers/activation_rms/{name}"]] == [0, 4, 8, 12]
+
+    events = EventAccumulator("outputs/watched", size_guidance={"histograms": 0})
+    events.Reload()
+    drawn = events.Tags()["histograms"]
+    assert len(drawn) == 2 * 20  # the embedding, nine weights of each layer, and the gain of the last norm
+    assert {"weights/layers.1.mlp.up_proj.weight", "gradients/layers.1.mlp.up_proj.weight"} <= set(drawn)
+    assert {tuple(event.step for event in events.Histograms(tag)) for tag in drawn} == {(5, 10)}
+
+
+def test_frozen_weights_have_no_gradient_norm():
+    model = Decoder(composed_config(["model.num_hidden_layers=1"]).model)
+    add_adapters(model, AdapterConfig(rank=2))
+    model(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int64)).backward()
+    assert gradient_norms(model).keys() == {"00"}
+
+
+def test_activation_scales_are_those_of_the_forward_pass_compiled_or_not():
+    torch.manual_seed(0)
+    model = Decoder(composed_config(["model.num_hidden_layers=2"]).model).eval()
+    ids = torch.randint(300, (1, 32))
+    documents = (torch.arange(32) >= 20).int()[None]
+    seen = []
+    hooks = [
+        part.register_forward_hook(lambda *call: seen.append(call[2])) for part in (model.embed_tokens, *model.layers)
+    ]
+    model(ids, documents=documents)
+    for hook in hooks:
+        hook.remove()
+    wanted = {name: float(x.square().mean().sqrt()) for name, x in zip(("embedding", "00", "01"), seen, strict=True)}
+    model.compile(backend="eager")
+    model(ids, documents=documents)
+    before = torch.get_rng_state()
+    scales = activation_scales(model, ids, documents)
+    assert torch.equal(before, torch.get_rng_state())
+    assert {name: float(value) for name, value in scales.items()} == pytest.approx(wanted)
+    assert activation_scales(model, ids, None)["01"] != scales["01"]
+
+
+def test_histograms_are_drawn_only_on_request(small_run):
+    train(small_run("name=asked", "callbacks.histogram_every_steps=5"), [])
+    train(small_run("name=not-asked"), [])
+    drawn = {}
+    for name in ("asked", "not-asked"):
+        events = EventAccumulator(f"outputs/{name}", size_guidance={"histograms": 0})
+        events.Reload()
+        drawn[name] = {tag: [event.step for event in events.Histograms(tag)] for tag in events.Tags()["histograms"]}
+    assert not drawn["not-asked"]
+    assert len(drawn["asked"]) == 2 * 20  # the embedding, nine weights of each layer, and the gain of the last norm
+    assert set(map(tuple, drawn["asked"].values())) == {(5, 10)}
+    assert "weights/layers.1.mlp.up_proj.weight" in drawn["asked"]
+    assert "gradients/layers.1.mlp.up_proj.weight" in drawn["asked"]
+
+
+def test_the_system_page_says_what_the_run_is(small_run):
+    overrides = ["name=run", "seed=7", "model.hidden_act=silu"]
+    config = small_run(*overrides)
+    html = unescape(plugin_util.markdown_to_safe_html(system_page(config, decide_hardware(config), overrides)))
+    for row in (("torch", torch.__version__), ("seed", "1337", "7"), ("model.hidden_act", "gelu_pytorch_tanh", "silu")):
+        assert "<tr>\n" + "\n".join(f"<td>{cell}</td>" for cell in row) + "\n</tr>" in html
+    assert "python -m cucafera.run name=run seed=7 model.hidden_act=silu" in html
+    assert socket.gethostname() not in html
+
+
+def test_nothing_in_a_cell_means_anything_to_markdown():
+    cells = [
+        "a|b",
+        "one\ntwo\r\n| three |",
+        "<script>x</script>",
+        "[x](javascript:y)",
+        "**b** `c` _d_",
+        "\\|",
+        "# h",
+        "&amp;",
+    ]
+    html = plugin_util.markdown_to_safe_html("\n".join(table(("key", "here"), [("k", cell) for cell in cells])))
+    assert html.count("<tr>") == 1 + len(cells) and html.count("<td>") == 2 * len(cells)
+    for markup in ("<script", "<a ", "<strong", "<code", "<em", "<h1"):
+        assert markup not in html
+    assert "one two | three |" in unescape(html) and "<td>&#38;amp;</td>" in html
+    assert plain("1e-05 outputs/x y_z") == "1e-05 outputs/x y&#95;z"
+
+
+def test_the_revision_of_a_checkout_says_whether_it_was_changed(tmp_path):
+    assert source_revision(tmp_path) is None
+    (tmp_path / ".git").mkdir()
+    assert source_revision(tmp_path) is None  # what git does not know is no checkout either
+    (tmp_path / ".git").rmdir()
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("commit", "-qm", "a")
+    commit = git("rev-parse", "HEAD").strip()
+    assert source_revision(tmp_path) == commit
+    (tmp_path / "new").write_text("not part of it")
+    assert source_revision(tmp_path) == commit
+    (tmp_path / "file").write_text("b")
+    assert source_revision(tmp_path) == f"{commit}, with changes that are not committed"
+
+
+def test_the_defaults_are_known_within_a_job_too():
+    outside = default_config()
+    with initialize_config_dir(str(config_directory()), version_base="1.3"):
+        inside = default_config()
+    assert inside == outside == composed_config([])
+
+
+def test_the_loss_of_the_original_stands_where_as_many_tokens_were_seen():
+    losses = PUBLISHED["original"].against_steps(262_144)
+    assert losses[50] == 9.673 and losses[22_008] == 2.636
+    for experiment in ("pretrain", "pretrain_original"):
+        assert composed_config([f"+experiment={experiment}"]).callbacks.reference_curve == "original"
