@@ -174,7 +174,7 @@ def base_run(tmp_path):
 def test_every_experiment_composes_without_problems(experiment, base_run):
     needed = ["data.sources.files.path=x"] if experiment == "own_text" else []
     needed += [f"init_from={base_run}"] if experiment.startswith("finetune") else []
-    sweeps = ("lr_sweep", "search")
+    sweeps = ("lr_sweep", "lr_sweep_pretrain", "search")
     problems = command_line_problems([f"+experiment={experiment}", *needed], multirun=experiment in sweeps)
     assert problems == []
 
