@@ -160,7 +160,8 @@ class EventLogger(TensorBoardLogger):
         if self._experiment is None:
             self._experiment = EventSummaryWriter(
                 str(self._folder),
-                purge_step=self._first_step + 1 if self._first_step else None,
+                # Also for a run that begins: without its data server, TensorBoard heeds only the second start of a run.
+                purge_step=self._first_step + 1,
             )
         return self._experiment
 
