@@ -11,8 +11,7 @@ the root mean square of the change of activations should not depend on the width
 the logarithms of both: 0 where it does not depend, 1 where it grows in proportion.
 
 `study` trains every width at every learning rate of a grid, by the product itself, and validates at the end. The
-optimum is the lowest point of the parabola, in the logarithm of the learning rate, through the best of the grid and its
-two neighbours. Finished runs in --folder are kept: the same command goes on after an interruption, or adds to the grid.
+optimum is found as at the end of a sweep (cucafera/sweeps/optimum.py). Finished runs in --folder are kept: the same command goes on after an interruption, or adds to the grid.
 """
 
 import argparse
@@ -38,6 +37,7 @@ from cucafera.config import ModelConfig, OptimizerConfig, UserError
 from cucafera.data.packed import PackedDataModule
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
+from cucafera.sweeps.optimum import Optimum, find_optimum
 from cucafera.training.optimizers import build_optimizer
 from cucafera.training.run_folder import RunFolder
 
@@ -215,30 +215,10 @@ def study(arguments: argparse.Namespace) -> None:
     draw_study(curves, arguments.folder / "study.png")
 
 
-class Optimum(NamedTuple):
-    """The lowest point of a parabola.
-
-    Attributes:
-        exponent: Of its learning rate.
-        loss: There.
-    """
-
-    exponent: float
-    loss: float
-
-
 def optimum(curve: Mapping[int, float]) -> Optimum | None:
-    """Of the parabola through the best learning rate and its neighbours; None where the grid ends at the best.
-
-    Args:
-        curve: Loss of each exponent.
-    """
-    best = min(curve, key=lambda exponent: curve[exponent])
-    left, middle, right = curve.get(best - 1, math.inf), curve[best], curve.get(best + 1, math.inf)
-    if not math.isfinite(left + right):
-        return None
-    bend = left - 2 * middle + right
-    return Optimum(best + (left - right) / (2 * bend), middle - (left - right) ** 2 / (8 * bend))
+    """The optimum of a width, from the loss of each exponent; None where the grid ends at the best."""
+    found = find_optimum((2.0**exponent, loss) for exponent, loss in curve.items())
+    return found if found and found.value else None
 
 
 def print_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]]) -> None:
@@ -254,10 +234,10 @@ def print_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]]) -> Non
         first = optimum(curve_of[base])
         for width, curve in curve_of.items():
             found = optimum(curve)
-            moved[scaled, width] = f"{found.exponent - first.exponent:+.2f}" if found and first else "unknown"
+            moved[scaled, width] = f"{math.log2(found.value / first.value):+.2f}" if found and first else "unknown"
             print(f"{PARAMETRIZATIONS[scaled]:12}{width:>6}", end="")
             print("".join(f"{loss:>8.3f}" for loss in curve.values()), end="")
-            print(f"{f'2^{found.exponent:.2f}' if found else 'outside':>10}{moved[scaled, width]:>8}", end="")
+            print(f"{f'2^{math.log2(found.value):.2f}' if found else 'outside':>10}{moved[scaled, width]:>8}", end="")
             print(f"{curve[best_of_base] - min(curve.values()):>8.3f}")
     print("\nmoved: factors of two from the optimum of the base")
     print(f"cost: loss at the best rate of the base, 2^{best_of_base}, above that at the best rate of the width")
@@ -293,11 +273,11 @@ def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: P
             axes.plot(rates, list(curve.values()), "o-", color=colors[width], markersize=3, linewidth=1.2, label=width)
             if found := optimum(curve):
                 axes.plot(
-                    2.0**found.exponent, found.loss, "*", color=colors[width], markersize=11, markeredgecolor="black",
+                    found.value, found.loss, "*", color=colors[width], markersize=11, markeredgecolor="black",
                     markeredgewidth=0.6, zorder=3,
                 )  # fmt: skip
         if found := optimum(curve_of[base]):
-            axes.axvline(2.0**found.exponent, color="grey", linestyle=":", linewidth=1, zorder=0)
+            axes.axvline(found.value, color="grey", linestyle=":", linewidth=1, zorder=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(2.0 ** np.array(list(curve_of[base])))
         axes.set_xlabel("peak learning rate")
