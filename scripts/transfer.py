@@ -11,7 +11,8 @@ the root mean square of the change of activations should not depend on the width
 the logarithms of both: 0 where it does not depend, 1 where it grows in proportion.
 
 `study` trains every width at every learning rate of a grid, by the product itself, and validates at the end. The
-optimum is found as at the end of a sweep (cucafera/sweeps/optimum.py). Finished runs in --folder are kept: the same command goes on after an interruption, or adds to the grid.
+optimum is found as at the end of a sweep (cucafera/sweeps/optimum.py). Finished runs in --folder are kept: the same
+command goes on after an interruption, or adds to the grid.
 """
 
 import argparse

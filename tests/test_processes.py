@@ -188,7 +188,7 @@ def test_guards_that_stop_several_devices_wait_for_a_slow_disk(door, tmp_path):
     policy = ("callbacks.guards.non_finite=stop", "callbacks.log_every_steps=2")
     process = door.start("name=two", "trainer.devices=2", *policy, program=["slow.py"])
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
+    assert process.returncode == 3, output
     assert output.count("the update of step 6 was not finite, and none was applied") == 1
     history = (tmp_path / "outputs" / "two" / "history.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["saved_step"] == 4
