@@ -40,7 +40,8 @@ def compare(folders: list[Path], plot: Path | None) -> str:
 
     if plot is not None and not has_matplotlib():
         raise UserError("--plot needs matplotlib: pip install 'cucafera[plots]'")
-    records = [record for folder in folders for record in read_records(folder)]
+    alone = len(folders) == 1
+    records = [record for folder in folders for record in read_records(folder, folder if alone else None)]
     different = differences(records)
     results = [["run", *RESULTS], *([record.name, *in_figures(results_of(record))] for record in records)]
     lines = (

@@ -130,40 +130,50 @@ def hydra_arguments(arguments: Sequence[str], multirun: bool = False, user_direc
     """The arguments as Hydra needs them.
 
     It must be told with ++ to set a field of a source that no file mentions. The jobs of a sweep are named by what is
-    swept, so it must be told what is not; and what an experiment sweeps gives way to what the command line says.
+    swept, so it must be told what is not, and which folder they share; and what an experiment sweeps gives way to what
+    the command line says.
     """
-    given = [f"++{text}" if _is_source_key(text.split("=")[0]) else text for text in map(_readable, arguments)]
+    readable = [_readable(text, multirun) for text in arguments]
+    given = [f"++{text}" if _is_source_key(text.split("=")[0]) else text for text in readable]
     if not multirun:
         return given
     parsed = OverridesParser.create().parse_overrides(given)
-    keys = {override.key_or_group for override in parsed}
+    keys = [override.key_or_group for override in parsed]
     fixed = [
         override.key_or_group
         for override in parsed
         if not override.is_sweep_override() and not _is_hydras(override.key_or_group)
     ]
-    swept = _swept_by_experiment(parsed, user_directory)
+    composed = _composed_by_hydra(parsed, user_directory)
+    folder = str(composed.hydra.sweep.dir).replace("'", "\\'")
     return [
         *given,
-        *(f"{key}={values}" for key, values in swept.items() if key not in keys),
+        *(f"{key}={values}" for key, values in _swept_by_experiment(composed).items() if key not in keys),
         "hydra.sweeper.params=null",
         f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(fixed))}]",
+        *([] if "hydra.sweep.dir" in keys else [f"hydra.sweep.dir='{folder}'"]),
     ]
 
 
-def _readable(argument: str) -> str:
+def _readable(argument: str, multirun: bool) -> str:
     """The argument with its value in quotes if that is a path of a job, with a = in it, which Hydra cannot read."""
     key, _, value = argument.partition("=")
-    return f"{key}='{value}'" if "=" in value and value[0] not in "'\"[{" and "(" not in value else argument
+    if "=" not in value or value[0] in "'\"[{" or "(" in value:
+        return argument
+    parts = value.split(",")
+    several = multirun and all(Path(part).exists() for part in parts)
+    return f"{key}=" + ",".join(f"'{part}'" for part in (parts if several else [value]))
 
 
-def _swept_by_experiment(overrides: Sequence[Override], user_directory: str | None) -> dict[str, Any]:
-    """What the chosen experiment sweeps, under hydra.sweeper.params: keys and their values as they are written."""
+def _composed_by_hydra(overrides: Sequence[Override], user_directory: str | None) -> DictConfig:
+    """The configuration without what is swept, and with Hydra's own."""
     fixed = [override.input_line or "" for override in overrides if not override.is_sweep_override()]
-    if not any(override.key_or_group == "experiment" for override in overrides):
-        return {}
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
-        composed = compose(CONFIG_NAME, [*fixed, *_searchpath(user_directory)], return_hydra_config=True)
+        return compose(CONFIG_NAME, [*fixed, *_searchpath(user_directory)], return_hydra_config=True)
+
+
+def _swept_by_experiment(composed: DictConfig) -> dict[str, Any]:
+    """What the chosen experiment sweeps, under hydra.sweeper.params: keys and their values as they are written."""
     return dict(composed.hydra.sweeper.params or {})
 
 
@@ -228,7 +238,7 @@ def command_line_problems(
     usable: list[Override] = []
     for argument in arguments:
         try:
-            override = OverridesParser.create().parse_override(_readable(argument))
+            override = OverridesParser.create().parse_override(_readable(argument, multirun))
         except HydraException:
             problems.append(f"{argument!r} cannot be read; write key=value, and quote what has spaces or commas")
             continue
@@ -244,11 +254,15 @@ def command_line_problems(
 
 def _sweep_problems(overrides: Sequence[Override], multirun: bool, user_directory: str | None) -> Iterator[str]:
     """What is wrong with a command line as a sweep, or as one that is none, where each of its jobs is right."""
-    swept = _swept_by_experiment(overrides, user_directory)
+    if not multirun and not any(override.key_or_group == "experiment" for override in overrides):
+        return  # only an experiment sweeps something by itself
+    swept = _swept_by_experiment(_composed_by_hydra(overrides, user_directory))
     missing = [key for key in swept if key not in {override.key_or_group for override in overrides}]
     if missing and not multirun:
         values = " ".join(f"{key}=..." for key in missing)
         yield f"this is a sweep over {', '.join(missing)}: add --multirun, or for a single run of it {values}"
+    if multirun and any(override.key_or_group == "run_dir" for override in overrides):
+        yield "run_dir is the folder of one run; that of a sweep is hydra.sweep.dir=..."
     if multirun and not missing and not any(override.is_sweep_override() for override in overrides):
         yield "--multirun runs several values of a key, and there is none with several: optimizer.lr=1e-3,3e-3"
 

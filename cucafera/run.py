@@ -56,12 +56,16 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print a trace of what is told in a sentence below
     logging.raiseExceptions = False  # a disk too full for the log is told by what matters more
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and nothing to die of
+    signal.signal(signal.SIGUSR2, signal.default_int_handler)  # a sweep stops its jobs so
     arguments = get_args_parser().parse_intermixed_args()
     if arguments.help:
         print(help_text())
         return
     if arguments.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print("A sweep is started as one process: its jobs start the others.", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    if arguments.multirun and (arguments.cfg or arguments.info):
+        print("--cfg and --info show one run: leave --multirun out, and give one value a key.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     problems = command_line_problems(arguments.overrides, arguments.multirun, arguments.config_dir)
     if problems:
@@ -80,6 +84,9 @@ def main() -> None:
         if error.errno not in CANNOT_BE_WRITTEN:
             raise
         print(f"{error.filename or 'the run folder'} cannot be written: {error.strerror}", file=sys.stderr)
+        if error.errno == errno.ENAMETOOLONG and arguments.multirun:
+            advice = "Jobs are named by what is swept; number them: hydra.sweep.subdir='${hydra.job.num}'"
+            print(advice, file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
@@ -114,7 +121,7 @@ def _job_of_sweep(composed: DictConfig, hydra_config: Any) -> float:
         overrides=list(hydra_config.overrides.task),
         folder=Path(hydra_config.runtime.output_dir),
         config_folders=[s.path for s in hydra_config.runtime.config_sources if s.provider == "command-line"],
-        has_terminal=hydra_config.runtime.choices["hydra/launcher"] == "basic",
+        launcher=hydra_config.runtime.choices["hydra/launcher"],
     )
 
 

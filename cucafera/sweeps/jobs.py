@@ -7,9 +7,11 @@ as good as one. Hydra's launchers decide where and when jobs run; here is what t
 import ctypes
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,38 +23,43 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cucafera.config import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR, Config
 from cucafera.data.files import descriptor_of, write_text
+from cucafera.training.run_folder import PLUMBING, flat, is_within
 
 JOB = "job.json"
-"""What is known of a job that has ended, in its folder."""
+"""What is known of a job, in its folder."""
 OUTPUT = "job.out"
 """What a job has printed, where it has no terminal."""
+BESIDE_SWEEP = ("joblib", "parallel")
+"""Launchers with processes of their own that end with the sweep; those of a cluster go on."""
 PR_SET_PDEATHSIG = 1
 """Of prctl(2), on Linux: the signal that a process gets when its parent dies."""
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+INDIFFERENT = (*PLUMBING, "trainer")
+"""Keys that change nothing in what comes out of a job."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a job has ended.
+class Job:
+    """What is known of a job.
 
     Attributes:
         status: finished, diverged (stopped by the guards, or worse than before training), refused (for something that
-            the user can mend), stopped (by a signal, or max_time), or crashed.
-        exit_code: Of its process.
+            the user can mend), stopped (by a signal, or max_time), crashed, or begun, and never ended.
+        exit_code: Of its process; None while it has not ended.
         overrides: Its command line.
+        identity: What its configuration comes to, hashed: see `identity_of`.
     """
 
     status: str
-    exit_code: int
+    exit_code: int | None
     overrides: list[str]
+    identity: str | None
 
     @classmethod
-    def read(cls, folder: Path) -> "Ended | None":
-        """What a job has left in its folder, if it has ended."""
+    def read(cls, folder: Path) -> "Job | None":
+        """What a job has left in its folder."""
         try:
             return cls(**json.loads((folder / JOB).read_bytes()))
         except (OSError, ValueError, TypeError):
@@ -63,17 +70,25 @@ class Ended:
         write_text(folder / JOB, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
+def identity_of(config: Config) -> str:
+    """A hash of everything in a configuration that decides what comes out."""
+    kept = {key: value for key, value in flat(dataclasses.asdict(config)) if not is_within(key, INDIFFERENT)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def run_job(
-    config: Config | None, overrides: Sequence[str], folder: Path, config_folders: Sequence[str], has_terminal: bool
+    config: Config | None, overrides: Sequence[str], folder: Path, config_folders: Sequence[str], launcher: str
 ) -> float:
-    """Runs a job to its end, unless it has ended before with the same configuration.
+    """Runs a job to its end, unless it has ended before.
+
+    One that was run with another configuration is left as it is, and told: it would go on from there, or refuse.
 
     Args:
         config: Its configuration; None if that is not right, which the job will tell.
         overrides: Its command line.
         folder: Its run folder.
         config_folders: Further folders of configuration files.
-        has_terminal: Whether it may write to the terminal; else what it prints goes into a file in its folder.
+        launcher: Hydra's that is used. With `basic` a job has the terminal; else what it prints goes into a file.
 
     Returns:
         Its last validation bpb, which a sweeper minimizes; infinite if it has diverged or failed.
@@ -81,22 +96,35 @@ def run_job(
     Raises:
         SystemExit: a signal to this process stopped it, and the sweep with it.
     """
-    before = Ended.read(folder)
-    if before is not None and before.status in ("finished", "diverged") and _is_configured(config, folder):
-        return _result(before, folder)
-    (folder / JOB).unlink(missing_ok=True)
+    identity = None if config is None else identity_of(config)
+    before = Job.read(folder)
+    if before is not None and config is not None and config.resume != "overwrite":
+        if before.identity not in (identity, None):
+            print(
+                f"{folder} holds a job with another configuration: name=ANOTHER makes a sweep of its own, and "
+                "resume=overwrite runs all jobs anew",
+                file=sys.stderr,
+            )
+            return math.inf
+        if before.status in ("finished", "diverged"):
+            return _result(before, folder)
+    Job("begun", None, list(overrides), identity).write(folder)
+    if launcher in BESIDE_SWEEP:
+        _end_with_parent()  # this process is the launcher's
     command = [sys.executable, "-m", "cucafera.run", *overrides, f"run_dir={quoted(os.path.relpath(folder))}"]
     if config_folders:
         command += ["--config-dir", config_folders[0]]
     with ExitStack() as stack:
         environment = os.environ | stack.enter_context(_own_gpus(config, folder.parent))
-        output = None if has_terminal else stack.enter_context((folder / OUTPUT).open("ab"))
+        output = None if launcher == "basic" else stack.enter_context((folder / OUTPUT).open("ab"))
         signalled, exit_code = _answered(command, environment, output)
     if signalled is not None:
+        if launcher in BESIDE_SWEEP:
+            os._exit(128 + signalled)  # an exception would go to the sweep, and this process wait for more work
         sys.exit(128 + signalled)
-    ended = Ended(_status(exit_code, folder), exit_code, list(overrides))
-    ended.write(folder)
-    return _result(ended, folder)
+    job = Job(_status(exit_code, folder), exit_code, list(overrides), identity)
+    job.write(folder)
+    return _result(job, folder)
 
 
 def quoted(value: str) -> str:
@@ -105,26 +133,17 @@ def quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _is_configured(config: Config | None, folder: Path) -> bool:
-    """Whether the run in a folder has this configuration, to the letter."""
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return config is not None and text == OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
 def _status(exit_code: int, folder: Path) -> str:
     if exit_code == 0:
         losses = [record["loss"] for record in _metrics(folder)["validation"]]
         return "finished" if losses[-1] < losses[0] else "diverged"
     names = {EXIT_USER_ERROR: "refused", EXIT_DIVERGED: "diverged", EXIT_OUT_OF_TIME: "stopped"}
-    stops = {128 + number: "stopped" for number in FORWARDED}
+    stops = {128 + number: "stopped" for number in STOPS}
     return (names | stops).get(exit_code, "crashed")
 
 
-def _result(ended: Ended, folder: Path) -> float:
-    return float(_metrics(folder)["validation"][-1]["bpb"]) if ended.status == "finished" else math.inf
+def _result(job: Job, folder: Path) -> float:
+    return float(_metrics(folder)["validation"][-1]["bpb"]) if job.status == "finished" else math.inf
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
@@ -144,12 +163,19 @@ def _answered(command: list[str], environment: dict[str, str], output: Any) -> t
     process: subprocess.Popen[bytes] | None = None
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGUSR1:
+        handed = number
+        if number == signal.SIGUSR2 and signalled:
+            return  # it comes beside the signal that has stopped the sweep
+        if number in STOPS:
+            # The command may get the first one from elsewhere too, where all processes are signalled.
+            handed = signal.SIGKILL if signalled else signal.SIGUSR2
             signalled.append(number)
+            told = f"\n{signal.Signals(number).name}: the job finishes its step and saves. Once more to end at once.\n"
+            os.write(sys.stderr.fileno(), told.encode())
         if process is not None:
-            process.send_signal(number)
+            process.send_signal(handed)
 
-    before = {number: signal.signal(number, hand_on) for number in FORWARDED}
+    before = {number: signal.signal(number, hand_on) for number in (*STOPS, signal.SIGUSR1)}
     try:
         process = subprocess.Popen(
             command,
@@ -160,7 +186,7 @@ def _answered(command: list[str], environment: dict[str, str], output: Any) -> t
             preexec_fn=_end_with_parent,
         )
         if signalled:  # while it was being started
-            process.send_signal(signalled[0])
+            process.send_signal(signal.SIGUSR2)
         exit_code = process.wait()
     finally:
         for number, handler in before.items():
@@ -171,7 +197,7 @@ def _answered(command: list[str], environment: dict[str, str], output: Any) -> t
 def _end_with_parent() -> None:
     """Asks Linux to stop this process when its parent is killed: a sweep that starts again finds its folder free."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
 
 
 @contextmanager
@@ -181,27 +207,39 @@ def _own_gpus(config: Config | None, sweep: Path) -> Iterator[dict[str, str]]:
     Yields:
         What its environment needs for it to see no others; nothing where there are no more than it needs.
     """
-    wanted = 1 if config is None else config.trainer.devices
-    if config is None or config.trainer.accelerator == "cpu" or not isinstance(wanted, int):
-        yield {}
+    there = [] if config is None or config.trainer.accelerator == "cpu" else _visible_gpus()
+    wanted = config.trainer.devices if config is not None and isinstance(config.trainer.devices, int) else len(there)
+    if not 0 < wanted <= len(there):
+        yield {}  # of too few, the job tells
         return
-    there = _visible_gpus()
-    if len(there) <= wanted:
-        yield {}
-        return
-    held: dict[str, int] = {}
+    held = _held_gpus(there, wanted, sweep)
     try:
-        while len(held) < wanted:
-            for gpu in there:
-                path = sweep / f".{socket.gethostname()}-gpu-{gpu}.lock"
-                if len(held) < wanted and gpu not in held and (descriptor := _taken(path)) is not None:
-                    held[gpu] = descriptor
-            if len(held) < wanted:
-                time.sleep(1)
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
     finally:
-        for descriptor in held.values():
-            os.close(descriptor)
+        _give_back(held)
+
+
+def _held_gpus(there: Sequence[str], wanted: int, sweep: Path) -> dict[str, int]:
+    """Waits for some of the GPUs, and takes all it needs at once: two jobs never wait for each other's.
+
+    Returns:
+        Names of GPUs, with descriptors that hold their locks.
+    """
+    while True:
+        held: dict[str, int] = {}
+        for gpu in there:
+            path = sweep / f".{socket.gethostname()}-gpu-{gpu}.lock"
+            if len(held) < wanted and (descriptor := _taken(path)) is not None:
+                held[gpu] = descriptor
+        if len(held) == wanted:
+            return held
+        _give_back(held)
+        time.sleep(random.uniform(0.5, 1.5))  # not in step with others
+
+
+def _give_back(held: dict[str, int]) -> None:
+    for descriptor in held.values():
+        os.close(descriptor)
 
 
 def _visible_gpus() -> list[str]:

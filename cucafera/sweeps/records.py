@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cucafera.config import UserError, shown
-from cucafera.sweeps.jobs import JOB, Ended
-from cucafera.training.run_folder import RunFolder, flat, is_within
-
-PLUMBING = ("name", "run_dir", "resume", "resume_despite", "max_time", "logger", "data.prepared_dir", "data.processes")
-"""Keys that say nothing about what came out."""
+from cucafera.sweeps.jobs import JOB, Job
+from cucafera.training.run_folder import PLUMBING, RunFolder, flat, is_within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Record:
         folder: The run folder.
         name: What to call it beside others.
         config: Its configuration, by dotted keys; empty if it was refused before it began.
-        ended: How it ended, if it was a job of a sweep.
+        job: What is known of it as a job, if it is one of a sweep.
         metrics: Its metrics.json; None if it has not come to its end.
         curve: Its validations so far: step, tokens, loss in nats, bpb.
     """
@@ -34,39 +32,53 @@ class Record:
     folder: Path
     name: str
     config: dict[str, Any]
-    ended: Ended | None
+    job: Job | None
     metrics: dict[str, Any] | None
     curve: list[dict[str, float]]
 
     @property
     def status(self) -> str:
-        """How it ended; see `Ended`."""
-        if self.ended is not None:
-            return self.ended.status
+        """How it ended; see `Job`."""
+        if self.job is not None:
+            return self.job.status
         return "finished" if self.metrics is not None else "not finished"
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the command line of a job set, as it was written there."""
-        pairs = (override.lstrip("+").partition("=") for override in (self.ended.overrides if self.ended else []))
-        return {key: value for key, _, value in pairs}
+        """What the command line of a job set."""
+        return settings_of(self.job.overrides if self.job else [])
 
     @property
     def loss(self) -> float:
         """The last validation loss, nats; infinite if the run has none, or diverged or failed."""
         return self.curve[-1]["loss"] if self.status == "finished" else math.inf
 
+    @property
+    def bpb(self) -> float:
+        """The same in bits a byte, by which runs with different tokenizers can be compared too."""
+        return self.curve[-1]["bpb"] if self.status == "finished" else math.inf
 
-def read_records(folder: Path) -> list[Record]:
-    """The run in a folder, or all runs below it, by name.
+
+def settings_of(overrides: Sequence[str]) -> dict[str, str]:
+    """Keys and their values as Hydra writes them; of a key that is given twice, the last."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return {override.key_or_group: override.get_value_element_as_str() for override in parsed}
+
+
+def read_records(folder: Path, within: Path | None) -> list[Record]:
+    """The run in a folder, or all runs below it.
+
+    Args:
+        folder: The folder.
+        within: Where their names begin; None: they are called by their paths.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one cannot be read.
     """
     folders = [folder] if (folder / "config.yaml").exists() else _runs_below(folder)
     if not folders:
         raise UserError(f"{folder}: there is no run")
-    return [_read_record(run, str(run.relative_to(folder)) if run != folder else str(folder)) for run in folders]
+    return [_read_record(run, str(run.relative_to(within) if within not in (None, run) else run)) for run in folders]
 
 
 def _runs_below(folder: Path) -> list[Path]:
@@ -76,14 +88,16 @@ def _runs_below(folder: Path) -> list[Path]:
 def _read_record(path: Path, name: str) -> Record:
     folder = RunFolder(path)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(folder.config)) if folder.config.exists() else {}
+        config = OmegaConf.to_container(OmegaConf.load(folder.config)) if folder.config.exists() else None
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{folder.config} cannot be read: {error}") from error
-    assert isinstance(config, dict)
+    if not config and folder.config.exists():
+        raise UserError(f"{folder.config} is empty, or no configuration")
+    config = config if isinstance(config, dict) else {}
     metrics = folder.read_metrics()
     settings = dict(flat({str(key): value for key, value in config.items()}))
     curve = metrics["validation"] if metrics else _curve_of_events(path, int(settings.get("batch_tokens", 0)))
-    return Record(path, name, settings, Ended.read(path), metrics, curve)
+    return Record(path, name, settings, Job.read(path), metrics, curve)
 
 
 def _curve_of_events(path: Path, batch_tokens: int) -> list[dict[str, float]]:
@@ -120,7 +134,7 @@ RESULTS = ["status", "loss", "bpb", "best loss", "best bpb", "steps", "tokens", 
 
 def results_of(record: Record) -> list[float | str | None]:
     """What goes under `RESULTS`: losses in nats a token, bpb in bits a byte; None where nothing is known."""
-    if not record.curve:
+    if not record.curve or record.status == "refused":  # what lies there is an earlier run's
         return [record.status, *[None] * (len(RESULTS) - 1)]
     last = record.curve[-1]
     best_loss, best_bpb = (min(point[what] for point in record.curve) for what in ("loss", "bpb"))

@@ -43,6 +43,10 @@ FIXED = ("model", "adapter", "batch_tokens", "sequence_length", "data.kind")
 meaning."""
 
 
+PLUMBING = ("name", "run_dir", "resume", "resume_despite", "max_time", "logger", "data.prepared_dir", "data.processes")
+"""Keys that say nothing about what comes out of a run."""
+
+
 class ResumedCheckpoint(NamedTuple):
     """What a run goes on from.
 

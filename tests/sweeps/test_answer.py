@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cucafera.compare import compare
 from cucafera.config import UserError
-from cucafera.sweeps.answer import answer, exit_code
-from cucafera.sweeps.jobs import Ended
+from cucafera.sweeps.answer import Answer, SweepAnswer, answer
+from cucafera.sweeps.jobs import Job
 from cucafera.training.events import EventLogger
 
 
@@ -19,7 +20,7 @@ def write_job(sweep: Path, status: str, losses: list[float], exit_code: int = 0,
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     folder = sweep / ",".join(overrides)
     folder.mkdir(parents=True)
-    Ended(status, exit_code, ["+experiment=lr_sweep", *overrides]).write(folder)
+    Job(status, exit_code, ["+experiment=lr_sweep", *overrides], "identity").write(folder)
     if not losses:
         return
     lines = [f"batch_tokens: 100\noptimizer:\n  lr: {settings.get('optimizer__lr', 0.003)}\nseed: 1\n"]
@@ -41,16 +42,20 @@ def write_sweep(sweep: Path, rates: list[float], best: float = 2e-3, **settings:
         write_job(sweep, "finished", [7.0, loss + 0.5, loss], optimizer__lr=rate, **settings)
 
 
+def answered(sweep: Path, *overrides: str, others: tuple[str, ...] = ()) -> Answer:
+    return answer(sweep, ["+experiment=lr_sweep", *overrides], {"experiment"}, others)
+
+
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-SWEPT = ["+experiment=lr_sweep", "optimizer.lr=5e-4,1e-3,2e-3,4e-3,8e-3"]
+SWEPT = "optimizer.lr=5e-4,1e-3,2e-3,4e-3,8e-3"
 
 
 def test_the_best_learning_rate_is_told_and_how_sure_it_is(tmp_path):
     write_sweep(tmp_path, RATES)
-    text = answer(tmp_path, SWEPT)
-    assert "The best learning rate is 0.002; within a factor of 1.00 (one standard error, 5 runs)." in text
+    text = answered(tmp_path, SWEPT).text
+    assert "The best learning rate is 0.002; within a factor of 1.00 (68% confidence, 5 runs)." in text
     assert "Best of those tried: 0.002, with a validation loss of 3.000." in text
-    assert exit_code(tmp_path) == 0
+    assert answered(tmp_path, SWEPT).exit_code == 0
     assert "The best learning rate is 0.002" in (tmp_path / "summary.md").read_text()
     assert "![Loss against learning rate, and curves](sweep.png)" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -60,7 +65,7 @@ def test_the_best_learning_rate_is_told_and_how_sure_it_is(tmp_path):
 def test_results_hold_every_job_for_other_programs(tmp_path):
     write_sweep(tmp_path, RATES)
     write_job(tmp_path, "refused", [], exit_code=2, optimizer__lr="1e-2")
-    answer(tmp_path, SWEPT)
+    answered(tmp_path, SWEPT)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 6
     assert rows[0]["optimizer.lr"] == "0.002" and float(rows[0]["loss"]) == 3.0 and float(rows[0]["bpb"]) == 1.5
@@ -71,15 +76,15 @@ def test_results_hold_every_job_for_other_programs(tmp_path):
 def test_jobs_that_diverged_or_failed_are_named_and_poison_nothing(tmp_path):
     write_sweep(tmp_path, RATES)
     write_job(tmp_path, "diverged", [7.0, 9.0, math.nan], exit_code=3, optimizer__lr=0.1)
-    text = answer(tmp_path, SWEPT)
+    text = answered(tmp_path, SWEPT).text
     assert "The best learning rate is 0.002" in text
     assert "Diverged: optimizer.lr=0.1." in text
-    assert exit_code(tmp_path) == 0
+    assert answered(tmp_path, SWEPT).exit_code == 0
     write_job(tmp_path, "refused", [], exit_code=2, optimizer__lr=0.2)
-    assert exit_code(tmp_path) == 2
+    assert answered(tmp_path, SWEPT).exit_code == 2
     write_job(tmp_path, "crashed", [7.0], exit_code=-9, optimizer__lr=0.3)
-    assert "Crashed; the same command tries again: optimizer.lr=0.3 (exit code -9)." in answer(tmp_path, SWEPT)
-    assert exit_code(tmp_path) == 1
+    assert "Crashed; the same command tries again: optimizer.lr=0.3 (exit code -9)." in answered(tmp_path, SWEPT).text
+    assert answered(tmp_path, SWEPT).exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -87,16 +92,69 @@ def test_jobs_that_diverged_or_failed_are_named_and_poison_nothing(tmp_path):
 )
 def test_at_the_edge_of_the_grid_the_next_command_is_given(tmp_path, best, edge, further):
     write_sweep(tmp_path, RATES, best)
-    text = answer(tmp_path, [*SWEPT, "hydra/launcher=parallel"])
-    assert f"of those tried it is the {edge}" in text
-    command = f"python -m cucafera.run --multirun +experiment=lr_sweep hydra/launcher=parallel optimizer.lr={further}"
-    assert command in text
+    text = answered(tmp_path, SWEPT, others=("--config-dir mine", "hydra/launcher=parallel")).text
+    assert f"it is the {edge} of those tried" in text
+    options = "--config-dir mine hydra/launcher=parallel +experiment=lr_sweep"
+    assert f"python -m cucafera.run --multirun {options} optimizer.lr={further}" in text
+    assert "optimum" not in text
+
+
+def test_between_the_best_and_one_that_diverged_the_next_values_are_given(tmp_path):
+    write_sweep(tmp_path, RATES[:3], best=1.0)
+    write_job(tmp_path, "diverged", [7.0, 9.0], exit_code=3, optimizer__lr=0.032)
+    text = answered(tmp_path, SWEPT).text
+    assert "The best learning rate so far is 0.002" in text
+    assert "0.032 came to no result, so a better one may lie between the two" in text
+    assert "optimizer.lr=0.004,0.008,0.016" in text
+
+
+def test_tokenizers_are_compared_by_bits_a_byte(tmp_path):
+    write_job(tmp_path, "finished", [7.0, 3.0], model__vocab_size=320)
+    write_job(tmp_path, "finished", [7.0, 3.5], model__vocab_size=1024)
+    metrics = tmp_path / "model.vocab_size=1024" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace("1.75", "1.25"))
+    text = answered(tmp_path, "model.vocab_size=320,1024").text
+    assert "The best is model.vocab_size=1024, with 1.250 bits a byte (a validation loss of 3.500)." in text
+
+
+def test_jobs_of_earlier_sweeps_count_if_they_differ_in_nothing_else(tmp_path):
+    write_sweep(tmp_path, RATES)
+    write_job(tmp_path, "finished", [7.0, 2.0], optimizer__lr=1e-2, batch_tokens=99)
+    write_job(tmp_path, "crashed", [7.0], exit_code=1, batch_tokens=98)
+    write_job(tmp_path, "begun", [7.0, 5.0], exit_code=None, optimizer__lr=3e-2)
+    text, exit_code = answered(tmp_path, "optimizer.lr=4e-3,8e-3")
+    assert "The best learning rate is 0.002" in text
+    assert "Not counted, since they come from sweeps with other values beside what is swept: " in text
+    assert "batch_tokens=98" in text and "Crashed" not in text
+    assert "Not at the end; the same command goes on: optimizer.lr=0.03." in text
+    assert exit_code == 124
+    with pytest.raises(UserError, match="holds only jobs of other sweeps"):
+        answer(tmp_path, ["seed=1,2"], set())
+
+
+def test_an_answer_that_cannot_be_given_is_no_success(tmp_path, capsys):
+    hydra = {
+        "sweep": {"dir": str(tmp_path)}, "runtime": {"config_sources": []},
+        "overrides": {"hydra": [], "task": ["seed=1,2"]},
+        "job": {"config": {"override_dirname": {"exclude_keys": []}}},
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        SweepAnswer().on_multirun_end(OmegaConf.create({"hydra": hydra}))
+    assert stop.value.code == 2
+    assert "there is no run" in capsys.readouterr().err
+    write_sweep(tmp_path, RATES[:1])
+    (tmp_path / "optimizer.lr=0.0005" / "metrics.json").write_text('{"steps": 1, "validation": 3}')
+    hydra["overrides"]["task"] = ["+experiment=lr_sweep", "optimizer.lr=1e-3,2e-3"]
+    with pytest.raises(SystemExit) as stop:
+        SweepAnswer().on_multirun_end(OmegaConf.create({"hydra": hydra}))
+    assert stop.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_each_model_of_a_sweep_has_an_answer_of_its_own(tmp_path):
     write_sweep(tmp_path, RATES, 2e-3, model="tiny")
     write_sweep(tmp_path, RATES, 1e-3, model="small")
-    text = answer(tmp_path, SWEPT)
+    text = answered(tmp_path, SWEPT, "model=tiny,small").text
     assert "With model=small, the best learning rate is 0.001;" in text
     assert "With model=tiny, the best learning rate is 0.002;" in text
 
@@ -104,21 +162,21 @@ def test_each_model_of_a_sweep_has_an_answer_of_its_own(tmp_path):
 def test_a_sweep_over_something_else_is_ranked(tmp_path):
     for batch, loss in ((256, 3.5), (512, 3.25)):
         write_job(tmp_path, "finished", [7.0, loss], batch_tokens=batch)
-    text = answer(tmp_path, ["batch_tokens=256,512"])
-    assert "The best is batch_tokens=512, with a validation loss of 3.250 (1.625 bpb)." in text
+    text = answered(tmp_path, "batch_tokens=256,512").text
+    assert "The best is batch_tokens=512, with 1.625 bits a byte (a validation loss of 3.250)." in text
     assert (tmp_path / "sweep.png").exists()
 
 
 def test_a_sweep_without_a_result_says_so(tmp_path):
     write_job(tmp_path, "diverged", [7.0, 8.0], exit_code=3, optimizer__lr=1.0)
     write_job(tmp_path, "crashed", [], exit_code=1, optimizer__lr=2.0)
-    assert "The runs came to no finite loss; try lower learning rates." in answer(tmp_path, SWEPT)
+    assert "The runs came to no result; try lower learning rates." in answered(tmp_path, SWEPT).text
 
 
 def test_without_matplotlib_there_is_an_answer_and_no_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("cucafera.sweeps.pictures.has_matplotlib", lambda: False)
     write_sweep(tmp_path, RATES)
-    assert "pip install 'cucafera[plots]'" in answer(tmp_path, SWEPT)
+    assert "pip install 'cucafera[plots]'" in answered(tmp_path, SWEPT).text
     assert not (tmp_path / "sweep.png").exists()
     assert "sweep.png" not in (tmp_path / "summary.md").read_text()
     with pytest.raises(UserError, match="--plot needs matplotlib"):

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import signal
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cucafera.composition import composed_config, hydra_arguments
+from cucafera.composition import command_line_problems, composed_config, hydra_arguments
+from cucafera.config import Config
 from cucafera.sweeps import jobs
-from cucafera.sweeps.jobs import Ended, quoted
+from cucafera.sweeps.jobs import Job, quoted
 from cucafera.training.run_folder import RunFolder
 from tests.test_processes import Door, wait_for
 from tests.test_run import assert_equal, weights
@@ -31,9 +33,9 @@ def door(corpus: Path, tmp_path: Path) -> Door:
     return Door(corpus, tmp_path)
 
 
-def ended(folder: Path) -> dict[str, tuple[str, int]]:
+def ended(folder: Path) -> dict[str, tuple[str, int | None]]:
     """How each job of a sweep ended, by its name."""
-    found = {path.parent.name: Ended.read(path.parent) for path in folder.glob("*/job.json")}
+    found = {path.parent.name: Job.read(path.parent) for path in folder.glob("*/job.json")}
     return {name: (job.status, job.exit_code) for name, job in found.items() if job}
 
 
@@ -76,7 +78,7 @@ def test_a_sweep_that_is_killed_goes_on_with_the_job_that_it_was_at(door, tmp_pa
     while second.lock.exists():  # the job ends, and saves, when its parent is gone
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert json.loads(second.history.read_text().splitlines()[-1])["why"] == "SIGTERM"
+    assert json.loads(second.history.read_text().splitlines()[-1])["why"] == "the sweep"
     code, output = door.run(*command)
     assert code == 0, output
     assert first.history.read_text() == history
@@ -96,8 +98,29 @@ def test_a_signal_stops_the_job_and_the_sweep(door, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "Stopped by SIGINT" in output and "and saved" in output and "Traceback" not in output
+    assert "Stopped by the sweep after step" in output and "and saved" in output and "Traceback" not in output
     assert not (sweep / "seed=2").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])  # to all, as a terminal does; to the first alone
+def test_jobs_side_by_side_are_saved_when_the_sweep_is_stopped_or_killed(door, tmp_path, number):
+    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    process = door.start(
+        "--multirun", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "seed=1,2", "budget_tokens=256_000",
+        "callbacks.checkpoint_every_steps=20", new_group=True,
+    )  # fmt: skip
+    jobs = [RunFolder(sweep / f"seed={seed}") for seed in (1, 2)]
+    for job in jobs:
+        wait_for(job.checkpoints.path / "step-00000020.json", process)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGKILL), output
+    deadline = time.monotonic() + 30
+    while any(job.lock.exists() for job in jobs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for job in jobs:
+        assert json.loads(job.history.read_text().splitlines()[-1])["what"] == "stopped"
 
 
 @pytest.mark.parametrize("launcher", ["hydra/launcher=parallel", "hydra/launcher=submitit_local"])
@@ -132,7 +155,7 @@ def test_a_refused_job_does_not_keep_the_others_from_their_end(door, tmp_path):
     code, output = door.run("--multirun", "tokenizer.path=nowhere.json,null", "budget_tokens=1024", HORIZON)
     assert code == 2, output
     assert "nowhere.json" in output and "Traceback" not in output
-    assert "Refused, for what stands above: tokenizer.path=nowhere.json." in output
+    assert "Refused, for what stands above or in job.out of their folders: tokenizer.path=nowhere.json." in output
     sweep = tmp_path / "outputs" / "quickstart-sweep"
     assert ended(sweep) == {"tokenizer.path=nowhere.json": ("refused", 2), "tokenizer.path=null": ("finished", 0)}
 
@@ -149,7 +172,38 @@ def test_jobs_are_named_by_what_is_swept_and_the_command_line_outdoes_the_experi
     ] == ["optimizer.lr=1e-3,2e-3"]
 
 
-def test_a_job_can_be_named_as_the_run_to_begin_with():
+def test_the_jobs_of_a_sweep_share_one_folder_whatever_is_swept():
+    for swept in ("name=a,b", "+experiment=quickstart,pretrain"):
+        assert "hydra.sweep.dir='outputs/quickstart-sweep'" in hydra_arguments([swept], multirun=True)
+    (told,) = command_line_problems(["seed=1,2", "run_dir=mine"], multirun=True)
+    assert "run_dir is the folder of one run; that of a sweep is hydra.sweep.dir=..." in told
+
+
+def test_a_job_that_ended_with_another_configuration_is_left_as_it_is_and_told(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(jobs, "_answered", lambda command, *rest: started.append(command) or (None, 2))
+    config = composed_config(["optimizer.lr=1e-3"])
+    job = ("finished", 0, ["optimizer.lr=1e-3"], jobs.identity_of(config))
+    Job(*job).write(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"validation": [{"bpb": 2.5}]}')
+    assert run(config, tmp_path) == 2.5
+    assert run(composed_config(["optimizer.lr=1e-3", "max_time=01:00:00", "trainer.num_workers=2"]), tmp_path) == 2.5
+    assert run(composed_config(["optimizer.lr=1e-3", "budget_tokens=1e6"]), tmp_path) == math.inf
+    assert "holds a job with another configuration: name=ANOTHER makes a sweep of its own" in capsys.readouterr().err
+    assert Job.read(tmp_path) == Job(*job) and not started
+    assert run(composed_config(["optimizer.lr=1e-3", "resume=overwrite"]), tmp_path) == math.inf
+    assert len(started) == 1 and Job.read(tmp_path).status == "refused"
+
+
+def run(config: Config, folder: Path) -> float:
+    return jobs.run_job(config, ["optimizer.lr=1e-3"], folder, [], "basic")
+
+
+def test_a_job_can_be_named_as_the_run_to_begin_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a=1", "a=2"):
+        Path(name).mkdir()
+    assert hydra_arguments(["init_from=a=1,a=2", "seed=1"], multirun=True)[0] == "init_from='a=1','a=2'"
     place = "outputs/lr_sweep/optimizer.lr=0.002,seed=1"
     assert hydra_arguments([f"init_from={place}"]) == [f"init_from='{place}'"]
     assert composed_config([f"tokenizer.path={place}"]).tokenizer.path == place
@@ -158,21 +212,29 @@ def test_a_job_can_be_named_as_the_run_to_begin_with():
 
 def test_a_job_waits_for_gpus_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
-    config = composed_config(["trainer.devices=2"])
-    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: os.close(other))
-    with jobs._own_gpus(config, tmp_path) as environment:
+    one, two, four, every = (composed_config([f"trainer.devices={devices}"]) for devices in (1, 2, 4, "auto"))
+    with jobs._own_gpus(two, tmp_path) as environment:
         assert environment == {"CUDA_VISIBLE_DEVICES": "0,3"}
-        with jobs._own_gpus(composed_config([]), tmp_path) as environment:
+        with jobs._own_gpus(one, tmp_path) as environment:
             assert environment == {"CUDA_VISIBLE_DEVICES": "5"}
-    (lock,) = tmp_path.glob(".*-gpu-0.lock")
-    other = os.open(lock, os.O_RDWR)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with jobs._own_gpus(composed_config(["trainer.devices=4"]), tmp_path) as environment:
+    with jobs._own_gpus(four, tmp_path) as environment:
         assert environment == {}  # more than there are, which the job will tell
-    with jobs._own_gpus(config, tmp_path) as environment:
-        assert environment == {"CUDA_VISIBLE_DEVICES": "3,5"}
     with jobs._own_gpus(composed_config(["trainer=cpu", "trainer.devices=2"]), tmp_path) as environment:
         assert environment == {}
+    other = os.open(next(tmp_path.glob(".*-gpu-3.lock")), os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    waited = []
+
+    def free_the_gpu(seconds: float) -> None:
+        waited.append(seconds)
+        with jobs._own_gpus(two, tmp_path) as meanwhile:  # who waits holds none
+            assert meanwhile == {"CUDA_VISIBLE_DEVICES": "0,5"}
+        os.close(other)
+
+    monkeypatch.setattr(jobs.time, "sleep", free_the_gpu)
+    with jobs._own_gpus(every, tmp_path) as environment:
+        assert environment == {"CUDA_VISIBLE_DEVICES": "0,3,5"}
+    assert len(waited) == 1
 
 
 def test_signals_are_handed_on_to_the_job(tmp_path):

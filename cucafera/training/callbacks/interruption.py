@@ -16,7 +16,7 @@ import torch.distributed
 from cucafera.config import EXIT_OUT_OF_TIME, Config
 from cucafera.training.module import LanguageModel
 
-ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ANSWERED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interruption(pl.Callback):
@@ -24,7 +24,8 @@ class Interruption(pl.Callback):
 
     The first SIGINT or SIGTERM, and the end of max_time, finish the step, save a checkpoint and stop; a second signal
     ends the process at once. Before the first step there is nothing to save, and the first does. SIGUSR1 saves a
-    checkpoint, and training goes on.
+    checkpoint, and training goes on. SIGUSR2, with which a sweep stops its jobs, never counts as the second: a job
+    may get it beside the signal that stopped the sweep.
 
     With several devices they agree at the next log step, since a signal may have reached only one of them.
     One lives as long as the run, through all its rollbacks.
@@ -45,6 +46,7 @@ class Interruption(pl.Callback):
         self.asks_to_save = False
         self._training = False
         self._received: signal.Signals | None = None
+        self._counted = 0
         self._save_received = False
 
     @property
@@ -53,6 +55,8 @@ class Interruption(pl.Callback):
         if self.exit_code == EXIT_OUT_OF_TIME:
             return f"max_time={self.config.max_time}"
         assert self.exit_code is not None
+        if self.exit_code == 128 + signal.SIGUSR2:
+            return "the sweep"
         return signal.Signals(self.exit_code - 128).name
 
     @contextmanager
@@ -80,9 +84,12 @@ class Interruption(pl.Callback):
             self._save_received = True
         elif not self._training:
             sys.exit(128 + number)
-        elif self._received is not None:
+        elif number == signal.SIGUSR2:
+            self._received = self._received or signal.SIGUSR2
+        elif self._counted:
             self._exit_at_once(number)
         else:
+            self._counted += 1
             self._received = signal.Signals(number)
             # Not through the log, which the signal may have interrupted.
             told = f"\n{self._received.name}: finishing the step and saving. Once more to end at once.\n"
