@@ -39,7 +39,7 @@ def compare(folders: list[Path], plot: Path | None) -> str:
     from cucafera.sweeps.records import RESULTS, as_text, differences, in_figures, read_records, results_of
 
     if plot is not None and not has_matplotlib():
-        raise UserError("--plot needs matplotlib: pip install 'cucafera[plots]'")
+        raise UserError("--plot needs matplotlib: pip install '.[plots]'")
     alone = len(folders) == 1
     records = [record for folder in folders for record in read_records(folder, folder if alone else None)]
     different = differences(records)

@@ -354,7 +354,7 @@ def _told_by_hydra(error: Exception) -> str:
     first = " ".join(str(error).split("\n")[0].split())
     for plugin, extra in PLUGINS.items():
         if f"'{plugin}'" in first:
-            return f"{plugin} needs a plugin of Hydra: pip install 'cucafera[{extra}]'"
+            return f"{plugin} needs a plugin of Hydra: pip install '.[{extra}]'"
     return first
 
 

@@ -201,7 +201,7 @@ def test_a_plugin_of_hydra_that_is_missing_is_named_with_what_brings_it(plugin, 
 
     monkeypatch.setattr("cucafera.composition.compose", compose)
     (told,) = command_line_problems(["seed=1"])
-    assert told == f"{plugin} needs a plugin of Hydra: pip install 'cucafera[{extra}]'"
+    assert told == f"{plugin} needs a plugin of Hydra: pip install '.[{extra}]'"
 
 
 def test_one_job_of_a_sweep_runs_alone_with_its_value():

@@ -426,7 +426,7 @@ class _ZstdContent(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise CorpusError(f"{path}: to read .zst, install it: pip install 'cucafera[zstd]'") from error
+            raise CorpusError(f"{path}: to read .zst, install it: pip install '.[zstd]'") from error
         self._library = zstandard
         self._raw = raw
         self._path = path

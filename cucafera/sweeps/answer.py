@@ -27,8 +27,8 @@ FURTHER_VALUES = 3
 """Values that are proposed to go on with."""
 NOT_GIVEN = "default"
 """Stands for the value of a key that a job's command line does not name."""
-OWN_OVERRIDES = ("hydra.job.config.", "hydra.sweeper.params", "hydra.sweep.dir")
-"""What the front door itself tells Hydra; see `hydra_arguments`."""
+OWN_OVERRIDES = ("hydra.mode", "hydra.job.config.", "hydra.sweeper.params", "hydra.sweep.dir")
+"""What the front door, or Hydra itself, adds to a command line; see `hydra_arguments`."""
 
 
 class SweepAnswer(Callback):
@@ -125,7 +125,7 @@ def answer(folder: Path, overrides: Sequence[str], fixed: Container[str], others
     table = _table(records, keys)
     picture = folder / "sweep"
     if not has_matplotlib():
-        paragraphs.append("There is no picture: pip install 'cucafera[plots]' brings matplotlib, which draws it.")
+        paragraphs.append("There is no picture: pip install '.[plots]' brings matplotlib, which draws it.")
     elif any(optima.values()):
         draw_learning_rates(groups, optima, picture)
     else:

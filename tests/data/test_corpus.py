@@ -234,7 +234,7 @@ def test_a_damaged_packed_file_is_refused(tmp_path, suffix, damage):
 def test_a_zst_file_without_the_library_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(packed(LINES, ".zst"))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    assert "pip install 'cucafera[zstd]'" in refusal(SourceConfig(path=str(tmp_path / "a.jsonl.zst")))
+    assert "pip install '.[zstd]'" in refusal(SourceConfig(path=str(tmp_path / "a.jsonl.zst")))
 
 
 def test_empty_documents_are_left_out_and_counted(write_jsonl):

@@ -176,7 +176,7 @@ def test_a_sweep_without_a_result_says_so(tmp_path):
 def test_without_matplotlib_there_is_an_answer_and_no_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("cucafera.sweeps.pictures.has_matplotlib", lambda: False)
     write_sweep(tmp_path, RATES)
-    assert "pip install 'cucafera[plots]'" in answered(tmp_path, SWEPT).text
+    assert "pip install '.[plots]'" in answered(tmp_path, SWEPT).text
     assert not (tmp_path / "sweep.png").exists()
     assert "sweep.png" not in (tmp_path / "summary.md").read_text()
     with pytest.raises(UserError, match="--plot needs matplotlib"):
