@@ -109,7 +109,7 @@ def _config_in(composed: DictConfig, hydra_config: Any) -> Config:
 
 
 def _job_of_sweep(composed: DictConfig, hydra_config: Any) -> float:
-    from cucafera.sweeps.jobs import run_job
+    from cucafera.sweeps.jobs import own_config_folders, run_job
 
     register_schema()  # a launcher may have brought this here from another process
     try:
@@ -120,7 +120,7 @@ def _job_of_sweep(composed: DictConfig, hydra_config: Any) -> float:
         config,
         overrides=list(hydra_config.overrides.task),
         folder=Path(hydra_config.runtime.output_dir),
-        config_folders=[s.path for s in hydra_config.runtime.config_sources if s.provider == "command-line"],
+        config_folders=own_config_folders(hydra_config),
         launcher=hydra_config.runtime.choices["hydra/launcher"],
     )
 

@@ -47,11 +47,9 @@ class SweepAnswer(Callback):
 
     def on_multirun_end(self, config: DictConfig, **settings: Any) -> None:
         """Answers, when all jobs have ended."""
-        flags = [
-            f"--config-dir {shlex.quote(source.path)}"
-            for source in config.hydra.runtime.config_sources
-            if source.provider == "command-line"
-        ]
+        from cucafera.sweeps.jobs import own_config_folders
+
+        flags = [f"--config-dir {shlex.quote(folder)}" for folder in own_config_folders(config.hydra)]
         choices = [text for text in config.hydra.overrides.hydra if not text.startswith(OWN_OVERRIDES)]
         try:
             given = answer(

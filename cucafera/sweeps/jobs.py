@@ -25,7 +25,7 @@ from typing import Any
 
 from cucafera.config import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR, Config
 from cucafera.data.files import descriptor_of, write_text
-from cucafera.training.run_folder import PLUMBING, flat, is_within
+from cucafera.training.run_folder import PLUMBING, RunFolder, flat, is_within
 
 JOB = "job.json"
 """What is known of a job, in its folder."""
@@ -68,6 +68,11 @@ class Job:
     def write(self, folder: Path) -> None:
         """Leaves it there."""
         write_text(folder / JOB, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def own_config_folders(hydra_config: Any) -> list[str]:
+    """The folders of configuration files that the command line adds, of a resolved `hydra` node."""
+    return [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
 
 
 def identity_of(config: Config) -> str:
@@ -135,20 +140,22 @@ def quoted(value: str) -> str:
 
 def _status(exit_code: int, folder: Path) -> str:
     if exit_code == 0:
-        losses = [record["loss"] for record in _metrics(folder)["validation"]]
-        return "finished" if losses[-1] < losses[0] else "diverged"
+        history = _validations(folder)
+        return "finished" if history[-1]["loss"] < history[0]["loss"] else "diverged"
     names = {EXIT_USER_ERROR: "refused", EXIT_DIVERGED: "diverged", EXIT_OUT_OF_TIME: "stopped"}
     stops = {128 + number: "stopped" for number in STOPS}
     return (names | stops).get(exit_code, "crashed")
 
 
 def _result(job: Job, folder: Path) -> float:
-    return float(_metrics(folder)["validation"][-1]["bpb"]) if job.status == "finished" else math.inf
+    return float(_validations(folder)[-1]["bpb"]) if job.status == "finished" else math.inf
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_bytes())
-    return metrics
+def _validations(folder: Path) -> list[dict[str, float]]:
+    metrics = RunFolder(folder).read_metrics()
+    assert metrics is not None  # it is written before a run ends with success
+    validations: list[dict[str, float]] = metrics["validation"]
+    return validations
 
 
 def _answered(command: list[str], environment: dict[str, str], output: Any) -> tuple[int | None, int]:

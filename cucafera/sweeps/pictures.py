@@ -42,7 +42,7 @@ def draw_learning_rates(
         optima: The optimum of each group.
         path: Where the picture goes, without the ending: one file for each of FORMATS.
     """
-    figure, (left, right) = _panels(2)
+    figure, (left, right) = _panels()
     records = [record for runs in groups.values() for _, record in runs]
     ceiling = _ceiling(records)
     colours = _colours_of_rates(sorted({rate for runs in groups.values() for rate, _ in runs}))
@@ -62,8 +62,8 @@ def draw_learning_rates(
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
-    """The validation curves of some runs: loss, and bits per byte. The arguments are those of the other picture."""
-    figure, (left, right) = _panels(2)
+    """The validation curves of some runs, in nats per token and in bits per byte; the path is as for the other."""
+    figure, (left, right) = _panels()
     for number, record in enumerate(records):
         tokens = [point["tokens"] for point in record.curve]
         for axes, what in ((left, "loss"), (right, "bpb")):
@@ -74,11 +74,11 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     _save(figure, path)
 
 
-def _panels(columns: int) -> tuple[Any, Any]:
+def _panels() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * columns, 4.0), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    return figure, figure.subplots(1, 2)
 
 
 def _ceiling(records: Sequence[Record]) -> float | None:

@@ -1,6 +1,7 @@
 """What runs have left in their folders, side by side."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ class Record:
             return self.job.status
         return "finished" if self.metrics is not None else "not finished"
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, str]:
         """What the command line of a job set."""
         return settings_of(self.job.overrides if self.job else [])

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cucafera.config import UserError
+from cucafera.config import EXIT_USER_ERROR, UserError
 from cucafera.data.files import descriptor_of
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def _is_of(path: Path, owner: bytes) -> bool:
 
 
 def _end_at_once() -> None:
-    os._exit(2)
+    os._exit(EXIT_USER_ERROR)
 
 
 def _user() -> str:

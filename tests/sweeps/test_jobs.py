@@ -185,7 +185,7 @@ def test_a_job_that_ended_with_another_configuration_is_left_as_it_is_and_told(t
     config = composed_config(["optimizer.lr=1e-3"])
     job = ("finished", 0, ["optimizer.lr=1e-3"], jobs.identity_of(config))
     Job(*job).write(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"validation": [{"bpb": 2.5}]}')
+    (tmp_path / "metrics.json").write_text('{"steps": 1, "validation": [{"bpb": 2.5}]}')
     assert run(config, tmp_path) == 2.5
     assert run(composed_config(["optimizer.lr=1e-3", "max_time=01:00:00", "trainer.num_workers=2"]), tmp_path) == 2.5
     assert run(composed_config(["optimizer.lr=1e-3", "budget_tokens=1e6"]), tmp_path) == math.inf
