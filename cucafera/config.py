@@ -220,12 +220,14 @@ class TrainerConfig:
     """auto (bf16 on CUDA devices that have it, fp32 elsewhere), fp32 or bf16."""
     compile: bool | str = "auto"
     """true, false or auto (torch.compile on CUDA only)."""
-    micro_batch_windows: int | None = None
-    """Most windows of one forward pass on one device; null: by the memory of the device."""
+    micro_batch_windows: int | str = "auto"
+    """Most windows of one forward pass on one device; auto: as many as its memory holds, fewer if that was too many."""
+    activation_checkpointing: bool | str = "auto"
+    """Compute activations again in the backward pass: less memory, more work; auto: if no window fits a GPU without."""
     num_workers: int | None = None
     """Processes that read windows; null: 2 on CUDA, 0 (the training process itself) elsewhere."""
-    profiler: str | None = None
-    """simple or pytorch: write a profile into the run folder."""
+    profile: bool = False
+    """Show where the time of a step goes, and write a trace of some steps into the run folder."""
 
 
 @dataclass
@@ -384,7 +386,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trainer.accelerator": ("auto", "cpu", "cuda"),
     "trainer.precision": ("auto", "fp32", "bf16"),
     "trainer.compile": ("auto", True, False),
-    "trainer.profiler": (None, "simple", "pytorch"),
+    "trainer.activation_checkpointing": ("auto", True, False),
     "callbacks.reference_curve": (None, "original"),
     "callbacks.guards.non_finite": ("skip", "rollback", "stop"),
     "callbacks.guards.loss_spike": ("warn", "rollback", "ignore"),
@@ -414,7 +416,6 @@ AT_LEAST: dict[str, float] = {
     "schedule.warmup_steps": 0,
     "schedule.horizon_steps": 1,
     "trainer.num_nodes": 1,
-    "trainer.micro_batch_windows": 1,
     "trainer.num_workers": 0,
     "callbacks.log_every_steps": 1,
     "callbacks.validate_every_steps": 0,
@@ -490,10 +491,9 @@ def value_problems(config: Config, unusable: set[str]) -> Iterator[str]:
         for key in keys:
             if rule(key) and (value := value_of(config, key)) is not None and not holds(key, value):
                 yield broken(key, wanted(key))
-    if rule("trainer.devices") and not (
-        config.trainer.devices == "auto" or (isinstance(config.trainer.devices, int) and config.trainer.devices >= 1)
-    ):
-        yield broken("trainer.devices", "a number of at least 1, or auto")
+    for key in ("trainer.devices", "trainer.micro_batch_windows"):
+        if rule(key) and (value := value_of(config, key)) != "auto" and not (isinstance(value, int) and value >= 1):
+            yield broken(key, "a number of at least 1, or auto")
     if rule("optimizer.betas") and (
         len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas)
     ):

@@ -144,6 +144,7 @@ def train(config: Config, overrides: list[str]) -> float:
 
     hardware = decide_hardware(config)  # a missing GPU is told before Lightning's import takes its seconds
 
+    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
     from cucafera.training.callbacks.guards import GuardsError, RollBack
@@ -152,15 +153,18 @@ def train(config: Config, overrides: list[str]) -> float:
     from cucafera.training.run_lock import run_lock
 
     folder = RunFolder(Path(config.run_dir))
+    while folder.ran_out_of_memory(config, hardware) and (smaller := hardware.with_less_memory(config)):
+        hardware = smaller
     # Lightning knows the node of a process that a person started there by hand only later, when it has a Trainer.
     is_first_process = rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]
     interruption = Interruption(config, started)
     left_out: set[int] = set()
     rollbacks: Counter[int] = Counter()
+    is_ours = False
     with run_lock(folder.lock) if is_first_process else contextlib.nullcontext(), interruption.giving_back():
         while True:
             try:
-                return _session(config, overrides, hardware, folder, interruption, is_first_process, left_out)
+                return _session(config, overrides, hardware, folder, interruption, is_first_process, left_out, is_ours)
             except RollBack as wish:
                 step = folder.checkpoints.newest_step()
                 if interruption.exit_code is not None:
@@ -182,7 +186,39 @@ def train(config: Config, overrides: list[str]) -> float:
                     folder.note("rolled back", why=wish.why, to_step=step, left_out_batches=sorted(left_out))
             except GuardsError as error:
                 _give_up(str(error), folder, is_first_process)
+            except torch.OutOfMemoryError as error:
+                hardware = _less_memory(config, hardware, folder, is_first_process, error)
+            is_ours = True
             gc.collect()  # model and optimizer, before there are others
+            torch.compiler.reset()  # what was compiled for them would be made general when others come
+            torch.cuda.empty_cache()
+
+
+def _less_memory(
+    config: Config, hardware: "Hardware", folder: "RunFolder", is_first_process: bool, error: BaseException
+) -> "Hardware":
+    """The settings to go on with after a GPU ran out of memory, which the run remembers.
+
+    Raises UserError if the settings allow nothing smaller, or other processes wait for this one.
+    """
+    if is_first_process:
+        folder.note_out_of_memory(config, hardware)
+    smaller = hardware.with_less_memory(config)
+    windows = f"{hardware.micro_batch_windows} window{'s' if hardware.micro_batch_windows > 1 else ''} at a time"
+    if smaller is None:
+        advice = (
+            "set trainer.micro_batch_windows=auto or to less"
+            if hardware.micro_batch_windows > 1
+            else "set trainer.activation_checkpointing=auto, or choose a smaller model or sequence_length"
+        )
+        raise UserError(f"the GPU has too little memory for {windows}: {advice}") from error
+    what = f"{smaller.micro_batch_windows} at a time" + (
+        " and activation checkpointing" if smaller.activation_checkpointing else ""
+    )
+    if hardware.world_size > 1:
+        raise UserError(f"a GPU has too little memory for {windows}: the same command goes on with {what}") from error
+    log.warning("The GPU has too little memory for %s: on with %s. The result stays the same.", windows, what)
+    return smaller
 
 
 def _give_up(why: str, folder: "RunFolder", is_first_process: bool) -> NoReturn:
@@ -211,8 +247,12 @@ def _session(
     interruption: "Interruption",
     is_first_process: bool,
     left_out: set[int],
+    is_ours: bool,
 ) -> float:
-    """Trains from the last checkpoint, or the beginning, to the end, a stop, or a rollback."""
+    """Trains from the last checkpoint, or the beginning, to the end, a stop, a rollback or the end of the memory.
+
+    `is_ours` says that this process has trained in the folder before.
+    """
     import lightning.pytorch as pl
     import torch
 
@@ -222,7 +262,7 @@ def _session(
     from cucafera.training.run_folder import checkpoint_to_begin_with, is_within, tokenizer_to_begin_with
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
-    resumed = folder.checkpoint_to_resume(config, is_ours=bool(left_out))
+    resumed = folder.checkpoint_to_resume(config, is_ours)
     before = resumed.state if resumed else None
     if config.init_from and config.tokenizer.path is None:
         # A run that has begun needs nothing any more of the run that it began with.
@@ -252,7 +292,7 @@ def _session(
 
     pl.seed_everything(config.seed, verbose=False)
     torch.set_float32_matmul_precision("high")
-    module = LanguageModel(config, hardware.micro_batch_windows, hardware.compile)
+    module = LanguageModel(config, hardware)
     if initial:
         adapters = {name: value for name, value in module.state_dict().items() if ".lora_" in name}
         module.load_state_dict(adapters | initial["state_dict"])
@@ -271,14 +311,8 @@ def _session(
         folder.note_start(config, overrides, dataclasses.asdict(hardware), resumed)
     checkpoint = resumed.path if resumed else None
     del resumed, before, initial  # training would keep a second copy of the weights
-    try:
-        interruption.take_over()
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU has too little memory for {hardware.micro_batch_windows} windows at a time: set "
-            f"trainer.micro_batch_windows={max(1, hardware.micro_batch_windows // 2)}. The result stays the same"
-        ) from error
+    interruption.take_over()
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return _ended(config, hardware, folder, callbacks, module.steps_done, is_first_process)
 
 

@@ -222,7 +222,7 @@ def product(config: Config, hardware: Any, data: PackedDataModule) -> tuple[list
         trainer = build_trainer(config, hardware, folder, callbacks, first_step=0)
         # The others do nothing between two validations and checkpoints, which the peers have not.
         trainer.callbacks = [callbacks.interruption, callbacks.guards, callbacks.throughput, StepEnds()]  # type: ignore[attr-defined]
-        trainer.fit(LanguageModel(config, hardware.micro_batch_windows, hardware.compile), data)
+        trainer.fit(LanguageModel(config, hardware), data)
     return ends, callbacks.throughput.waiting_seconds / callbacks.throughput.training_seconds
 
 

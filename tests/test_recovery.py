@@ -244,7 +244,7 @@ def test_what_may_change_does_and_is_written_into_the_history(small_run):
     assert (went_on["what"], went_on["step"], went_on["overrides"]) == ("went on", 8, ["name=run"])
     assert went_on["changed"] == {
         "budget_tokens": [2048, 3072],
-        "trainer.micro_batch_windows": [None, 2],
+        "trainer.micro_batch_windows": ["auto", 2],
         "trainer.num_workers": [None, 1],
         "callbacks.log_every_steps": [1, 2],
         "callbacks.checkpoint_every_steps": [4, 3],

@@ -18,6 +18,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -80,6 +81,15 @@ class Batch(NamedTuple):
             yield Batch(
                 self.input_ids[part], self.targets[part], None if self.documents is None else self.documents[part]
             )
+
+    def padded(self, windows: int) -> "Batch":
+        """So many windows, those that are missing without targets."""
+        missing = (0, 0, 0, windows - len(self.input_ids))
+        return Batch(
+            F.pad(self.input_ids, missing),
+            F.pad(self.targets, missing, value=IGNORED),
+            None if self.documents is None else F.pad(self.documents, missing),
+        )
 
 
 def batch_of_windows(windows: Sequence[Window], document_masking: bool) -> Batch:

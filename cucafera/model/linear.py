@@ -1,7 +1,9 @@
-"""The matrix product of a linear layer.
+"""The matrix products of linear layers.
 
 N rows, I inputs, O outputs
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,18 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.reshape(1, 1, inputs).expand(threads, 1, inputs)
     shares = weight.view(threads, outputs // threads, inputs).transpose(1, 2)
     return torch.bmm(rows, shares).view(*x.shape[:-1], outputs)
+
+
+def linears(x: Tensor, layers: Sequence["Linear"]) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of the same input: [..., I] to [..., O] of each.
+
+    Compiled, it is one product with all their weights side by side, forward and backward: fewer and larger ones, which
+    small models need most. Written out, copying the weights together would cost more than it gains.
+    """
+    if not torch.compiler.is_compiling() or any(type(layer) is not Linear for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    together = F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return together.split([layer.out_features for layer in layers], dim=-1)
 
 
 class Linear(nn.Linear):

@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cucafera.config import ModelConfig
 from cucafera.model.attention import Mask, attend, attention_mask
-from cucafera.model.linear import Linear, linear
+from cucafera.model.linear import Linear, linear, linears
 from cucafera.model.loss import linear_cross_entropy
 from cucafera.model.scaling import initial_scale
 
@@ -81,18 +82,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
         """Mixes tokens: [B, T, D] to [B, T, D]."""
-        queries = rotate(self._heads(self.q_proj(x)), cos, sin).transpose(1, 2)
-        keys = rotate(self._heads(self.k_proj(x)), cos, sin).transpose(1, 2)
-        values = self._heads(self.v_proj(x)).transpose(1, 2)
+        projected = linears(x, (self.q_proj, self.k_proj, self.v_proj))
+        queries, keys, values = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
+        queries, keys = (rotate(heads, cos, sin).transpose(1, 2) for heads in (queries, keys))
+        values = values.transpose(1, 2)
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)
         mixed = attend(queries, keys, values, mask)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
-
-    def _heads(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.unflatten(-1, (-1, self.head_dim))
-        return heads
 
 
 class MLP(nn.Module):
@@ -107,7 +105,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D], through [B, T, F]."""
-        output: Tensor = self.down_proj(activation(self.hidden_act, self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, (self.gate_proj, self.up_proj))
+        output: Tensor = self.down_proj(activation(self.hidden_act, gate) * up)
         return output
 
 
@@ -134,14 +133,20 @@ class Decoder(nn.Module):
     Held as `model` by another module, its state dict has the keys of LlamaForCausalLM with a tied head. Initial
     weights are drawn from torch's global generator: N(0, initializer_range), gains 1; with a base_hidden_size, some of
     them scaled by the width (scaling.py).
+
+    Args:
+        config: Its shape.
+        activation_checkpointing: In training, keep of each layer only what enters it, and compute the rest again in the
+            backward pass (Chen et al., 2016). The numbers are the same.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = activation_checkpointing
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -193,7 +198,11 @@ class Decoder(nn.Module):
 
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, cos, sin, mask, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                # Nothing in a layer is random, so there is no state of a generator to bring back.
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
         hidden: Tensor = self.norm(x)
         if targets is None:
             return hidden

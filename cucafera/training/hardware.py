@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from cucafera.config import Config, UserError
-from cucafera.model.flops import parameter_count, peak_flops
+from cucafera.model.flops import adapter_parameter_count, parameter_count, peak_flops
+from cucafera.model.loss import LOGITS_IN_CHUNK
 
 MEMORY_GROUPS = {
     "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "),
@@ -19,6 +20,10 @@ MEMORY_GROUPS = {
 use, and what begins the line of memory.stat with the part of the use that the system gives up when asked."""
 MICRO_BATCH_TOKENS_CPU = 4096
 """More gain nothing on a CPU."""
+ACTIVATION_BYTES = {"bf16": 54, "fp32": 80}
+"""What a layer keeps for its backward pass, a token and unit of width; see `scripts/memory.py`."""
+USABLE_MEMORY = 0.88
+"""Of a GPU's; the rest is for the context and for what is lost between the pieces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Hardware:
         world_size: Devices of the job.
         precision: fp32 or bf16.
         compile: Whether the model is compiled.
-        micro_batch_windows: Windows of one forward pass; it divides the windows of a device's step.
+        micro_batch_windows: Windows of one forward pass, all but the last of a step.
+        activation_checkpointing: Whether activations are computed again in the backward pass.
         num_workers: Processes that read windows.
         peak_flops: Dense bf16 peak of one device in FLOP/s; None where it is not known.
     """
@@ -44,8 +50,20 @@ class Hardware:
     precision: str
     compile: bool
     micro_batch_windows: int
+    activation_checkpointing: bool
     num_workers: int
     peak_flops: float | None
+
+    def with_less_memory(self, config: Config) -> "Hardware | None":
+        """The next to try when this takes too much memory; None if the settings allow nothing smaller.
+
+        First half the windows of a forward pass, then activation checkpointing.
+        """
+        if self.micro_batch_windows > 1 and config.trainer.micro_batch_windows == "auto":
+            return dataclasses.replace(self, micro_batch_windows=self.micro_batch_windows // 2)
+        if not self.activation_checkpointing and config.trainer.activation_checkpointing == "auto":
+            return dataclasses.replace(self, activation_checkpointing=True)
+        return None
 
 
 def decide_hardware(config: Config) -> Hardware:
@@ -75,6 +93,7 @@ def decide_hardware(config: Config) -> Hardware:
         raise UserError(
             f"{torch.cuda.get_device_name()} has no bf16 (compute capability 8): set trainer.precision=fp32"
         )
+    checkpointing, windows = _memory_settings(config, accelerator, precision, config.windows_per_step // world_size)
     return Hardware(
         accelerator=accelerator,
         name=torch.cuda.get_device_name() if accelerator == "cuda" else f"CPU ({torch.get_num_threads()} cores in use)",
@@ -82,7 +101,8 @@ def decide_hardware(config: Config) -> Hardware:
         world_size=world_size,
         precision=precision,
         compile=accelerator == "cuda" if trainer.compile == "auto" else bool(trainer.compile),
-        micro_batch_windows=_micro_batch_windows(config, accelerator, config.windows_per_step // world_size),
+        micro_batch_windows=windows,
+        activation_checkpointing=checkpointing,
         num_workers=(2 if accelerator == "cuda" else 0) if trainer.num_workers is None else trainer.num_workers,
         peak_flops=peak_flops(torch.cuda.get_device_name()) if accelerator == "cuda" else None,
     )
@@ -98,33 +118,50 @@ def _device_count(config: Config, accelerator: str) -> int:
     return int(wanted)
 
 
-def _micro_batch_windows(config: Config, accelerator: str, windows_per_device: int) -> int:
-    """Windows of one forward pass, at most what the setting or the device's memory allows.
+def _memory_settings(config: Config, accelerator: str, precision: str, windows_per_device: int) -> tuple[bool, int]:
+    """Activation checkpointing, and the windows of one forward pass: at most what setting or memory allows.
 
-    The largest divisor of a device's windows, unless that is less than half of what is allowed; then the last forward
-    pass of a step is smaller.
+    The windows are the largest divisor of a device's, unless that is less than half of what is allowed; then the last
+    forward pass of a step is smaller.
     """
-    most = config.trainer.micro_batch_windows
-    if most is None:
-        tokens = MICRO_BATCH_TOKENS_CPU
-        if accelerator == "cuda":
-            tokens = tokens_in_memory(config, torch.cuda.get_device_properties(0).total_memory)
-        most = max(1, tokens // config.sequence_length)
+    setting, checkpointing = config.trainer.micro_batch_windows, config.trainer.activation_checkpointing is True
+    tokens = MICRO_BATCH_TOKENS_CPU
+    if accelerator == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        tokens = tokens_in_memory(config, precision, checkpointing, memory)
+        needed = config.sequence_length * (1 if setting == "auto" else int(setting))
+        if tokens < needed and config.trainer.activation_checkpointing == "auto":
+            checkpointing, tokens = True, tokens_in_memory(config, precision, True, memory)
+    most = max(1, tokens // config.sequence_length) if setting == "auto" else int(setting)
     most = min(most, windows_per_device)
     divisor = max(n for n in range(1, most + 1) if windows_per_device % n == 0)
-    return divisor if 2 * divisor > most else most
+    return checkpointing, divisor if 2 * divisor > most else most
 
 
-def tokens_in_memory(config: Config, memory_bytes: float) -> int:
-    """Tokens whose activations fit a GPU beside the weights, with a fifth of its memory left free.
+def tokens_in_memory(config: Config, precision: str, checkpointing: bool, memory_bytes: float) -> int:
+    """Tokens of one forward pass that a GPU has memory for."""
+    fixed, per_token = memory_of_step(config, precision, checkpointing)
+    return int(max(0.0, USABLE_MEMORY * memory_bytes - fixed) / per_token)
 
-    Weights, gradients and both AdamW moments take 16 bytes a parameter. A layer keeps 34 bytes a token and unit of
-    width for its backward pass in 16-bit precision (Korthikanti et al., 2022, equation 1, without the attention
-    matrix, which flash and flex attention do not keep).
+
+def memory_of_step(config: Config, precision: str, checkpointing: bool) -> tuple[int, int]:
+    """Bytes of GPU memory that a step takes at its peak: those that are always needed, and those for each token.
+
+    Always: weights (4 bytes a parameter), gradients and both AdamW moments (12, of those that are trained), the weights
+    once more in bf16, the logits of a chunk of the loss with their gradient, and the head with its gradient. For each
+    token: what the layers keep for the backward pass; with activation checkpointing that is the input of each, and one
+    of them whole. `scripts/memory.py` adds up what PyTorch allocates without the compiler, which keeps less, and comes
+    to the same within 7%; with checkpointing this is up to 40% more.
     """
-    state = 16 * parameter_count(config.model)
-    per_token = 34 * config.model.num_hidden_layers * config.model.hidden_size
-    return int(max(0.0, 0.8 * memory_bytes - state) / per_token)
+    model = config.model
+    half = precision == "bf16"
+    parameters = parameter_count(model)
+    adapters = adapter_parameter_count(model, config.adapter)
+    always = (6 if half else 4) * (parameters + model.vocab_size * model.hidden_size + LOGITS_IN_CHUNK["cuda"])
+    always += 4 * adapters + 12 * (adapters or parameters)
+    layers_kept = 1 if checkpointing else model.num_hidden_layers
+    per_token = ACTIVATION_BYTES[precision] * layers_kept * model.hidden_size
+    return always, per_token + (4 * model.num_hidden_layers * model.hidden_size if checkpointing else 0)
 
 
 def free_memory_bytes() -> int:

@@ -25,6 +25,7 @@ from cucafera.data.windows import IGNORED, Batch, WindowDataModule
 from cucafera.model.lora import add_adapters
 from cucafera.model.loss import linear_scores
 from cucafera.model.transformer import Decoder
+from cucafera.training.hardware import Hardware
 from cucafera.training.metrics import LanguageModelingMetrics
 from cucafera.training.optimizers import build_optimizer, set_learning_rate
 from cucafera.training.schedules import lr_ratio
@@ -56,17 +57,17 @@ class LanguageModel(pl.LightningModule):
 
     Args:
         config: The run.
-        micro_batch_windows: Most windows of one forward pass.
-        compile_model: Compile the decoder, in place, when training begins.
+        hardware: The windows of one forward pass; whether the decoder is compiled, in place, when training begins; and
+            whether it keeps its activations.
     """
 
-    def __init__(self, config: Config, micro_batch_windows: int, compile_model: bool) -> None:
+    def __init__(self, config: Config, hardware: Hardware) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
-        self.micro_batch_windows = micro_batch_windows
-        self.compile_model = compile_model
-        self.model = Decoder(config.model)
+        self.micro_batch_windows = hardware.micro_batch_windows
+        self.compile_model = hardware.compile
+        self.model = Decoder(config.model, hardware.activation_checkpointing)
         add_adapters(self.model, config.adapter)
         self.steps_done = 0
         self._unread: list[Tensor] = []
@@ -80,7 +81,8 @@ class LanguageModel(pl.LightningModule):
         self.token_bytes = token_bytes.to(self.device)
         self.validation_metrics = LanguageModelingMetrics().to(self.device)
         if self.compile_model:
-            self.model.compile()
+            # Shapes are the same at every step; what is compiled for any shape is slower.
+            self.model.compile(dynamic=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the matrices and vectors that are trained."""
@@ -168,6 +170,8 @@ class LanguageModel(pl.LightningModule):
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for micro_batch in batch.split(self.micro_batch_windows):
+            if self.compile_model:
+                micro_batch = micro_batch.padded(self.micro_batch_windows)  # another shape would be compiled anew
             hidden = self.model(micro_batch.input_ids, documents=micro_batch.documents)
             wanted = micro_batch.targets != IGNORED
             scores = linear_scores(hidden[wanted], self.model.embed_tokens.weight, micro_batch.targets[wanted])

@@ -6,7 +6,7 @@ import logging
 import platform
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from cucafera.training.checkpoint_files import (
     read_checkpoint,
 )
 from cucafera.training.events import EVENTS
+from cucafera.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ FIXED = ("model", "adapter", "batch_tokens", "sequence_length", "data.kind")
 """Keys that cannot be changed in the life of a run, whatever resume_despite says: step and weights would lose their
 meaning."""
 
+OUT_OF_MEMORY = "out of memory"
+"""What the history calls it."""
 
 PLUMBING = ("name", "run_dir", "resume", "resume_despite", "max_time", "logger", "data.prepared_dir", "data.processes")
 """Keys that say nothing about what comes out of a run."""
@@ -183,6 +186,21 @@ class RunFolder:
             append(self.history, (b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
         except OSError as error:
             log.warning("%s cannot be written: %s", self.history, error.strerror or error)
+
+    def note_out_of_memory(self, config: Config, hardware: Hardware) -> None:
+        """Adds to the history that a device had too little memory for this model, trained so."""
+        self.note(OUT_OF_MEMORY, **_taking_memory(config, hardware))
+
+    def ran_out_of_memory(self, config: Config, hardware: Hardware) -> bool:
+        """Whether the history says so."""
+        if not self.history.exists():
+            return False
+        needed = {"what": OUT_OF_MEMORY, **_taking_memory(config, hardware)}
+        for line in self.history.read_bytes().splitlines():
+            with suppress(ValueError):  # torn by a power cut
+                if needed.items() <= json.loads(line).items():
+                    return True
+        return False
 
     def note_start(
         self, config: Config, overrides: Sequence[str], hardware: dict[str, Any], resumed: ResumedCheckpoint | None
@@ -355,6 +373,16 @@ def tokenizer_to_begin_with(init_from: str) -> str:
     source = Path(init_from).expanduser()
     folder = source.parent.parent if source.is_file() else source
     return str(RunFolder(folder).tokenizer)
+
+
+def _taking_memory(config: Config, hardware: Hardware) -> dict[str, Any]:
+    """All that the memory of a step depends on."""
+    return {
+        "hardware": dataclasses.asdict(hardware),
+        "model": dataclasses.asdict(config.model),
+        "adapter": dataclasses.asdict(config.adapter),
+        "sequence_length": config.sequence_length,
+    }
 
 
 def changed_keys(config: Config, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

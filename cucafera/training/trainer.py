@@ -11,7 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 
 from cucafera.config import Config, UserError
@@ -24,6 +23,7 @@ from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.callbacks.layers import Layers
 from cucafera.training.callbacks.layout import Layout
 from cucafera.training.callbacks.plan import Plan
+from cucafera.training.callbacks.profile import Profile
 from cucafera.training.callbacks.progress import Progress, count
 from cucafera.training.callbacks.reference import ReferenceCurve
 from cucafera.training.callbacks.samples import Samples
@@ -44,9 +44,11 @@ class Callbacks:
     """The callbacks of a run, in the order in which they run after a step.
 
     Attributes:
+        profile: The profiler, if one is wanted.
         dashboard: Those that write nothing but TensorBoard events; none where no events are written.
     """
 
+    profile: tuple[pl.Callback, ...]
     interruption: Interruption
     guards: Guards
     throughput: Throughput
@@ -99,6 +101,7 @@ def build_callbacks(
         folder.checkpoints, resumed, settings.keep_last, settings.keep_every_steps, free_memory_bytes
     )
     return Callbacks(
+        profile=(Profile(hardware, folder.path, config.total_steps),) if config.trainer.profile else (),
         interruption=interruption,
         guards=guards,
         throughput=throughput,
@@ -165,7 +168,6 @@ def build_trainer(
         log_every_n_steps=1,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        profiler=_profiler(config, folder),
         plugins=plugins,
         default_root_dir=folder.path,
     )
@@ -181,14 +183,6 @@ def _slurm(devices: int, num_nodes: int) -> SLURMEnvironment:
             "other values of trainer.num_nodes and trainer.devices"
         ) from None
     return environment
-
-
-def _profiler(config: Config, folder: RunFolder) -> Profiler | None:
-    if config.trainer.profiler == "simple":
-        return SimpleProfiler(dirpath=folder.path, filename="profile")
-    if config.trainer.profiler == "pytorch":
-        return PyTorchProfiler(dirpath=folder.path, filename="profile")
-    return None
 
 
 def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> str | None:
@@ -221,12 +215,13 @@ def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
     flops = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     adapters = adapter_parameter_count(config.model, config.adapter)
     compiled = ", compiled" if hardware.compile else ""
+    recomputed = ", activations computed again" if hardware.activation_checkpointing else ""
     devices = f"{hardware.world_size} x " if hardware.world_size > 1 else ""
     lines = [
         f"Run     {config.run_dir}" + (f", going on after step {first_step:,}" if first_step else ""),
         f"Model   {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, "
         f"{count(flops)}FLOP a token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
-        f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}",
+        f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}{recomputed}",
         f"Budget  {config.total_steps * int(config.batch_tokens):,} tokens = {config.total_steps:,} steps x "
         f"{int(config.batch_tokens):,} tokens",
         f"Step    {config.windows_per_step} windows of {config.sequence_length:,} tokens; on each device "
