@@ -38,7 +38,7 @@ def linears(x: Tensor, layers: Sequence["Linear"]) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() or any(type(layer) is not Linear for layer in layers):
         return tuple(layer(x) for layer in layers)
     together = F.linear(x, torch.cat([layer.weight for layer in layers]))
-    return together.split([layer.out_features for layer in layers], dim=-1)
+    return tuple(together.split([layer.out_features for layer in layers], dim=-1))
 
 
 class Linear(nn.Linear):

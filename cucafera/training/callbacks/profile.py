@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,11 @@ def time_table(profiled: profile, seconds: float, steps: int, waiting: float, de
         waiting: Seconds of a step that waited for data.
         device: Where the model is.
     """
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
     for event in profiled.key_averages():
         microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         spent[kind_of(event.key)] += microseconds / 1e6 / steps
-    rows = [(kind, spent[kind]) for kind in sorted(spent, key=lambda kind: -spent[kind]) if spent[kind]]
+    rows: list[tuple[str, float]] = [(kind, spent[kind]) for kind in sorted(spent, key=lambda kind: -spent[kind]) if spent[kind]]
     rows.append(("waiting for data", waiting))
     rows.append(("nothing measured", max(0.0, seconds - sum(time for _, time in rows))))
     lines = [f"{'':24}{'ms a step':>12}{'share':>9}", f"{'a step':24}{1000 * seconds:>12.2f}{1:>9.1%}"]
