@@ -37,6 +37,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
@@ -44,10 +45,14 @@ import tokenizers
 from cucafera.composition import composed_config
 from cucafera.config import Config, SourceConfig
 from cucafera.data.corpus import ReadCounts, read_documents
-from cucafera.data.packed import PackedDataModule, StreamWindows
 from cucafera.data.shards import BLOCK_TOKENS, ShardWriter, Tokens, TokenStream, prepare_source
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
-from cucafera.data.windows import TrainingSteps
+
+if TYPE_CHECKING:  # the processes that tokenize import this file, and in a run they are not made to wait for torch
+    from torch.utils.data import DataLoader
+
+    from cucafera.data.packed import StreamWindows
+    from cucafera.data.windows import Batch
 
 TEXTS_IN_CALL = 100
 """With a whole corpus in one call, the encodings take gigabytes and the library is slower."""
@@ -197,6 +202,8 @@ def trained_tokenizer(corpus: str, path: Path) -> Path:
 
 def windows(arguments: argparse.Namespace) -> None:
     """Prints a line a model and number of reading processes."""
+    from cucafera.data.packed import StreamWindows
+
     print(f"{'':16}{'T':>6}{'workers':>9}{'windows/s':>11}{'tokens/s':>14}{'GPUs fed':>10}{'first batch':>13}")
     for name, overrides in (("default", []), ("245M", ["+experiment=pretrain"])):
         config = composed_config([*overrides, "budget_tokens=1e13"])
@@ -223,14 +230,17 @@ def random_stream(folder: Path, config: Config) -> TokenStream:
     return TokenStream.open(folder, "benchmark", config.model.vocab_size)
 
 
-def loader(config: Config, source: StreamWindows, workers: int):
+def loader(config: Config, source: "StreamWindows", workers: int) -> "DataLoader[Batch]":
     """The loader of a run on one device."""
+    from cucafera.data.packed import PackedDataModule
+    from cucafera.data.windows import TrainingSteps
+
     data = PackedDataModule(config, num_workers=workers)
     data.training_steps = TrainingSteps([source], config, left_out_batches=(), rank=0, world_size=1)
     return data.train_dataloader()
 
 
-def loading_speed(config: Config, source: StreamWindows, workers: int, seconds: float) -> tuple[float, float]:
+def loading_speed(config: Config, source: "StreamWindows", workers: int, seconds: float) -> tuple[float, float]:
     """Windows/s once the first batch is there, and the seconds until then."""
     started = time.perf_counter()
     batches = iter(loader(config, source, workers))
@@ -275,6 +285,8 @@ def write_zeros(folder: Path, tokens: int, shard_tokens: int = 100_000_000) -> N
 
 def ten_billion(arguments: argparse.Namespace) -> None:
     """Prints a line every ROW_WINDOWS windows."""
+    from cucafera.data.packed import StreamWindows
+
     config = composed_config(
         [
             "model=cucafera", "batch_tokens=204800", f"budget_tokens={2048 * arguments.windows}",
@@ -308,7 +320,7 @@ def ten_billion(arguments: argparse.Namespace) -> None:
         )
 
 
-def read_on(batches: Iterator, config: Config, read_before: int) -> None:
+def read_on(batches: "Iterator[Batch]", config: Config, read_before: int) -> None:
     """Reads all batches, and prints the table."""
     started = time.perf_counter()
     print(f"{'windows':>9}{'seconds':>9}{'GB read':>9}{'own MB':>9}{'of files':>10}{'resident':>10}")
