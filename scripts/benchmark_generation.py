@@ -1,93 +1,295 @@
-"""Decode speed against Hugging Face `generate`: the same weights, machine, run and greedy tokens, in turn.
+"""Writing beside its peers: the time to the first token, and the speed of those after it, over prompts and batches.
 
-    python scripts/benchmark_generation.py [--model cucafera] [--prompt 32] [--tokens 64] [--rounds 7]
+    python scripts/benchmark_generation.py                                    the quickstart's model
+    python scripts/benchmark_generation.py --model cucafera --prompt 512      the 245M model after 512 tokens
+    python scripts/benchmark_generation.py --batch 1 --out generation.json    one text at a time; also as JSON
 
-The time of the first token, which reads the prompt, is measured apart and left out of tokens/s. Weights are random:
-they decide the text, not the time. Neither side stops early, and both must write the same tokens, or the script fails.
+    cucafera                  the product's key/value cache and loop
+    Hugging Face              `generate` of LlamaForCausalLM with its dynamic cache
+    Hugging Face, compiled    the same with a static cache and its forward pass compiled
+    llama.cpp                 its `generate`, with the weights of --gguf FILE, which has a model of the same shape
+
+The first three have the same weights. These are random: they decide the text, not the time. Everybody writes greedily,
+and nobody stops early. All must write the same tokens; where one differs, the place is told, and the script fails
+unless the two tokens' logits, computed anew from the text before, are as near as rounding brings them.
+
+A prompt longer than the context allows is cut to leave room for the tokens. The peers write in turn, round by round;
+the first round is not counted and its time told, as it holds compilation. tokens/s are those of all texts together,
+after the first token; the ratios are the peer's time over cucafera's in the same round. A peer that is not there, or
+cannot do what is asked, is named as missing.
 """
 
 import argparse
 import dataclasses
+import json
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 from cucafera.composition import composed_config
-from cucafera.config import SamplingConfig
+from cucafera.config import ModelConfig, SamplingConfig
 from cucafera.data.tokenizer import PAD_ID
 from cucafera.generation.generate import token_columns
+from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
+
+OURS = "cucafera"
+PROMPTS = (128, 512, 1024, 2048)
+ROUNDING = 1e-3
+"""Most difference of two logits that rounding may exchange; their standard deviation is about 0.5."""
+
+
+class Written(NamedTuple):
+    """What a peer wrote.
+
+    Attributes:
+        first: Seconds to the first token.
+        rest: Seconds from there to the last.
+        texts: Token ids of each text.
+    """
+
+    first: float
+    rest: float
+    texts: list[list[int]]
+
+
+class NotThereError(Exception):
+    """Why a peer cannot be measured."""
+
+
+Write = Callable[[list[list[int]], int], Written]
+"""Continues prompts of one length by so many tokens."""
+
+
+def ours(model: Decoder) -> Write:
+    """The product."""
+
+    def write(prompts: list[list[int]], tokens: int) -> Written:
+        greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
+        started = now(model.cos.device)
+        columns = token_columns(model, prompts, greedy, None)
+        written = [next(columns)]
+        first = now(model.cos.device)
+        written += columns
+        return Written(
+            first - started, now(model.cos.device) - first, [list(text) for text in zip(*written, strict=True)]
+        )
+
+    return write
+
+
+class FirstTokenClock:
+    """A logits processor that changes nothing, and sees when the first logits are there."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        self.first = self.first or now(logits.device)
+        return logits
+
+
+def hugging_face(model: LlamaForCausalLM, compiled: bool) -> Write:
+    """transformers' generate; compiled also on a CPU, where it would not do so by itself."""
+    more: dict[str, Any] = {}
+    if compiled:
+        settings = CompileConfig()
+        settings._compile_all_devices = True
+        more = {"cache_implementation": "static", "compile_config": settings}
+
+    def write(prompts: list[list[int]], tokens: int) -> Written:
+        clock = FirstTokenClock()
+        started = now(model.device)
+        with torch.inference_mode():
+            written = model.generate(
+                torch.tensor(prompts, device=model.device), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
+                pad_token_id=PAD_ID, logits_processor=LogitsProcessorList([clock]), **more,
+            )  # fmt: skip
+        assert clock.first is not None
+        ended = now(model.device)
+        return Written(clock.first - started, ended - clock.first, written[:, len(prompts[0]) :].tolist())
+
+    return write
+
+
+def llama_cpp(gguf: Path | None, config: ModelConfig, device: torch.device) -> Write:
+    """llama.cpp by its Python package. Raises NotThereError."""
+    if gguf is None:
+        raise NotThereError("no --gguf FILE")
+    try:
+        from llama_cpp import Llama
+    except ImportError as error:
+        raise NotThereError("the package llama-cpp-python is not installed") from error
+    model = Llama(
+        str(gguf), n_ctx=config.max_position_embeddings, n_threads=torch.get_num_threads(),
+        n_threads_batch=torch.get_num_threads(), n_gpu_layers=-1 if device.type == "cuda" else 0, verbose=False,
+    )  # fmt: skip
+    if (model.n_vocab(), model.n_embd()) != (config.vocab_size, config.hidden_size):
+        raise NotThereError(f"{gguf} has {model.n_vocab():,} entries of width {model.n_embd():,}: another model")
+
+    def write(prompts: list[list[int]], tokens: int) -> Written:
+        if len(prompts) > 1:
+            raise NotThereError("it writes one text at a time")
+        model.reset()  # or it would keep the prompt's keys and values
+        started = now(device)
+        stream = model.generate(prompts[0], temp=0.0, repeat_penalty=1.0)
+        text = [next(stream)]
+        first = now(device)
+        text += [next(stream) for _ in range(tokens - 1)]
+        return Written(first - started, now(device) - first, [text])
+
+    return write
+
+
+def now(device: torch.device) -> float:
+    """The time at which a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def agreement(model: Decoder, prompts: list[list[int]], texts: list[list[int]], others: list[list[int]]) -> str:
+    """Whether two sides wrote the same, or where they part by rounding. Fails if it is by more."""
+    for number, (prompt, text, other) in enumerate(zip(prompts, texts, others, strict=True)):
+        if text == other:
+            continue
+        place = next(place for place, pair in enumerate(zip(text, other, strict=True)) if pair[0] != pair[1])
+        before = torch.tensor([prompt + text[:place]], device=model.cos.device)
+        logits = model.logits(model(before)[0, -1]).float()
+        difference = (logits[text[place]] - logits[other[place]]).item()
+        told = f"text {number + 1} differs from token {place + 1} on, logits {difference:.1e} apart"
+        if abs(difference) > ROUNDING:
+            raise SystemExit(f"not the same model: {told}")
+        return told
+    return "the same tokens"
+
+
+class Measured(NamedTuple):
+    """A peer at one batch size and prompt, over the counted rounds."""
+
+    batch: int
+    prompt: int
+    peer: str
+    warm_up: float
+    first: list[float]
+    rest: list[float]
+    agreement: str
+
+
+def measure(
+    peers: dict[str, Write], model: Decoder, batch: int, length: int, tokens: int, rounds: int
+) -> tuple[list[Measured], dict[str, str]]:
+    """All peers in turn, ours first; and who could not."""
+    generator = torch.Generator().manual_seed(length)
+    prompts = torch.randint(10, model.config.vocab_size, (batch, length), generator=generator).tolist()
+    torch.compiler.reset()  # after some shapes, it would compile no more
+    results: dict[str, Measured] = {}
+    missing: dict[str, str] = {}
+    reference: list[list[int]] = []
+    for number in range(rounds + 1):
+        for peer, write in peers.items():
+            if peer in missing:
+                continue
+            try:
+                written = write(prompts, tokens)
+            except NotThereError as error:
+                missing[peer] = f"batch {batch}: {error}"
+                continue
+            if peer == OURS:
+                reference = written.texts
+            told = "its own weights" if peer == "llama.cpp" else agreement(model, prompts, reference, written.texts)
+            if number:
+                results[peer].first.append(written.first)
+                results[peer].rest.append(written.rest)
+            else:
+                results[peer] = Measured(batch, length, peer, written.first + written.rest, [], [], told)
+    return list(results.values()), missing
+
+
+def table(rows: list[Measured], tokens: int) -> str:
+    """A line a peer."""
+    mine = {(row.batch, row.prompt): row for row in rows if row.peer == OURS}
+    lines = [
+        f"{'batch':>5}{'prompt':>8}  {'':22}{'first token':>13}{'ratio':>7}{'tokens/s':>11}{'ratio':>7}"
+        f"{'(rounds)':>16}{'first call':>12}"
+    ]
+    for row in rows:
+        base = mine[row.batch, row.prompt]
+        first = statistics.median(theirs / own for theirs, own in zip(row.first, base.first, strict=True))
+        ratios = [theirs / own for theirs, own in zip(row.rest, base.rest, strict=True)]
+        speed = row.batch * (tokens - 1) / statistics.median(row.rest)
+        lines.append(
+            f"{row.batch:>5}{row.prompt:>8}  {row.peer:22}{1000 * statistics.median(row.first):>10,.1f} ms{first:>7.2f}"
+            f"{speed:>11,.1f}{statistics.median(ratios):>7.2f}{f'{min(ratios):.2f} to {max(ratios):.2f}':>16}"
+            f"{row.warm_up:>10.1f} s  {row.agreement}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Prints a line a round, and the medians."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cucafera", help="a preset of conf/model")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to write")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", default="tiny", help="a preset of conf/model (tiny)")
+    parser.add_argument("--batch", type=int, action="append", help="texts side by side; may be repeated (1 and 16)")
+    parser.add_argument("--prompt", type=int, action="append", help=f"tokens of it; may be repeated {PROMPTS}")
+    parser.add_argument("--tokens", type=int, default=64, help="to write (64)")
+    parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    parser.add_argument("--gguf", type=Path, help="a model of the same shape, for llama.cpp")
+    parser.add_argument("--out", type=Path, help="where every measurement goes, as JSON")
+    parser.add_argument("overrides", nargs="*", help="overrides, such as model.max_position_embeddings=2048")
+    arguments = parser.parse_intermixed_args()
 
-    config = composed_config([f"model={arguments.model}", "batch_tokens=65536", "budget_tokens=65536",
-                              "schedule.warmup_steps=0"]).model  # fmt: skip
+    config = composed_config(
+        [f"model={arguments.model}", "batch_tokens=65536", "budget_tokens=65536", "schedule.warmup_steps=0",
+         *arguments.overrides]
+    ).model  # fmt: skip
+    device = torch.device(arguments.device)
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**dataclasses.asdict(config), tie_word_embeddings=True))
-    theirs = theirs.eval().to(arguments.device)
-    ours = Decoder(config).eval().to(arguments.device)
-    ours.load_state_dict(theirs.model.state_dict())
-    prompt = torch.randint(10, config.vocab_size, (arguments.prompt,)).tolist()
+    theirs = LlamaForCausalLM(LlamaConfig(**dataclasses.asdict(config), tie_word_embeddings=True)).eval().to(device)
+    model = Decoder(config).eval().to(device)
+    model.load_state_dict(theirs.model.state_dict())
+    peers = {
+        OURS: ours(model),
+        "Hugging Face": hugging_face(theirs, compiled=False),
+        "Hugging Face, compiled": hugging_face(theirs, compiled=True),
+    }
+    missing: dict[str, str] = {}
+    try:
+        peers["llama.cpp"] = llama_cpp(arguments.gguf, config, device)
+    except NotThereError as error:
+        missing["llama.cpp"] = str(error)
 
-    def write_with_theirs(tokens: int) -> list[int]:
-        with torch.inference_mode():
-            written = theirs.generate(
-                torch.tensor([prompt], device=arguments.device), max_new_tokens=tokens, do_sample=False,
-                eos_token_id=None, pad_token_id=PAD_ID,
-            )  # fmt: skip
-        return written[0, len(prompt) :].tolist()
-
-    def write_with_ours(tokens: int) -> list[int]:
-        greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
-        return [token for (token,) in token_columns(ours, [prompt], greedy, None)]
-
-    ratios, speeds = [], {"Hugging Face": [], "cucafera": []}
-    for number in range(arguments.rounds + 1):
-        texts, seconds = [], {}
-        for name, write in (("Hugging Face", write_with_theirs), ("cucafera", write_with_ours)):
-            first = timed(lambda write=write: write(1), arguments.device)[0]
-            whole, text = timed(lambda write=write: write(arguments.tokens), arguments.device)
-            seconds[name] = whole - first
-            texts.append(text)
-        if texts[0] != texts[1]:
-            raise SystemExit("the two sides wrote different tokens")
-        if not number:
-            continue  # the first round warms up
-        for name, spent in seconds.items():
-            speeds[name].append((arguments.tokens - 1) / spent)
-        ratios.append(seconds["Hugging Face"] / seconds["cucafera"])
-        print(f"round {number}: " + ", ".join(f"{name} {values[-1]:.1f} tokens/s" for name, values in speeds.items()))
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{arguments.model}, fp32, {device}, prompt of {arguments.prompt}, {arguments.tokens} tokens written")
-    for name, values in speeds.items():
-        print(
-            f"  {name:<13} {statistics.median(values):6.2f} tokens/s (median; {min(values):.2f} to {max(values):.2f})"
-        )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
     print(
-        f"  ratio         {statistics.median(ratios):6.2f} (median of rounds; {min(ratios):.2f} to {max(ratios):.2f})"
+        f"{arguments.model}: {parameter_count(config):,} parameters, fp32, on {name}; {arguments.tokens} tokens "
+        f"written, medians of {arguments.rounds} rounds\n"
     )
-
-
-def timed(action, device: str):
-    """Seconds that an action takes, and its result."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started, result
+    room = config.max_position_embeddings - arguments.tokens
+    rows: list[Measured] = []
+    for batch in arguments.batch or (1, 16):
+        for length in sorted({min(prompt, room) for prompt in arguments.prompt or PROMPTS}):
+            found, could_not = measure(peers, model, batch, length, arguments.tokens, arguments.rounds)
+            lines = table(found, arguments.tokens).splitlines()
+            print("\n".join(lines[1:] if rows else lines), flush=True)
+            rows += found
+            missing |= could_not
+    for peer, why in missing.items():
+        print(f"{'':15}{peer:22}missing: {why}")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        content = {
+            "model": dataclasses.asdict(config), "device": name, "tokens": arguments.tokens,
+            "measured": [row._asdict() for row in rows], "missing": missing,
+        }  # fmt: skip
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +95,25 @@ def append(path: Path, content: bytes) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+class ReadFile:
+    """A file that is read from wherever one likes, into memory of one's own; closed when nobody holds it any more.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, position: int, size: int) -> bytes:
+        """The bytes from a position on; fewer where the file ends before. Raises OSError."""
+        content = b""
+        while part := os.pread(self._descriptor, size - len(content), position + len(content)):
+            content += part
+        return content
 
 
 def file_sha256(path: Path) -> str:

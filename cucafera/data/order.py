@@ -18,6 +18,9 @@ Integers = NDArray[np.int64]
 ROUNDS = 6
 """Feistel rounds: four mix large ranges well, ranges of a few bits need more."""
 
+BLOCK = 4096
+"""Windows whose places are computed together: of a few, numpy's calls take a hundred times as long as their numbers."""
+
 
 class WindowOrder:
     """The order in which a run sees the windows of its sources.
@@ -39,6 +42,7 @@ class WindowOrder:
         ]
         self._first_slots = np.concatenate([[0], np.cumsum(self._slots)])
         self._seed = seed
+        self._last_block: tuple[int, Integers] = (-1, np.empty((2, 0), np.int64))
 
     @property
     def windows_per_epoch(self) -> int:
@@ -51,16 +55,27 @@ class WindowOrder:
         Returns:
             Two arrays [count]: the number of the source, and the number of the window within it.
         """
-        epochs, places = np.divmod(np.arange(first, first + count, dtype=np.int64), self.windows_per_epoch)
+        begin, end = first // BLOCK, -(-(first + count) // BLOCK)
+        sources, windows = np.concatenate([self._block(number) for number in range(begin, max(end, begin + 1))], axis=1)
+        here = slice(first - begin * BLOCK, first - begin * BLOCK + count)
+        return sources[here], windows[here]
+
+    def _block(self, number: int) -> Integers:
+        """Sources and windows of BLOCK windows of the run, [2, BLOCK]; the last block is kept, for the next step."""
+        if self._last_block[0] == number:
+            return self._last_block[1]
+        run = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
+        epochs, places = np.divmod(run, self.windows_per_epoch)
         slots = permutation(places, self.windows_per_epoch, _key(self._seed, 0, epochs))
         sources = np.searchsorted(self._first_slots, slots, side="right") - 1
-        windows = np.empty(count, dtype=np.int64)
+        windows = np.empty(BLOCK, dtype=np.int64)
         for source, (size, slots_per_epoch) in enumerate(zip(self._source_windows, self._slots, strict=True)):
             here = sources == source
             position = epochs[here] * slots_per_epoch + slots[here] - self._first_slots[source]
             passes, place = np.divmod(position, size)
             windows[here] = permutation(place, size, _key(self._seed, source + 1, passes))
-        return sources, windows
+        self._last_block = (number, np.stack([sources, windows]))
+        return self._last_block[1]
 
 
 def permutation(indices: Integers, size: int, key: int | NDArray[np.uint64]) -> Integers:

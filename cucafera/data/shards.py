@@ -4,6 +4,7 @@ A shard is a header of 16 KiB (one line with a checksum, then JSON: try `head -c
 little-endian uint16. A folder of shards holds one stream of tokens, cut wherever a file is full, and the manifest
 shards.json, which is written last: without it there is nothing. Each block of tokens has its CRC-32 in the header,
 compared when the block is first read; so a stream of any length opens at once, and damage is found before use.
+Tokens are read, and not mapped: pages of a mapping count as memory of the process, up to the size of all its shards.
 """
 
 import json
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from cucafera.config import SourceConfig
 from cucafera.data.corpus import CorpusError, Document, ReadCounts, is_held_out, read_documents, source_bytes
-from cucafera.data.files import PARTIAL, NotAsWrittenError, flush, read_sealed, write_sealed
+from cucafera.data.files import PARTIAL, NotAsWrittenError, ReadFile, flush, read_sealed, write_sealed
 from cucafera.data.prepared import (
     SUMMARY,
     PreparationProgress,
@@ -47,6 +48,8 @@ MOST_BLOCKS = 1024
 """Checksums that the header has room for."""
 TOKEN_TYPE = np.dtype("<u2")
 MANIFEST = "shards.json"
+MOST_OPEN_FILES = 256
+"""Of one stream; many systems let a process have 1,024."""
 
 BATCH_BYTES = 1 << 20
 """Text that a process tokenizes at a time."""
@@ -153,6 +156,10 @@ class TokenStream:
         self._folder = folder
         self._shards = shards
         self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
+        self._open_files: dict[int, ReadFile] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open_files": {}}  # each process opens the files itself
 
     @classmethod
     def open(cls, folder: Path, tokenizer_fingerprint: str, vocab_size: int) -> "TokenStream":
@@ -202,41 +209,62 @@ class TokenStream:
         while filled < length:
             shard = self._shards[number]
             offset = start + filled - (int(self._ends[number]) - shard.tokens)
-            part = shard.read(offset, min(length - filled, shard.tokens - offset))
+            part = shard.read(self._file(number), offset, min(length - filled, shard.tokens - offset))
             tokens[filled : filled + part.size] = part
             filled += part.size
             number += 1
         return tokens
 
+    def _file(self, number: int) -> ReadFile:
+        """The file of a shard, opened when it is first read; of too many, the one opened first is closed."""
+        if number not in self._open_files:
+            if len(self._open_files) == MOST_OPEN_FILES:
+                del self._open_files[next(iter(self._open_files))]
+            self._open_files[number] = self._shards[number].open()
+        return self._open_files[number]
+
 
 class _Shard:
-    """One file, opened when it is first read."""
+    """One file, and which of its blocks are verified."""
 
     def __init__(self, path: Path, tokens: int, block_tokens: int, checksums: list[int]) -> None:
         self.path = path
         self.tokens = tokens
         self._block_tokens = block_tokens
         self._checksums = checksums
-        self._content: np.memmap[Any, Any] | None = None
         self._verified = np.zeros(len(checksums), dtype=np.bool_)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_content": None}  # each process maps the file itself
+    def open(self) -> ReadFile:
+        """Opens the file."""
+        try:
+            return ReadFile(self.path)
+        except OSError as error:
+            raise damaged(self.path, f"it cannot be read ({error.strerror})") from error
 
-    def read(self, start: int, length: int) -> Tokens:
-        """Tokens of this file, their blocks verified."""
-        if self._content is None:
-            self._content = np.memmap(self.path, TOKEN_TYPE, mode="r", offset=HEADER_BYTES, shape=(self.tokens,))
+    def read(self, file: ReadFile, start: int, length: int) -> Tokens:
+        """Tokens of the opened file, their blocks verified."""
         for block in range(start // self._block_tokens, (start + length - 1) // self._block_tokens + 1):
             if not self._verified[block]:
-                self._verify(self._content, block)
-        return self._content[start : start + length]
+                self._verify(file, block)
+        return np.frombuffer(self._content(file, start, length), TOKEN_TYPE)
 
-    def _verify(self, content: Tokens, block: int) -> None:
-        tokens = content[block * self._block_tokens : (block + 1) * self._block_tokens]
-        if zlib.crc32(tokens.data) != self._checksums[block]:
-            raise damaged(self.path, f"block {block} (at token {block * self._block_tokens:,}) is not what was written")
+    def _verify(self, file: ReadFile, block: int) -> None:
+        start = block * self._block_tokens
+        content = self._content(file, start, min(self._block_tokens, self.tokens - start))
+        if zlib.crc32(content) != self._checksums[block]:
+            raise damaged(self.path, f"block {block} (at token {start:,}) is not what was written")
         self._verified[block] = True
+
+    def _content(self, file: ReadFile, start: int, length: int) -> bytes:
+        """Bytes of tokens."""
+        size = length * TOKEN_TYPE.itemsize
+        try:
+            content = file.read(HEADER_BYTES + start * TOKEN_TYPE.itemsize, size)
+        except OSError as error:
+            raise damaged(self.path, f"it cannot be read ({error.strerror})") from error
+        if len(content) < size:
+            raise damaged(self.path, "it has been cut short")
+        return content
 
 
 def _open_shard(folder: Path, entry: dict[str, Any], vocab_size: int) -> _Shard:

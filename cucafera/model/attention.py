@@ -6,7 +6,7 @@ B batch, T new tokens, S tokens so far (T of them new), H heads, K key/value hea
 |-----------------------|---------------------------|-------------------------------------|
 | causal                | SDPA, is_causal           | SDPA, is_causal                     |
 | causal, in documents  | SDPA, mask [B, 1, T, T]   | flex_attention, which skips blocks  |
-| one token of a cache  | two matrix products       | two matrix products                 |
+| one token of a cache  | SDPA, heads as queries    | SDPA, heads as queries              |
 | more, or padded texts | SDPA, mask [(B, 1,) T, S] | SDPA, mask [(B, 1,) T, S]           |
 
 SDPA with a mask computes the masked half as well, so queries go in blocks that are given no keys after them. Forward
@@ -86,12 +86,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
 
 
 def _attend_with_one(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`attend` of one new token that sees all keys. The heads that share keys are rows of one matrix product."""
+    """`attend` of one new token that sees all keys. The heads that share keys are the queries of one head."""
     batch, heads, _, head_dim = queries.shape
     grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], head_dim)
-    weights = (grouped @ keys.transpose(2, 3) * head_dim**-0.5).softmax(-1, dtype=torch.float32).to(values.dtype)
-    mixed: Tensor = weights @ values
-    return mixed.view(batch, heads, 1, head_dim)
+    mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values)
+    return mixed.reshape(batch, heads, 1, head_dim)
 
 
 def _attend_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

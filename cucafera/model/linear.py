@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SMALLEST_SHARED_WEIGHT = 1 << 20
+"""Elements: below it, a second thread is woken for longer than it reads."""
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T: [..., I] to [..., O].
@@ -22,7 +25,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
     outputs, inputs = weight.shape
     threads = torch.get_num_threads()
-    if threads == 1 or outputs % threads:
+    if threads == 1 or outputs % threads or weight.numel() < SMALLEST_SHARED_WEIGHT:
         return F.linear(x, weight)
     rows = x.reshape(1, 1, inputs).expand(threads, 1, inputs)
     shares = weight.view(threads, outputs // threads, inputs).transpose(1, 2)

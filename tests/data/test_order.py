@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from cucafera.data.order import WindowOrder, permutation
+from cucafera.data.order import BLOCK, WindowOrder, permutation
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
@@ -41,6 +41,13 @@ def test_a_billion_windows_take_no_memory_and_a_million_no_second():
     assert time.perf_counter() - start < 10  # about half a second on an idle core
     assert windows[sources == 0].max() < 10**9
     assert len(set(zip(sources.tolist(), windows.tolist(), strict=True))) > 900_000
+
+
+def test_a_part_of_the_order_is_the_same_however_it_is_asked_for():
+    order = WindowOrder([5000, 70], [1.0, 2.0], seed=1)
+    whole = pairs(order, 0, 3 * BLOCK)
+    for first, count in ((BLOCK - 3, 8), (5, 1), (2 * BLOCK, 100), (BLOCK - 1, BLOCK + 2), (7, 0), (0, 3 * BLOCK)):
+        assert pairs(order, first, count) == whole[first : first + count]
 
 
 def test_an_epoch_shows_each_window_once():

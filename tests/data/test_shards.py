@@ -58,6 +58,10 @@ def refusal(folder: Path, **settings: int) -> str:
     return str(caught.value)
 
 
+def open_files() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
+
+
 def flip_bit(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
     content[position] ^= 0x10
@@ -127,7 +131,26 @@ class TestFormat:
             stream.read(start, 257)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert peak < 500_000
+        assert peak < 800_000  # of 4 MB: one block at a time
+
+    def test_more_shards_than_may_be_open_are_read_as_well(self, tmp_path, small_blocks, monkeypatch):
+        monkeypatch.setattr(shards, "MOST_OPEN_FILES", 2)
+        tokens = random_tokens(2345)
+        write_stream(tmp_path / "s", tokens)
+        stream = open_stream(tmp_path / "s")
+        before = open_files()
+        for start in (0, 1900, 700, 0, 1200, 2300):
+            assert np.array_equal(stream.read(start, 45), tokens[start : start + 45])
+        assert open_files() == before + 2
+        del stream
+        assert open_files() == before
+
+    def test_what_comes_in_pieces_is_put_together(self, tmp_path, monkeypatch):
+        tokens = random_tokens(2000)
+        write_stream(tmp_path / "s", tokens)
+        whole = os.pread
+        monkeypatch.setattr(os, "pread", lambda file, size, position: whole(file, min(size, 333), position))
+        assert np.array_equal(open_stream(tmp_path / "s").read(0, 2000), tokens)
 
 
 class TestDamage:
@@ -147,6 +170,15 @@ class TestDamage:
         path.write_bytes(path.read_bytes()[:-100])
         message = refusal(folder)
         assert f"{path} is damaged: it has 17,284 bytes instead of 17,384. Delete the folder {folder}" in message
+
+    def test_a_file_that_is_cut_short_or_lost_while_it_is_in_use_is_named(self, folder):
+        stream = open_stream(folder)
+        os.truncate(folder / "00001.shard", HEADER_BYTES + 100)
+        (folder / "00002.shard").unlink()
+        with pytest.raises(match=r"00001\.shard is damaged: it has been cut short"):
+            stream.read(500, 10)
+        with pytest.raises(match=r"00002\.shard is damaged: it cannot be read \(No such file"):
+            stream.read(1000, 10)
 
     def test_a_missing_file_is_named(self, folder):
         (folder / "00002.shard").unlink()

@@ -15,9 +15,14 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[0, 1 << 20])
+def smallest_shared(request, monkeypatch):
+    monkeypatch.setattr("cucafera.model.linear.SMALLEST_SHARED_WEIGHT", request.param)
+
+
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (48,), (5, 48), (2, 3, 48)])
 @pytest.mark.parametrize("outputs", [96, 97])
-def test_it_is_the_product_that_pytorch_computes(threads, shape, outputs):
+def test_it_is_the_product_that_pytorch_computes(threads, smallest_shared, shape, outputs):
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(outputs, 48)
     with torch.no_grad():
@@ -26,14 +31,14 @@ def test_it_is_the_product_that_pytorch_computes(threads, shape, outputs):
     torch.testing.assert_close(ours, F.linear(x, weight))
 
 
-def test_a_row_that_is_trained_on_has_gradients(threads):
+def test_a_row_that_is_trained_on_has_gradients(threads, smallest_shared):
     layer = Linear(48, 96)
     x = torch.randn(1, 48, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(0, keepdim=True))
 
 
-def test_half_precision_rows_stay_in_half_precision(threads):
+def test_half_precision_rows_stay_in_half_precision(threads, smallest_shared):
     x, weight = torch.randn(1, 48).bfloat16(), torch.randn(96, 48).bfloat16()
     with torch.no_grad():
         assert torch.equal(linear(x, weight), F.linear(x, weight))
