@@ -34,6 +34,7 @@ from cucafera.composition import (
     typed_config,
 )
 from cucafera.config import EXIT_DIVERGED, EXIT_USER_ERROR, Config, UserError
+from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
 
 if TYPE_CHECKING:
     from cucafera.data.windows import WindowDataModule
@@ -51,8 +52,7 @@ CANNOT_BE_WRITTEN = (
 
 def main() -> None:
     """Answers --help and wrong command lines at once; leaves the rest to Hydra and `job`."""
-    # Threads that wait by spinning make a CPU run ten times slower beside another busy program, and gain nothing alone.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_wait_briefly(os.environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print a trace of what is told in a sentence below
     logging.raiseExceptions = False  # a disk too full for the log is told by what matters more
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and nothing to die of
@@ -140,6 +140,7 @@ def train(config: Config, overrides: list[str]) -> float:
         SystemExit: a signal or max_time stopped training; with the exit code that says so.
     """
     started = time.monotonic()
+    keep_freed_memory()
     from cucafera.training.hardware import decide_hardware
 
     hardware = decide_hardware(config)  # a missing GPU is told before Lightning's import takes its seconds

@@ -9,7 +9,7 @@ of the time between two checkpoints is given for a step time of your choice (--s
 
 The guards of a step are timed alone, and steps with and without them in turn.
 
-Set OMP_WAIT_POLICY=PASSIVE, as cucafera.run does: threads that spin while they wait would slow the writing of a
+Set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait would slow the writing of a
 checkpoint, and be slowed by it.
 """
 

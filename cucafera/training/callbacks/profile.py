@@ -108,7 +108,9 @@ def time_table(profiled: profile, seconds: float, steps: int, waiting: float, de
     for event in profiled.key_averages():
         microseconds = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         spent[kind_of(event.key)] += microseconds / 1e6 / steps
-    rows: list[tuple[str, float]] = [(kind, spent[kind]) for kind in sorted(spent, key=lambda kind: -spent[kind]) if spent[kind]]
+    rows: list[tuple[str, float]] = [
+        (kind, spent[kind]) for kind in sorted(spent, key=lambda kind: -spent[kind]) if spent[kind]
+    ]
     rows.append(("waiting for data", waiting))
     rows.append(("nothing measured", max(0.0, seconds - sum(time for _, time in rows))))
     lines = [f"{'':24}{'ms a step':>12}{'share':>9}", f"{'a step':24}{1000 * seconds:>12.2f}{1:>9.1%}"]
