@@ -108,21 +108,24 @@ def _micro_batch_windows(config: Config, accelerator: str, windows_per_device: i
     if most is None:
         tokens = MICRO_BATCH_TOKENS_CPU
         if accelerator == "cuda":
-            tokens = tokens_in_memory(config, torch.cuda.get_device_properties(0).total_memory)
+            memory = torch.cuda.get_device_properties(0).total_memory
+            tokens = tokens_in_memory(config, memory, config.windows_per_step // windows_per_device)
         most = max(1, tokens // config.sequence_length)
     most = min(most, windows_per_device)
     divisor = max(n for n in range(1, most + 1) if windows_per_device % n == 0)
     return divisor if 2 * divisor > most else most
 
 
-def tokens_in_memory(config: Config, memory_bytes: float) -> int:
+def tokens_in_memory(config: Config, memory_bytes: float, world_size: int) -> int:
     """Tokens whose activations fit a GPU beside the weights, with a fifth of its memory left free.
 
-    Weights, gradients and both AdamW moments take 16 bytes a parameter. A layer keeps 34 bytes a token and unit of
-    width for its backward pass in 16-bit precision (Korthikanti et al., 2022, equation 1, without the attention
+    Weights, gradients and both AdamW moments take 16 bytes a parameter. Under fsdp the devices share them; but while
+    the gradients of several micro-batches are added up, each device holds its own. A layer keeps 34 bytes a token and
+    unit of width for its backward pass in 16-bit precision (Korthikanti et al., 2022, equation 1, without the attention
     matrix, which flash and flex attention do not keep).
     """
-    state = 16 * parameter_count(config.model)
+    bytes_each = 12 / world_size + 4 if config.trainer.strategy == "fsdp" else 16
+    state = bytes_each * parameter_count(config.model)
     per_token = 34 * config.model.num_hidden_layers * config.model.hidden_size
     return int(max(0.0, 0.8 * memory_bytes - state) / per_token)
 
