@@ -213,7 +213,9 @@ class TrainerConfig:
     accelerator: str = "auto"
     """auto, cpu or cuda."""
     devices: int | str = 1
-    """Devices of one node, or auto: all of them. Several train side by side (DDP)."""
+    """Devices of one node, or auto: all of them."""
+    strategy: str = "ddp"
+    """What each of several devices holds: ddp, the whole model; fsdp, a share of its weights, gradients and moments."""
     num_nodes: int = 1
     """Machines of the job."""
     precision: str = "auto"
@@ -384,6 +386,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data.kind": ("documents", "conversations"),
     "schedule.name": ("cosine", "wsd", "constant"),
     "trainer.accelerator": ("auto", "cpu", "cuda"),
+    "trainer.strategy": ("ddp", "fsdp"),
     "trainer.precision": ("auto", "fp32", "bf16"),
     "trainer.compile": ("auto", True, False),
     "trainer.activation_checkpointing": ("auto", True, False),

@@ -5,7 +5,8 @@
 #
 # Five minutes before its time is over, and when it is preempted, the program gets SIGTERM: it finishes the step, saves,
 # and ends with 143 (124 for max_time). Then the job goes back into the queue, and the same command goes on.
-# Several GPUs: sbatch --ntasks-per-node=4 --gpus=4 scripts/slurm.sh +experiment=pretrain trainer.devices=4
+# Several GPUs: sbatch --ntasks-per-node=4 --gpus=4 scripts/slurm.sh +experiment=pretrain trainer=ddp
+# and machines: sbatch --nodes=2 --ntasks-per-node=4 --gpus=8 scripts/slurm.sh +experiment=pretrain trainer=ddp trainer.num_nodes=2
 #
 #SBATCH --job-name=cucafera
 #SBATCH --ntasks-per-node=1

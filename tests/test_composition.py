@@ -65,6 +65,7 @@ WRONG_COMMAND_LINES = [
     (["data.validation_fraction=0"], "data.validation_fraction is 0; it must be a fraction from 0 to 1"),
     (["trainer.accelerator=tpu"], "trainer.accelerator is tpu; it must be one of auto, cpu, cuda"),
     (["trainer.precision=fp8"], "trainer.precision is fp8; it must be one of auto, fp32, bf16"),
+    (["trainer.strategy=zero"], "trainer.strategy is zero; it must be one of ddp, fsdp"),
     (["trainer.devices=none"], "trainer.devices is none; it must be a number of at least 1, or auto"),
     (["trainer.micro_batch_windows=0"], "trainer.micro_batch_windows is 0; it must be a number of at least 1, or auto"),
     (["callbacks.keep_last=0"], "callbacks.keep_last is 0; it must be at least 1"),
@@ -258,7 +259,7 @@ def test_a_run_that_cannot_be_begun_with_is_told_beside_the_other_problems(tmp_p
     ]
 
 
-@pytest.mark.parametrize("trainer", ["auto", "cpu", "a100", "small_gpu"])
+@pytest.mark.parametrize("trainer", ["auto", "cpu", "a100", "small_gpu", "ddp", "fsdp"])
 def test_a_trainer_preset_changes_no_batch(trainer):
     config = composed_config(["+experiment=pretrain", f"trainer={trainer}"])
     assert (config.batch_tokens, config.windows_per_step) == (524_288, 256)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cucafera.training.checkpoint_files import read_checkpoint
+from cucafera.training.run_folder import RunFolder
 from tests.conftest import SMALL_RUN, write_corpus
 from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
 
@@ -101,21 +103,60 @@ def test_a_signal_saves_and_the_same_command_goes_on(door, tmp_path, number, und
     assert_equal(weights(undisturbed), weights(tmp_path / "outputs" / "stopped"))
 
 
-ELASTIC = ("schedule.horizon_steps=12", "trainer.micro_batch_windows=2")
+ELASTIC = ("schedule.horizon_steps=12", "trainer.micro_batch_windows=2", "callbacks.validate_every_steps=3")
+TWO_DEVICES = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
-def test_a_run_goes_on_on_another_number_of_devices(door, tmp_path):
-    one, moved = tmp_path / "outputs" / "one", tmp_path / "outputs" / "moved"
-    assert door.run("name=one", *ELASTIC)[0] == 0
-    for devices, budget in ((1, 1024), (2, 2048), (1, 3072)):
-        code, output = door.run("name=moved", f"trainer.devices={devices}", f"budget_tokens={budget}", *ELASTIC)
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory) -> Path:
+    """The folder of the small run, on one device."""
+    folder = tmp_path_factory.mktemp("one_device")
+    write_corpus(folder / "corpus.jsonl", documents=80)
+    code, output = Door(folder / "corpus.jsonl", folder).run(*ELASTIC, "name=one")
+    assert code == 0, output
+    return folder / "outputs" / "one"
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same curves, texts and weights, and checkpoints of the same form."""
+    for tag in ("train/loss", "train/gradient_norm", "val/loss", "val/bpb", "val/accuracy"):
+        assert_same_curve(one, other, tag)
+    for what in ("layers/gradient_norm", "layers/activation_rms"):
+        for layer in ("embedding", "01"):
+            assert_same_curve(one, other, f"{what}/{layer}")
+    assert_close(weights(one), weights(other))
+    samples = [json.loads((run / "metrics.json").read_text())["samples"] for run in (one, other)]
+    assert samples[0] == samples[1]
+    states = [read_checkpoint(RunFolder(run).checkpoints.marked()[-1])["optimizer_states"][0] for run in (one, other)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    moments = [
+        {f"{index}.{name}": value for index, values in state["state"].items() for name, value in values.items()}
+        for state in states
+    ]
+    assert_close(moments[0], moments[1])
+
+
+def test_a_run_goes_on_on_another_number_of_devices(door, tmp_path, one_device):
+    moved = tmp_path / "outputs" / "moved"
+    starts = ((), ("trainer=fsdp", *TWO_DEVICES), ("trainer=ddp", *TWO_DEVICES), ())
+    for start, budget in zip(starts, (768, 1536, 2304, 3072), strict=True):
+        code, output = door.run("name=moved", *start, f"budget_tokens={budget}", *ELASTIC)
         assert code == 0, output
-    for tag in ("train/loss", "train/gradient_norm", "val/loss", "val/bpb", "layers/gradient_norm/01"):
-        assert_same_curve(one, moved, tag)
-    assert_close(weights(one), weights(moved))
+        assert (f"{start[0].removeprefix('trainer=')}: each has" if start else "Device  CPU") in output
+    assert_same_run(one_device, moved)
     history = [json.loads(line) for line in (moved / "history.jsonl").read_text().splitlines()]
-    assert [line["hardware"]["devices"] for line in history if "hardware" in line] == [1, 2, 1]
+    assert [line["hardware"]["devices"] for line in history if "hardware" in line] == [1, 2, 2, 1]
     assert history[2]["changed"]["trainer.devices"] == [1, 2]
+
+
+def test_torchrun_starts_a_run_whose_weights_are_shared_out_and_which_is_that_of_one_device(door, tmp_path, one_device):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cucafera.run")
+    memory = "trainer.activation_checkpointing=true"
+    process = door.start("name=two", "trainer=fsdp", memory, *TWO_DEVICES, *ELASTIC, program=torchrun)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert output.count("Trained on        3,072 tokens") == 1
+    assert_same_run(one_device, tmp_path / "outputs" / "two")
 
 
 INJECTION = """
@@ -141,13 +182,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_devices_agree_on_what_is_not_finite_on_one_of_them(door, tmp_path, policy):
+@pytest.mark.parametrize(("policy", "strategy"), [("skip", "fsdp"), ("rollback", "ddp")])
+def test_devices_agree_on_what_is_not_finite_on_one_of_them(door, tmp_path, policy, strategy):
     (tmp_path / "injected.py").write_text(INJECTION)
     for name, devices in (("one", 1), ("two", 2)):
         process = door.start(
-            f"name={name}", f"trainer.devices={devices}", f"callbacks.guards.non_finite={policy}",
-            "callbacks.log_every_steps=2", program=["injected.py"],
+            f"name={name}", f"trainer.devices={devices}", f"trainer.strategy={strategy}",
+            f"callbacks.guards.non_finite={policy}", "callbacks.log_every_steps=2", program=["injected.py"],
         )  # fmt: skip
         output, _ = process.communicate(timeout=180)
         assert process.returncode == 0, output

@@ -110,6 +110,13 @@ def test_devices_that_slurm_has_not_given_are_refused(small_run, monkeypatch, ta
         train(small_run("name=run"), [])
 
 
+def test_devices_that_torchrun_has_not_given_are_refused(small_run, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"torchrun --nnodes=1 --nproc-per-node=1, or other values of"):
+        train(small_run("name=run"), [])
+
+
 def test_a_signal_at_the_last_step_changes_nothing(small_run, at_step):
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(small_run("name=run"), [])

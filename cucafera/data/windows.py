@@ -294,13 +294,22 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         )
 
     def val_dataloader(self) -> Iterator[Batch]:
-        """This device's share of the held-out windows, in batches as large as a training step's."""
+        """This device's share of the held-out windows, in batches as large as a training step's.
+
+        Every device has as many, since all may have to take part in a forward pass: where one is missing, there is one
+        without targets.
+        """
         rank, world_size = self._rank_and_world_size()
-        places = self.validation_places()[rank::world_size]
-        for first in range(0, len(places), self.training_steps.share):
-            here = places[first : first + self.training_steps.share]
+        places = self.validation_places()
+        mine = places[rank::world_size]
+        measured = len(mine)
+        mine += places[: math.ceil(len(places) / world_size) - measured]
+        for first in range(0, len(mine), self.training_steps.share):
+            here = mine[first : first + self.training_steps.share]
             windows = [self.validation_sources[source].window(number) for source, number in here]
-            yield batch_of_windows(windows, self.config.data.document_masking)
+            batch = batch_of_windows(windows, self.config.data.document_masking)
+            batch.targets[max(0, measured - first) :] = IGNORED
+            yield batch
 
     def epochs_at(self, step: int) -> float:
         """Passes over the training windows after so many steps."""

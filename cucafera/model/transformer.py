@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from cucafera.config import ModelConfig
 from cucafera.model.attention import Mask, attend, attention_mask
 from cucafera.model.linear import Linear, linear, linears
-from cucafera.model.loss import linear_cross_entropy
+from cucafera.model.loss import linear_cross_entropy, linear_scores
 from cucafera.model.scaling import initial_scale
 
 
@@ -207,6 +207,20 @@ class Decoder(nn.Module):
         if targets is None:
             return hidden
         return linear_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, targets.flatten())
+
+    def scores(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What validation measures; no gradients.
+
+        Args:
+            input_ids, targets, documents: As for `forward`.
+
+        Returns:
+            The cross-entropy in nats summed over the valid targets, an fp32 scalar; and how many of them are the
+            likeliest token, an int64 scalar.
+        """
+        hidden = self(input_ids, documents=documents)
+        wanted = targets != -100
+        return linear_scores(hidden[wanted], self.embed_tokens.weight, targets[wanted])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the next token: [..., D] to [..., V]."""

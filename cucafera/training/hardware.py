@@ -128,23 +128,26 @@ def _memory_settings(config: Config, accelerator: str, precision: str, windows_p
     tokens = MICRO_BATCH_TOKENS_CPU
     if accelerator == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
-        tokens = tokens_in_memory(config, precision, checkpointing, memory)
+        world_size = config.windows_per_step // windows_per_device
+        tokens = tokens_in_memory(config, precision, checkpointing, memory, world_size)
         needed = config.sequence_length * (1 if setting == "auto" else int(setting))
         if tokens < needed and config.trainer.activation_checkpointing == "auto":
-            checkpointing, tokens = True, tokens_in_memory(config, precision, True, memory)
+            checkpointing, tokens = True, tokens_in_memory(config, precision, True, memory, world_size)
     most = max(1, tokens // config.sequence_length) if setting == "auto" else int(setting)
     most = min(most, windows_per_device)
     divisor = max(n for n in range(1, most + 1) if windows_per_device % n == 0)
     return checkpointing, divisor if 2 * divisor > most else most
 
 
-def tokens_in_memory(config: Config, precision: str, checkpointing: bool, memory_bytes: float) -> int:
+def tokens_in_memory(
+    config: Config, precision: str, checkpointing: bool, memory_bytes: float, world_size: int = 1
+) -> int:
     """Tokens of one forward pass that a GPU has memory for."""
-    fixed, per_token = memory_of_step(config, precision, checkpointing)
+    fixed, per_token = memory_of_step(config, precision, checkpointing, world_size)
     return int(max(0.0, USABLE_MEMORY * memory_bytes - fixed) / per_token)
 
 
-def memory_of_step(config: Config, precision: str, checkpointing: bool) -> tuple[int, int]:
+def memory_of_step(config: Config, precision: str, checkpointing: bool, world_size: int = 1) -> tuple[int, int]:
     """Bytes of GPU memory that a step takes at its peak: those that are always needed, and those for each token.
 
     Always: weights (4 bytes a parameter), gradients and both AdamW moments (12, of those that are trained), the weights
@@ -152,13 +155,20 @@ def memory_of_step(config: Config, precision: str, checkpointing: bool) -> tuple
     token: what the layers keep for the backward pass; with activation checkpointing that is the input of each, and one
     of them whole. `scripts/memory.py` adds up what PyTorch allocates without the compiler, which keeps less, and comes
     to the same within 7%; with checkpointing this is up to 40% more.
+
+    Under fsdp the devices share weights and moments, and of the weights in bf16 there is one layer at a time; but while
+    the gradients of several micro-batches are added up, each device holds its own.
     """
     model = config.model
-    half = precision == "bf16"
-    parameters = parameter_count(model)
+    half, shared = precision == "bf16", config.trainer.strategy == "fsdp" and world_size > 1
+    parameters, head = parameter_count(model), model.vocab_size * model.hidden_size
     adapters = adapter_parameter_count(model, config.adapter)
-    always = (6 if half else 4) * (parameters + model.vocab_size * model.hidden_size + LOGITS_IN_CHUNK["cuda"])
-    always += 4 * adapters + 12 * (adapters or parameters)
+    trained = adapters or parameters
+    kept_by_all = 4 * (parameters + adapters) + 8 * trained
+    always = kept_by_all // (world_size if shared else 1) + 4 * trained + (4 * head if shared else 0)
+    always += (6 if half else 4) * (head + LOGITS_IN_CHUNK["cuda"])
+    if half and not shared:
+        always += 2 * parameters
     layers_kept = 1 if checkpointing else model.num_hidden_layers
     per_token = ACTIVATION_BYTES[precision] * layers_kept * model.hidden_size
     return always, per_token + (4 * model.num_hidden_layers * model.hidden_size if checkpointing else 0)

@@ -17,18 +17,18 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from cucafera.config import Config
 from cucafera.data.windows import IGNORED, Batch, WindowDataModule
 from cucafera.model.lora import add_adapters
-from cucafera.model.loss import linear_scores
 from cucafera.model.transformer import Decoder
 from cucafera.training.hardware import Hardware
 from cucafera.training.metrics import LanguageModelingMetrics
 from cucafera.training.optimizers import build_optimizer, set_learning_rate
 from cucafera.training.schedules import lr_ratio
+from cucafera.training.sharding import FullySharded, whole
 
 
 def data_module_of(trainer: pl.Trainer) -> WindowDataModule[Any]:
@@ -81,8 +81,34 @@ class LanguageModel(pl.LightningModule):
         self.token_bytes = token_bytes.to(self.device)
         self.validation_metrics = LanguageModelingMetrics().to(self.device)
         if self.compile_model:
+            # Under fsdp, whose hooks cannot be compiled, this comes to each block, all by one graph, and to the loss.
             # Shapes are the same at every step; what is compiled for any shape is slower.
             self.model.compile(dynamic=False)
+
+    def configure_model(self) -> None:
+        """Keeps this device's share of the weights, where each device is to have one."""
+        if isinstance(self.trainer.strategy, FullySharded):
+            self.trainer.strategy.shard(self.model)
+
+    def whole_model(self) -> Decoder | None:
+        """The decoder with all of its weights, in the first process; None in the others. Every process calls it."""
+        is_first = self.trainer.is_global_zero
+        if not isinstance(self.trainer.strategy, FullySharded):
+            return self.model if is_first else None
+        weights = {}
+        for name, weight in self.model.state_dict().items():
+            gathered = whole(weight)  # every process takes part
+            if is_first:
+                weights[name] = gathered
+        if not is_first:
+            return None
+        with torch.device("meta"):
+            model = Decoder(self.config.model)
+            add_adapters(model, self.config.adapter)
+        model.load_state_dict(weights, assign=True)
+        with self.device:
+            model.make_rotary_tables()
+        return model.requires_grad_(False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over the matrices and vectors that are trained."""
@@ -117,7 +143,7 @@ class LanguageModel(pl.LightningModule):
         for index, micro_batch in enumerate(micro_batches):
             with self._gradients_stay_local(index < len(micro_batches) - 1):
                 share = self.model(micro_batch.input_ids, micro_batch.targets, micro_batch.documents) / targets_in_step
-                # DDP averages gradients over devices; the loss is a sum over them.
+                # Gradients are averaged over devices; the loss is a sum over them.
                 self.manual_backward(share * self.trainer.world_size)
             loss += share.detach()
 
@@ -152,14 +178,17 @@ class LanguageModel(pl.LightningModule):
         ]
 
     def _gradients_stay_local(self, more_to_come: bool) -> contextlib.AbstractContextManager[None]:
-        wrapped = self.trainer.strategy.model
-        if more_to_come and isinstance(wrapped, DistributedDataParallel):
-            return wrapped.no_sync()
+        strategy = self.trainer.strategy
+        if more_to_come and isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
         return contextlib.nullcontext()
 
     def _clip_gradients(self) -> Tensor:
         limit = self.config.optimizer.clip_norm
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, float("inf") if limit is None else limit, norm)
+        return norm
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Runs after the hooks of all callbacks: what passes from here to the next step is waiting for data."""
@@ -172,9 +201,7 @@ class LanguageModel(pl.LightningModule):
         for micro_batch in batch.split(self.micro_batch_windows):
             if self.compile_model:
                 micro_batch = micro_batch.padded(self.micro_batch_windows)  # another shape would be compiled anew
-            hidden = self.model(micro_batch.input_ids, documents=micro_batch.documents)
-            wanted = micro_batch.targets != IGNORED
-            scores = linear_scores(hidden[wanted], self.model.embed_tokens.weight, micro_batch.targets[wanted])
+            scores = self.model.scores(micro_batch.input_ids, micro_batch.targets, micro_batch.documents)
             nats += scores[0]
             correct += scores[1]
         valid = batch.targets != IGNORED

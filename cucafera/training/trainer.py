@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from cucafera.config import Config, UserError
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
@@ -35,8 +36,11 @@ from cucafera.training.events import EventLogger
 from cucafera.training.hardware import Hardware, free_memory_bytes
 from cucafera.training.module import LanguageModel
 from cucafera.training.run_folder import RunFolder
+from cucafera.training.sharding import FullySharded
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
+SHARES = {"ddp": "the whole model", "fsdp": "a share of the model"}
+"""What a device holds, by trainer.strategy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +146,22 @@ def build_trainer(
     """The Trainer of a run that begins at `first_step`.
 
     One Lightning epoch holds all the steps that are left; validation, checkpoints and clipping are our own.
-    Raises UserError if the devices are others than those that a SLURM job was given.
+    Raises UserError if the devices are others than those that torchrun or a SLURM job has processes for.
     """
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)  # the plan and the report say what they would
     # Reading is measured, and one file at a time is fast enough; see Throughput's speed/data_wait.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 with torch 2.13
+    warnings.filterwarnings("ignore", ".*Mismatch dtype between input and weight.*")  # under fsdp; see BF16_BLOCKS
     plugins: list[Any] = [callbacks.checkpoints.writer]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
-        plugins.append(_slurm(hardware.devices, config.trainer.num_nodes))
+    if environment := _started_by(hardware.devices, config.trainer.num_nodes):
+        plugins.append(environment)
     return pl.Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=DDPStrategy(gradient_as_bucket_view=True) if hardware.world_size > 1 else "auto",
+        strategy=_strategy(config, hardware),
         precision=PRECISIONS[hardware.precision],
         max_epochs=1,
         limit_val_batches=0,
@@ -173,14 +177,32 @@ def build_trainer(
     )
 
 
-def _slurm(devices: int, num_nodes: int) -> SLURMEnvironment:
-    environment = SLURMEnvironment(auto_requeue=False)
+def _strategy(config: Config, hardware: Hardware) -> Strategy | str:
+    if hardware.world_size == 1:
+        return "auto"
+    if config.trainer.strategy == "fsdp":
+        return FullySharded(hardware.world_size)
+    return DDPStrategy(gradient_as_bucket_view=True)
+
+
+def _started_by(devices: int, num_nodes: int) -> ClusterEnvironment | None:
+    """What has started the processes of this job, one a device; None: Lightning starts them."""
+    environment: ClusterEnvironment
+    if TorchElasticEnvironment.detect():
+        environment = TorchElasticEnvironment()
+        command = f"torchrun --nnodes={num_nodes} --nproc-per-node={devices}"
+    elif SLURMEnvironment.detect():
+        # Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
+        environment = SLURMEnvironment(auto_requeue=False)
+        command = f"sbatch --nodes={num_nodes} --ntasks-per-node={devices}"
+    else:
+        return None
     try:
         environment.validate_settings(devices, num_nodes)
     except ValueError as error:
         raise UserError(
-            f"{error} The job has one process a device: sbatch --nodes={num_nodes} --ntasks-per-node={devices}, or "
-            "other values of trainer.num_nodes and trainer.devices"
+            f"{error} The job has one process a device: {command}, or other values of trainer.num_nodes and "
+            "trainer.devices"
         ) from None
     return environment
 
@@ -216,12 +238,15 @@ def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
     adapters = adapter_parameter_count(config.model, config.adapter)
     compiled = ", compiled" if hardware.compile else ""
     recomputed = ", activations computed again" if hardware.activation_checkpointing else ""
-    devices = f"{hardware.world_size} x " if hardware.world_size > 1 else ""
+    devices, sharing = "", ""
+    if hardware.world_size > 1:
+        devices = f"{hardware.world_size} x "
+        sharing = f"; {config.trainer.strategy}: each has {SHARES[config.trainer.strategy]}"
     lines = [
         f"Run     {config.run_dir}" + (f", going on after step {first_step:,}" if first_step else ""),
         f"Model   {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, "
         f"{count(flops)}FLOP a token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
-        f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}{recomputed}",
+        f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}{recomputed}{sharing}",
         f"Budget  {config.total_steps * int(config.batch_tokens):,} tokens = {config.total_steps:,} steps x "
         f"{int(config.batch_tokens):,} tokens",
         f"Step    {config.windows_per_step} windows of {config.sequence_length:,} tokens; on each device "

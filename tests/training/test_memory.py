@@ -9,6 +9,7 @@ import torch
 from cucafera.composition import composed_config
 from cucafera.config import UserError
 from cucafera.data.windows import TrainingSteps
+from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.training.hardware import USABLE_MEMORY, decide_hardware, memory_of_step
@@ -51,6 +52,15 @@ def test_the_estimate_of_memory_is_what_a_step_allocates(precision, checkpointin
 def test_a_step_with_activation_checkpointing_fits_a_small_gpu(model, gigabytes):
     config = composed_config([f"model={model}"])
     assert load_script("memory").computed_peak(config, 1, "bf16", True) < USABLE_MEMORY * gigabytes * 1e9
+
+
+def test_devices_that_share_weights_and_moments_need_less_each():
+    ddp, fsdp = (composed_config(["+experiment=pretrain", f"trainer={strategy}"]) for strategy in ("ddp", "fsdp"))
+    alone = memory_of_step(ddp, "fp32", False)
+    assert alone == memory_of_step(ddp, "fp32", False, 8) == memory_of_step(fsdp, "fp32", False)
+    together = memory_of_step(fsdp, "fp32", False, 8)
+    head = 4 * 65_536 * 768  # whole while it is used
+    assert (alone[0] - together[0], together[1]) == (12 * parameter_count(ddp.model) * 7 // 8 - head, alone[1])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from torch import Tensor
 from cucafera.config import Config
 from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel
+from cucafera.training.sharding import whole
 
 
 class Histograms(pl.Callback):
@@ -30,7 +31,7 @@ class Histograms(pl.Callback):
         """Draws the gradients, while there are any."""
         assert isinstance(pl_module, LanguageModel)
         step = pl_module.steps_done + 1
-        if step % self.every == 0 and event_logger(trainer):
+        if step % self.every == 0:
             for name, parameter in pl_module.model.named_parameters():
                 if parameter.grad is not None:
                     self._draw(trainer, f"gradients/{name}", parameter.grad, step)
@@ -41,13 +42,14 @@ class Histograms(pl.Callback):
         """Draws the weights."""
         assert isinstance(pl_module, LanguageModel)
         step = pl_module.steps_done
-        if step % self.every == 0 and event_logger(trainer):
+        if step % self.every == 0:
             for name, parameter in pl_module.model.named_parameters():
                 if parameter.requires_grad:
                     self._draw(trainer, f"weights/{name}", parameter.detach(), step)
 
     def _draw(self, trainer: pl.Trainer, tag: str, values: Tensor, step: int) -> None:
-        logger = event_logger(trainer)
-        finite = values[values.isfinite()]
-        if logger and len(finite):
-            logger.experiment.add_histogram(tag, finite, step)
+        values = whole(values)  # every process of the job takes part
+        if logger := event_logger(trainer):
+            finite = values[values.isfinite()]
+            if len(finite):
+                logger.experiment.add_histogram(tag, finite, step)

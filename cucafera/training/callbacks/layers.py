@@ -14,6 +14,7 @@ from cucafera.training.callbacks.guards import Guards
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel, data_module_of
+from cucafera.training.sharding import whole
 
 
 class Layers(pl.Callback):
@@ -44,8 +45,9 @@ class Layers(pl.Callback):
     ) -> None:
         """On a log step: asks for the norms, while there are gradients."""
         assert isinstance(pl_module, LanguageModel)
-        if self.config.is_log_step(pl_module.steps_done + 1) and event_logger(trainer):
-            self._clipped_norms = gradient_norms(pl_module.model)
+        if self.config.is_log_step(pl_module.steps_done + 1):
+            # Every process of the job takes part: of a gradient each may have a share.
+            self._clipped_norms = {name: whole(norm) for name, norm in gradient_norms(pl_module.model).items()}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,14 +69,17 @@ class Layers(pl.Callback):
         self._clipped_norms = {}
 
     def _write_activations(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        if not (self.validation.done_at(module.steps_done) and event_logger(trainer)):
+        if not self.validation.done_at(module.steps_done):
+            return
+        model = module.whole_model()
+        if model is None:
             return
         data = data_module_of(trainer)
         source, number = data.validation_places()[0]
         window = data.validation_sources[source].window(number)
         batch = trainer.strategy.batch_to_device(batch_of_windows([window], self.config.data.document_masking))
         with trainer.precision_plugin.val_step_context():
-            scales = activation_scales(module.model, batch.input_ids, batch.documents)
+            scales = activation_scales(model, batch.input_ids, batch.documents)
         self._write(trainer, "activation_rms", scales, 1.0, module.steps_done)
 
     def _write(self, trainer: pl.Trainer, what: str, measured: Mapping[str, Tensor], factor: float, step: int) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from cucafera.config import Config
 from cucafera.generation.generate import generate
+from cucafera.model.transformer import Decoder
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel, data_module_of
 
@@ -41,18 +42,20 @@ class Samples(pl.Callback):
         """Writes when a validation has just been done, unless the model is broken: there is nothing to draw from."""
         assert isinstance(pl_module, LanguageModel)
         validation = self.validation.done_at(pl_module.steps_done)
-        if validation is not None and math.isfinite(validation["loss"]) and trainer.is_global_zero:
-            self._write(trainer, pl_module)
+        if validation is not None and math.isfinite(validation["loss"]):
+            model = pl_module.whole_model()
+            if model is not None:
+                self._write(trainer, pl_module, model)
 
-    def _write(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+    def _write(self, trainer: pl.Trainer, module: LanguageModel, model: Decoder) -> None:
         data = data_module_of(trainer)
         callbacks = self.config.callbacks
         room = self.config.model.max_position_embeddings - 1
         self.latest = []
-        module.eval()
+        model.eval()
         for prompt in callbacks.prompts:
             (written,) = generate(
-                module.model,
+                model,
                 data.tokenizer,
                 [data.prompt_ids(prompt)[-room:]],
                 callbacks.sampling,
@@ -60,7 +63,7 @@ class Samples(pl.Callback):
                 torch.Generator(module.device).manual_seed(self.config.seed),
             )
             self.latest.append({"prompt": prompt, "continuation": written.text, "ended": written.ended})
-        module.train()
+        model.train()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, sample in enumerate(self.latest, 1):
