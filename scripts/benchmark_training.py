@@ -283,15 +283,16 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 def configured(arguments: argparse.Namespace) -> Config:
     """The configuration that all measurements share."""
-    config = composed_config(
+    on_gpu = torch.cuda.is_available() and "trainer=cpu" not in arguments.overrides
+    # On a GPU as many windows at a time as the peers, who hold all logits, can be given in 80 GB.
+    size = ["batch_tokens=65_536", "trainer.micro_batch_windows=8"] if on_gpu else ["batch_tokens=2048"]
+    return composed_config(
         [
             f"model={arguments.model}", "tokenizer.vocab_size=1024", "data.document_masking=false", "logger=none",
             "schedule.warmup_steps=0", "callbacks.validate_every_steps=0", "callbacks.checkpoint_every_steps=0",
-            "callbacks.log_every_steps=10", "batch_tokens=${sequence_length}", "budget_tokens=1e9",
-            *arguments.overrides,
+            "callbacks.log_every_steps=10", "budget_tokens=1e9", *size, *arguments.overrides,
         ]
     )  # fmt: skip
-    return config
 
 
 def run_apart(arguments: argparse.Namespace, peer: str, compiled: bool) -> dict[str, Any] | str:

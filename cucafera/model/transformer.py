@@ -3,6 +3,7 @@
 B batch, T time, D hidden, H heads, K key/value heads, F intermediate, V vocabulary, d head dim
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -64,6 +65,9 @@ def activation(name: str, x: Tensor) -> Tensor:
     """The gate's activation, by its Hugging Face name."""
     if name == "silu":
         return F.silu(x)
+    if name == "gelu_pytorch_tanh" and torch.compiler.is_compiling():
+        # The same: (1 + tanh(u)) / 2 is sigmoid(2 u). Compiled for a CPU, forward and backward take 0.7 of the time.
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
 
 
