@@ -49,7 +49,7 @@ from cucafera.training.process import keep_freed_memory, let_threads_wait_briefl
 PEERS = ("cucafera", "bare loop", "original", "Hugging Face", "litgpt")
 OURS = ("cucafera", "bare loop")
 """Run in a process that is set up as the product's; the others as a person would start them."""
-UNCOUNTED_STEPS = 3
+UNCOUNTED_STEPS = 2
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 STATE_BYTES = 16
 """A parameter's weight, gradient and both moments, in fp32."""

@@ -78,26 +78,6 @@ def test_a_last_step_that_is_not_finite_leaves_metrics_that_every_program_can_re
     assert "not finite" in Path("outputs/run/report.md").read_text()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_guards_do_not_wait_for_a_gpu(small_run, monkeypatch):
-    is_broken, step = LanguageModel._is_broken, torch.optim.AdamW.step
-
-    def watched(module, *arguments):
-        torch.cuda.set_sync_debug_mode("error")
-        return is_broken(module, *arguments)
-
-    def step_to_its_end(optimizer, *arguments, **settings):
-        try:
-            return step(optimizer, *arguments, **settings)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    monkeypatch.setattr(LanguageModel, "_is_broken", watched)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step_to_its_end)
-    train(small_run("name=run", "trainer=auto", "trainer.compile=false"), [])
-
-
 def test_steps_between_two_log_steps_are_looked_at_too(small_run, inject, caplog):
     inject({4, 6}, math.nan)
     train(small_run("name=run", "callbacks.log_every_steps=4"), [])

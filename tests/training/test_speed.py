@@ -81,6 +81,23 @@ def test_no_number_is_read_between_two_log_steps(small_run, monkeypatch):
     assert steps_that_read and all(config.is_log_step(step) for step in steps_that_read), waits.at_step
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_a_step_does_not_wait_for_a_gpu(small_run, monkeypatch, compiled):
+    training_step = LanguageModel.training_step
+
+    def watched_step(module, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if module.steps_done >= 2 else "default")  # the first ones compile
+        try:
+            return training_step(module, batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(LanguageModel, "training_step", watched_step)
+    train(small_run("name=run", "trainer=auto", f"trainer.compile={compiled}"), [])
+
+
 def test_a_profile_says_where_the_time_goes(small_run, caplog):
     caplog.set_level("INFO")
     config = small_run("name=run", "trainer.profile=true", "callbacks.validate_every_steps=0")
