@@ -191,7 +191,8 @@ def train(config: Config, overrides: list[str]) -> float:
                 hardware = _less_memory(config, hardware, folder, is_first_process, error)
             is_ours = True
             gc.collect()  # model and optimizer, before there are others
-            torch.compiler.reset()  # what was compiled for them would be made general when others come
+            if hardware.compile:
+                torch.compiler.reset()  # or what was compiled for them would be made general when others come
             torch.cuda.empty_cache()
 
 

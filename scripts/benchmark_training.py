@@ -283,7 +283,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 def configured(arguments: argparse.Namespace) -> Config:
     """The configuration that all measurements share."""
-    on_gpu = torch.cuda.is_available() and "trainer=cpu" not in arguments.overrides
+    on_gpu = torch.cuda.is_available() and not {"trainer=cpu", "trainer.accelerator=cpu"} & set(arguments.overrides)
     # On a GPU as many windows at a time as the peers, who hold all logits, can be given in 80 GB.
     size = ["batch_tokens=65_536", "trainer.micro_batch_windows=8"] if on_gpu else ["batch_tokens=2048"]
     return composed_config(

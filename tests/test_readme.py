@@ -1,4 +1,4 @@
-"""What the README says is true of the code."""
+"""What the README and the performance page say is true of the code."""
 
 import importlib.util
 import re
@@ -13,7 +13,8 @@ from cucafera.composition import command_line_problems, composed_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-JOINED = README.replace("\\\n", "")  # commands over several lines
+PAGES = README + (ROOT / "scripts" / "PERFORMANCE.md").read_text(encoding="utf-8")
+JOINED = PAGES.replace("\\\n", "")  # commands over several lines
 COMMANDS = re.findall(r"python -m cucafera\.run(?![^\n]*--help)([^\n#`]*)", JOINED)
 REFUSED = re.findall(r"^\$ python -m cucafera\.run ([^\n]*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
@@ -54,12 +55,12 @@ def test_its_example_of_a_refusal_is_what_is_printed():
     assert told == command_line_problems(shlex.split(command))
 
 
-@pytest.mark.parametrize("test", re.findall(r"`(tests/[\w/]+\.py::test_\w+)`", README))
+@pytest.mark.parametrize("test", re.findall(r"`(tests/[\w/]+\.py::test_\w+)`", PAGES))
 def test_the_tests_it_names_exist(test):
     path, name = test.split("::")
     assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:conf|cucafera|scripts|tests)/[\w/.]*)`", README))
+@pytest.mark.parametrize("path", re.findall(r"`((?:conf|cucafera|scripts|tests)/[\w/.]*)`", PAGES))
 def test_the_places_it_names_exist(path):
     assert (ROOT / path).exists()

@@ -14,7 +14,7 @@ from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.training.hardware import USABLE_MEMORY, decide_hardware, memory_of_step
 from tests.conftest import CUCAFERA
-from tests.test_readme import load_script
+from tests.test_readme import README, load_script
 from tests.test_recovery import history_of
 from tests.test_run import assert_equal, weights
 
@@ -51,7 +51,9 @@ def test_the_estimate_of_memory_is_what_a_step_allocates(precision, checkpointin
 @pytest.mark.parametrize(("model", "gigabytes"), [("cucafera", 8), ("large", 24)])
 def test_a_step_with_activation_checkpointing_fits_a_small_gpu(model, gigabytes):
     config = composed_config([f"model={model}"])
-    assert load_script("memory").computed_peak(config, 1, "bf16", True) < USABLE_MEMORY * gigabytes * 1e9
+    peak = load_script("memory").computed_peak(config, 1, "bf16", True)
+    assert peak < USABLE_MEMORY * gigabytes * 1e9
+    assert f"{peak / 2**30:.2f} GiB: fits {gigabytes} GB" in README
 
 
 def test_devices_that_share_weights_and_moments_need_less_each():
