@@ -171,12 +171,15 @@ def _answered(command: list[str], environment: dict[str, str], output: Any) -> t
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         handed = number
-        if number == signal.SIGUSR2 and signalled:
-            return  # it comes beside the signal that has stopped the sweep
         if number in STOPS:
+            signalled.append(number)  # at once: another may come while this one is answered
+            by_people = sum(other != signal.SIGUSR2 for other in signalled)
+            if number == signal.SIGUSR2 and len(signalled) > 1:
+                return  # it comes beside the signal that has stopped the sweep
+            if number != signal.SIGUSR2 and by_people == 1 and signalled[0] == signal.SIGUSR2:
+                return  # or that one comes beside it
             # The command may get the first one from elsewhere too, where all processes are signalled.
-            handed = signal.SIGKILL if signalled else signal.SIGUSR2
-            signalled.append(number)
+            handed = signal.SIGKILL if by_people > 1 else signal.SIGUSR2
             told = f"\n{signal.Signals(number).name}: the job finishes its step and saves. Once more to end at once.\n"
             os.write(sys.stderr.fileno(), told.encode())
         if process is not None:

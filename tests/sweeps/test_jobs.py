@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,6 +101,44 @@ def test_a_signal_stops_the_job_and_the_sweep(door, tmp_path):
     assert process.returncode == 130, output
     assert "Stopped by the sweep after step" in output and "and saved" in output and "Traceback" not in output
     assert not (sweep / "seed=2").exists()
+
+
+SAVES = """
+import signal, sys, time
+
+def save(number, frame):
+    time.sleep(0.5)
+    sys.exit(7)
+
+signal.signal(signal.SIGUSR2, save)
+print("ready", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGUSR2, signal.SIGINT], 7),  # the death of the sweep's process and Ctrl-C, in either order
+        ([signal.SIGINT, signal.SIGUSR2], 7),
+        ([signal.SIGINT, signal.SIGINT], -signal.SIGKILL),
+        ([signal.SIGUSR2, signal.SIGINT, signal.SIGINT], -signal.SIGKILL),
+    ],
+)
+def test_signals_that_come_together_let_a_job_save(tmp_path, signals, code):
+    def send() -> None:
+        while "ready" not in (tmp_path / "output").read_text():
+            time.sleep(0.01)
+        for number in signals:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+
+    with (tmp_path / "output").open("wb") as output:
+        thread = threading.Thread(target=send)
+        thread.start()
+        stopped = jobs._answered([sys.executable, "-c", SAVES], dict(os.environ), output)
+        thread.join()
+    assert stopped == (signals[0], code)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])  # to all, as a terminal does; to the first alone
