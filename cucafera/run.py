@@ -53,6 +53,7 @@ CANNOT_BE_WRITTEN = (
 def main() -> None:
     """Answers --help and wrong command lines at once; leaves the rest to Hydra and `job`."""
     let_threads_wait_briefly(os.environ)
+    keep_freed_memory()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would print a trace of what is told in a sentence below
     logging.raiseExceptions = False  # a disk too full for the log is told by what matters more
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and nothing to die of
@@ -140,7 +141,6 @@ def train(config: Config, overrides: list[str]) -> float:
         SystemExit: a signal or max_time stopped training; with the exit code that says so.
     """
     started = time.monotonic()
-    keep_freed_memory()
     from cucafera.training.hardware import decide_hardware
 
     hardware = decide_hardware(config)  # a missing GPU is told before Lightning's import takes its seconds

@@ -63,14 +63,19 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 LONG = ("budget_tokens=51_200", "callbacks.checkpoint_every_steps=20", "callbacks.validate_every_steps=40")
 
 
+def finished_run(tmp_path_factory, name: str, *overrides: str) -> Path:
+    """The folder of a run that nothing has happened to."""
+    folder = tmp_path_factory.mktemp(name)
+    write_corpus(folder / "corpus.jsonl", documents=80)
+    code, output = Door(folder / "corpus.jsonl", folder).run(*overrides, f"name={name}")
+    assert code == 0, output
+    return folder / "outputs" / name
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     """The folder of the long run, which nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    write_corpus(folder / "corpus.jsonl", documents=80)
-    code, output = Door(folder / "corpus.jsonl", folder).run(*LONG, "name=whole")
-    assert code == 0, output
-    return folder / "outputs" / "whole"
+    return finished_run(tmp_path_factory, "undisturbed", *LONG)
 
 
 def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_undisturbed_one(door, tmp_path, undisturbed):
@@ -110,11 +115,7 @@ TWO_DEVICES = ("trainer.accelerator=cpu", "trainer.devices=2")
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory) -> Path:
     """The folder of the small run, on one device."""
-    folder = tmp_path_factory.mktemp("one_device")
-    write_corpus(folder / "corpus.jsonl", documents=80)
-    code, output = Door(folder / "corpus.jsonl", folder).run(*ELASTIC, "name=one")
-    assert code == 0, output
-    return folder / "outputs" / "one"
+    return finished_run(tmp_path_factory, "one", *ELASTIC)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -93,7 +93,7 @@ def decide_hardware(config: Config) -> Hardware:
         raise UserError(
             f"{torch.cuda.get_device_name()} has no bf16 (compute capability 8): set trainer.precision=fp32"
         )
-    checkpointing, windows = _memory_settings(config, accelerator, precision, config.windows_per_step // world_size)
+    checkpointing, windows = _memory_settings(config, accelerator, precision, world_size)
     return Hardware(
         accelerator=accelerator,
         name=torch.cuda.get_device_name() if accelerator == "cuda" else f"CPU ({torch.get_num_threads()} cores in use)",
@@ -118,7 +118,7 @@ def _device_count(config: Config, accelerator: str) -> int:
     return int(wanted)
 
 
-def _memory_settings(config: Config, accelerator: str, precision: str, windows_per_device: int) -> tuple[bool, int]:
+def _memory_settings(config: Config, accelerator: str, precision: str, world_size: int) -> tuple[bool, int]:
     """Activation checkpointing, and the windows of one forward pass: at most what setting or memory allows.
 
     The windows are the largest divisor of a device's, unless that is less than half of what is allowed; then the last
@@ -128,12 +128,12 @@ def _memory_settings(config: Config, accelerator: str, precision: str, windows_p
     tokens = MICRO_BATCH_TOKENS_CPU
     if accelerator == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
-        world_size = config.windows_per_step // windows_per_device
         tokens = tokens_in_memory(config, precision, checkpointing, memory, world_size)
         needed = config.sequence_length * (1 if setting == "auto" else int(setting))
         if tokens < needed and config.trainer.activation_checkpointing == "auto":
             checkpointing, tokens = True, tokens_in_memory(config, precision, True, memory, world_size)
     most = max(1, tokens // config.sequence_length) if setting == "auto" else int(setting)
+    windows_per_device = config.windows_per_step // world_size
     most = min(most, windows_per_device)
     divisor = max(n for n in range(1, most + 1) if windows_per_device % n == 0)
     return checkpointing, divisor if 2 * divisor > most else most

@@ -379,6 +379,7 @@ def _taking_memory(config: Config, hardware: Hardware) -> dict[str, Any]:
     """All that the memory of a step depends on."""
     return {
         "hardware": dataclasses.asdict(hardware),
+        "strategy": config.trainer.strategy,
         "model": dataclasses.asdict(config.model),
         "adapter": dataclasses.asdict(config.adapter),
         "sequence_length": config.sequence_length,

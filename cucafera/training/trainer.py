@@ -233,7 +233,7 @@ def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> st
 def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
     """What is about to be done, in figures, for the terminal."""
     windows = config.windows_per_step // hardware.world_size
-    micro_batches = windows // hardware.micro_batch_windows
+    micro_batches = math.ceil(windows / hardware.micro_batch_windows)
     flops = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     adapters = adapter_parameter_count(config.model, config.adapter)
     compiled = ", compiled" if hardware.compile else ""

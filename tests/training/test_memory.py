@@ -13,6 +13,7 @@ from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.training.hardware import USABLE_MEMORY, decide_hardware, memory_of_step
+from cucafera.training.run_folder import RunFolder
 from tests.conftest import CUCAFERA
 from tests.test_readme import README, load_script
 from tests.test_recovery import history_of
@@ -136,6 +137,14 @@ def test_out_of_memory_means_fewer_windows_at_a_time_and_the_run_remembers(small
 
     train(small_run("name=found", "model.num_hidden_layers=1", "resume=overwrite"), [])
     assert failures == [8, 4, 8, 4]  # another model may need less
+
+
+def test_what_was_too_much_for_a_whole_model_on_each_device_is_not_too_much_for_a_share(tmp_path):
+    folder = RunFolder(tmp_path)
+    ddp, fsdp = (composed_config([f"trainer.strategy={strategy}"]) for strategy in ("ddp", "fsdp"))
+    folder.note_out_of_memory(ddp, decide_hardware(ddp))
+    assert folder.ran_out_of_memory(ddp, decide_hardware(ddp))
+    assert not folder.ran_out_of_memory(fsdp, decide_hardware(fsdp))
 
 
 def test_out_of_memory_with_one_window_means_activation_checkpointing(small_run, little_memory):

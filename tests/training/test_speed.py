@@ -111,8 +111,10 @@ def test_a_profile_says_where_the_time_goes(small_run, caplog):
     assert (folder / "profile.json.gz").stat().st_size > 1000
 
 
-def test_a_profile_of_a_short_run_has_the_steps_there_are(small_run):
-    config = small_run("name=run", "trainer.profile=true", "budget_tokens=512")
+def test_a_profile_of_the_end_of_a_run_has_the_steps_there_are(small_run):
+    horizon = "schedule.horizon_steps=12"
+    train(small_run("name=run", horizon, "budget_tokens=2560"), [])
+    config = small_run("name=run", horizon, "trainer.profile=true")  # goes on, with two steps left
     train(config, [])
     assert "a step" in (Path(config.run_dir) / "profile.txt").read_text()
 

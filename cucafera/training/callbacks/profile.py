@@ -44,11 +44,17 @@ class Profile(pl.Callback):
     def __init__(self, hardware: Hardware, folder: Path, total_steps: int) -> None:
         self.hardware = hardware
         self.folder = folder
-        self.steps_to_skip = min(FIRST_STEP - 1, max(0, total_steps - PROFILED_STEPS))
+        self.total_steps = total_steps
+        self._steps_to_skip = 0
         self._profiler: profile | None = None
         self._seen = 0
         self._waiting = 0.0
         self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks how many steps there will be: of a few, the first ones count too."""
+        assert isinstance(pl_module, LanguageModel)
+        self._steps_to_skip = min(FIRST_STEP - 1, max(0, self.total_steps - pl_module.steps_done - PROFILED_STEPS))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -57,7 +63,7 @@ class Profile(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         if self._profiler is not None:
             self._waiting += time.perf_counter() - pl_module.other_hooks_done_at
-        if self._seen == self.steps_to_skip and trainer.is_global_zero:
+        if self._seen == self._steps_to_skip and trainer.is_global_zero:
             cuda = [ProfilerActivity.CUDA] if self.hardware.accelerator == "cuda" else []
             self._profiler = profile(activities=[ProfilerActivity.CPU, *cuda])
             self._profiler.start()
@@ -68,7 +74,7 @@ class Profile(pl.Callback):
     ) -> None:
         """Ends after the last step that counts."""
         self._seen += 1
-        if self._profiler is not None and self._seen == self.steps_to_skip + PROFILED_STEPS:
+        if self._profiler is not None and self._seen == self._steps_to_skip + PROFILED_STEPS:
             self._end(pl_module.device)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,7 +88,7 @@ class Profile(pl.Callback):
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - self._started
         self._profiler.stop()
-        steps = self._seen - self.steps_to_skip
+        steps = self._seen - self._steps_to_skip
         table = time_table(self._profiler, seconds / steps, steps, self._waiting / steps, device)
         write_text(self.folder / TABLE, table + "\n")
         partial = self.folder / f"partial-{TRACE}"  # the profiler looks at the end of the name to pack it
