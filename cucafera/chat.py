@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from cucafera.data.chat import Message
-    from cucafera.training.run_folder import TrainedModel
+    from cucafera.interop.trained import TrainedModel
 
 EXIT_INTERRUPTED = 130
 
@@ -256,7 +256,7 @@ def _talk(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from cucafera.training.run_folder import load_trained
+    from cucafera.interop.trained import load_trained
 
     device = arguments.device
     if device == "auto":

@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cucafera.config import Config, DataConfig, ModelConfig, UserError, shown, value_problems
+from cucafera.interop.layout import folder_of, is_hugging_face, read_layout
 
 CONFIG_NAME = "config"
 SCHEMA_NAME = "schema"
@@ -69,15 +70,18 @@ def register_schema() -> None:
 
 
 def _inherited(key: str, *, _root_: DictConfig) -> Any:
-    """The value of a key in the run that init_from names."""
+    """The value of a key in what init_from names."""
     return OmegaConf.select(_config_to_inherit(_root_), key, throw_on_missing=True)
 
 
 def _config_to_inherit(composed: DictConfig) -> DictConfig:
-    """The configuration of the run that init_from names; if it is gone, that of the run which began with it."""
+    """The configuration, or only the model, that init_from names; if that is gone, of the run that began with it."""
     try:
+        if is_hugging_face(composed.init_from):
+            layout = read_layout(folder_of(composed.init_from, with_weights=False))
+            return OmegaConf.create({"model": dataclasses.asdict(layout.model)})
         return _config_of_run(composed.init_from)
-    except OSError:
+    except (OSError, UserError):
         own = Path(composed.run_dir) / "config.yaml"
         begun = OmegaConf.load(own) if own.is_file() else None
         if isinstance(begun, DictConfig) and begun.get("init_from") == composed.init_from:
@@ -107,17 +111,19 @@ def _loaded(path: Path, changed_ns: int) -> DictConfig:
 
 
 def _inheritance_problem(composed: DictConfig) -> str | None:
-    """Why the model cannot be taken from the run that init_from names, if that is asked for."""
+    """Why the model cannot be taken from what init_from names, if that is asked for."""
     model = OmegaConf.to_container(composed.model, resolve=False) if OmegaConf.is_config(composed.model) else {}
     if not isinstance(model, dict) or not any("${inherited:" in str(value) for value in model.values()):
         return None
     if composed.init_from is None:
         return (
-            "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with "
-            "(model=inherited takes its model)"
+            "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with, "
+            "or a Hugging Face folder or name (model=inherited takes its model)"
         )
     try:
         _config_to_inherit(composed).model  # noqa: B018
+    except UserError as error:
+        return f"init_from={composed.init_from}: {error}"
     except (OSError, YAMLError, OmegaConfBaseException, AssertionError):
         return (
             f"init_from={composed.init_from}: there is no run there whose model could be taken (a run folder holds a "

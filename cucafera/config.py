@@ -321,7 +321,7 @@ class Config:
     sequence_length: int = II("model.max_position_embeddings")
     """Tokens that one window trains on."""
     init_from: str | None = None
-    """A run folder or checkpoint whose weights a new run begins with."""
+    """What a new run begins with: a run folder, a checkpoint, or a Hugging Face folder or name, as OWNER/NAME."""
     resume: str = "auto"
     """auto: go on where the run folder stopped; required: refuse to begin anew; overwrite: erase and begin anew."""
     resume_despite: list[str] = field(default_factory=list)

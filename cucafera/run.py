@@ -260,22 +260,23 @@ def _session(
 
     from cucafera.data.conversations import ChatDataModule
     from cucafera.data.packed import PackedDataModule
+    from cucafera.interop.trained import tokenizer_to_begin_with, weights_to_begin_with
     from cucafera.training.module import LanguageModel
-    from cucafera.training.run_folder import checkpoint_to_begin_with, is_within, tokenizer_to_begin_with
+    from cucafera.training.run_folder import is_within
     from cucafera.training.trainer import build_callbacks, build_trainer, describe_plan, disk_problem
 
     resumed = folder.checkpoint_to_resume(config, is_ours)
     before = resumed.state if resumed else None
     if config.init_from and config.tokenizer.path is None:
         # A run that has begun needs nothing any more of the run that it began with.
-        config.tokenizer.path = str(folder.tokenizer) if resumed else tokenizer_to_begin_with(config.init_from)
-    initial = checkpoint_to_begin_with(config) if config.init_from and not resumed else None
+        config.tokenizer.path = str(folder.tokenizer if resumed else tokenizer_to_begin_with(config))
+    initial = weights_to_begin_with(config) if config.init_from and not resumed else None
     first_step, expected = 0, {}
     if before:
         first_step, expected = before["steps_done"], before["identity"]
         left_out = left_out | set(before["left_out_batches"])
     elif initial:
-        expected = {"tokenizer": initial["identity"]["tokenizer"]}
+        expected = {"tokenizer": initial.tokenizer}
     expected = {key: value for key, value in expected.items() if not is_within(key, config.resume_despite)}
     left_out_batches = sorted(left_out)
     data_module = ChatDataModule if config.data.kind == "conversations" else PackedDataModule
@@ -297,7 +298,7 @@ def _session(
     module = LanguageModel(config, hardware)
     if initial:
         adapters = {name: value for name, value in module.state_dict().items() if ".lora_" in name}
-        module.load_state_dict(adapters | initial["state_dict"])
+        module.load_state_dict(adapters | initial.weights)
     trainer = build_trainer(config, hardware, folder, callbacks, first_step)
     if is_first_process:
         log.info("%s", describe_plan(config, hardware, first_step))

@@ -19,8 +19,9 @@ import torch
 from cucafera.chat import Chat, Terminal
 from cucafera.config import SamplingConfig, UserError
 from cucafera.data.chat import Message, render_prompt
+from cucafera.interop.trained import TrainedModel, load_trained
 from cucafera.run import train
-from cucafera.training.run_folder import RunFolder, TrainedModel, load_trained
+from cucafera.training.run_folder import RunFolder
 from tests.conftest import compose_small_chat, compose_small_run, write_corpus
 
 

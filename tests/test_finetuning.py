@@ -16,9 +16,10 @@ from cucafera.data.chat import Message, render
 from cucafera.data.conversations import ChatDataModule
 from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID
 from cucafera.data.windows import IGNORED
+from cucafera.interop.trained import load_trained
 from cucafera.run import train
 from cucafera.training.checkpoint_files import read_checkpoint
-from cucafera.training.run_folder import checkpoint_of, load_trained
+from cucafera.training.run_folder import checkpoint_of
 from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
 
 BASE = "model.max_position_embeddings=128"

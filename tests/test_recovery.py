@@ -16,13 +16,14 @@ import torch
 
 from cucafera.config import UserError
 from cucafera.data.files import read_sealed, write_sealed
+from cucafera.interop.trained import load_trained
 from cucafera.run import train
 from cucafera.training import checkpoint_files
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.checkpoint_files import read_checkpoint
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import RunFolder, load_trained
+from cucafera.training.run_folder import RunFolder
 from cucafera.training.run_lock import run_lock
 from tests.test_run import assert_equal, scalars, weights
 

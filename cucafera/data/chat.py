@@ -11,13 +11,13 @@ it, whether it is encoded apart, as here, or together with its frame, as by tran
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cucafera.config import UserError
-from cucafera.data.tokenizer import IM_END_ID, IM_START_ID, Tokenizer
+from cucafera.config import SPECIAL_TOKENS, UserError
+from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, PAD_ID, Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,6 +38,28 @@ CHAT_TEMPLATE = (
 
 transformers tokenizes the rendered text, so there, and not here, a content that spells a control token becomes one.
 """
+
+STOP_IDS = (IM_END_ID, IM_START_ID, DOCUMENT_START_ID)
+"""What ends an answer: a model that has learned little may begin another turn or document instead of ending its own."""
+
+
+def tokenizer_description(end_id: int, context: int | None = None) -> dict[str, Any]:
+    """What transformers needs to know beside tokenizer.json, as tokenizer_config.json holds it.
+
+    Args:
+        end_id: The token that ends what the model writes.
+        context: Tokens of the longest text; None: not said.
+    """
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[DOCUMENT_START_ID],
+        "eos_token": SPECIAL_TOKENS[end_id],
+        "unk_token": "<unk>",
+        "pad_token": SPECIAL_TOKENS[PAD_ID],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return described | ({} if context is None else {"model_max_length": context})
 
 
 class ConversationError(UserError):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from cucafera.config import MAX_VOCABULARY, SPECIAL_TOKENS, UserError
 from cucafera.data.files import write_text
@@ -45,11 +45,16 @@ class TokenizerError(UserError):
     """A tokenizer file that cannot be used."""
 
 
+class NotUsableError(TokenizerError):
+    """A tokenizer of a kind that this package does not know."""
+
+
 class Tokenizer:
     """Byte-level BPE with the GPT-2 pattern and no normalizer. Made by `train` or `load`."""
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         inner.encode_special_tokens = True  # text that spells a control token is ordinary text
+        inner.post_processor = None  # control tokens are placed by whoever frames a text, here and nowhere else
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
@@ -93,19 +98,46 @@ class Tokenizer:
                 "null trains one on the corpus"
             ) from error
         try:
+            return cls.from_json(content)
+        except NotUsableError as error:
+            raise TokenizerError(
+                f"the tokenizer {path} cannot be used: {error}. Give a byte-level BPE with the control tokens of "
+                "this package, or set tokenizer.path=null to train one"
+            ) from error
+        except TokenizerError as error:
+            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Tokenizer":
+        """Makes one of what a tokenizer.json holds.
+
+        Raises:
+            NotUsableError: it holds another kind of tokenizer; the message is a clause that says what is in the way.
+            TokenizerError: it holds no tokenizer.
+        """
+        try:
             inner = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
-            raise TokenizerError(f"{path} is not a tokenizer.json: {error}") from error
+            raise TokenizerError(str(error)) from error
         if problem := _problem(inner):
-            raise TokenizerError(
-                f"the tokenizer {path} cannot be used: {problem}. Give a byte-level BPE with the control tokens of "
-                "this package, or set tokenizer.path=null to train one"
-            )
+            raise NotUsableError(problem)
         return cls(inner)
 
-    def save(self, path: Path | str) -> None:
-        """Writes a tokenizer.json, which appears at once and whole."""
-        write_text(Path(path), self._inner.to_str(pretty=True))
+    def save(self, path: Path | str, begins_documents: bool = False) -> None:
+        """Writes a tokenizer.json, which appears at once and whole.
+
+        Args:
+            path: Where.
+            begins_documents: Have other libraries put the document-start token in front of each text, as their
+                `add_special_tokens` asks for; here that is done by whoever frames a text.
+        """
+        written = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        if begins_documents:
+            name = SPECIAL_TOKENS[DOCUMENT_START_ID]
+            written.post_processor = processors.TemplateProcessing(
+                single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, DOCUMENT_START_ID)]
+            )
+        write_text(Path(path), written.to_str(pretty=True))
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
         """Processes that tokenize get it as JSON (the library's own pickling forgets how text is protected)."""

@@ -61,7 +61,7 @@ def draw_learning_rates(
     _save(figure, path)
 
 
-def draw_curves(records: Sequence[Record], path: Path) -> None:
+def draw_curves(records: Sequence[Record], path: Path, formats: Sequence[str] = FORMATS) -> None:
     """The validation curves of some runs, in nats per token and in bits per byte; the path is as for the other."""
     figure, (left, right) = _panels()
     for number, record in enumerate(records):
@@ -71,7 +71,7 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     _finish_curves(left, records, None)
     _finish_curves(right, [], None)
     right.set_ylabel("validation loss (bits per byte)")
-    _save(figure, path)
+    _save(figure, path, formats)
 
 
 def _panels() -> tuple[Any, Any]:
@@ -158,6 +158,6 @@ def _finish_curves(axes: "Axes", records: Sequence[Record], title: str | None) -
         axes.legend(once.values(), once.keys(), title=title, fontsize="small", title_fontsize="small")
 
 
-def _save(figure: Any, path: Path) -> None:
-    for ending in FORMATS:
+def _save(figure: Any, path: Path, formats: Sequence[str] = FORMATS) -> None:
+    for ending in formats:
         figure.savefig(path.with_name(f"{path.name}.{ending}"), dpi=200)

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cucafera.config import Config, UserError
@@ -90,16 +91,8 @@ def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
     """Writes metrics.json and report.md into the run folder. Raises UserError if they cannot be written."""
     report = [f"# {metrics['name']}", ""]
     report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary(metrics, folder)), ""]
-    report += ["## Validation", "", "| step | tokens | loss | perplexity | accuracy | bpb |"]
-    report += ["|---:|---:|---:|---:|---:|---:|"]
-    report += [
-        f"| {record['step']:,} | {record['tokens']:,} | {record['loss']:.4f} | {record['perplexity']:.2f} "
-        f"| {record['accuracy']:.4f} | {record['bpb']:.4f} |"
-        for record in metrics["validation"]
-    ]
-    report += ["", "## Samples", ""]
-    for sample in metrics["samples"]:
-        report += ["> " + as_markdown(sample, metrics["kind"]).replace("\n", "\n> "), ""]
+    report += ["## Validation", "", *validation_table(metrics["validation"])]
+    report += ["", "## Samples", "", *as_quoted_samples(metrics)]
     report += ["## Next", "", *(f"    {command}" for _, command in next_commands(folder)), ""]
     try:
         write_text(folder.report, "\n".join(report))
@@ -109,6 +102,27 @@ def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
             f"the report cannot be written to {folder.path}: {error.strerror or error}. The run itself is complete and "
             "saved: make room, and the same command writes it"
         ) from error
+
+
+def validation_table(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table of all validations."""
+    return [
+        "| step | tokens | loss | perplexity | accuracy | bpb |",
+        "|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {record['step']:,} | {record['tokens']:,} | {record['loss']:.4f} | {record['perplexity']:.2f} "
+            f"| {record['accuracy']:.4f} | {record['bpb']:.4f} |"
+            for record in history
+        ),
+    ]
+
+
+def as_quoted_samples(metrics: Mapping[str, Any]) -> list[str]:
+    """The lines of the samples in Markdown, an empty one behind each."""
+    lines = []
+    for sample in metrics["samples"]:
+        lines += ["> " + as_markdown(sample, metrics["kind"]).replace("\n", "\n> "), ""]
+    return lines
 
 
 def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:

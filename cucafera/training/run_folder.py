@@ -14,12 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import OmegaConf
 
-from cucafera.config import SPECIAL_TOKENS, Config, ModelConfig, UserError, shown
-from cucafera.data.chat import CHAT_TEMPLATE
+from cucafera.config import Config, UserError, shown
+from cucafera.data.chat import tokenizer_description
 from cucafera.data.files import PARTIAL, append, write_text
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.model.lora import merged_weights
-from cucafera.model.transformer import Decoder
 from cucafera.training.checkpoint_files import (
     UNFINISHED,
     CheckpointFolder,
@@ -239,18 +237,9 @@ class RunFolder:
         Raises:
             UserError: they cannot be written.
         """
-        described = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": SPECIAL_TOKENS[0],
-            "eos_token": SPECIAL_TOKENS[stop_id],
-            "unk_token": "<unk>",
-            "pad_token": "<pad>",
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        }
         with self._writing():
             tokenizer.save(self.tokenizer)
-            write_text(self.tokenizer_config, json.dumps(described, indent=2) + "\n")
+            write_text(self.tokenizer_config, json.dumps(tokenizer_description(stop_id), indent=2) + "\n")
 
     def _erase(self, checkpoints: bool) -> None:
         """Removes what an earlier run left; if not checkpoints, there are none but unfinished ones."""
@@ -283,7 +272,7 @@ def checkpoint_of(source: str, key: str) -> Path:
     return path
 
 
-def _read_named(source: str, key: str) -> tuple[Path, dict[str, Any]]:
+def read_checkpoint_of(source: str, key: str) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that a path names, and its content; see `checkpoint_of`.
 
     Raises:
@@ -298,81 +287,9 @@ def _read_named(source: str, key: str) -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{error}{advice}") from error
 
 
-def checkpoint_to_begin_with(config: Config) -> dict[str, Any]:
-    """The checkpoint that init_from names, checked against the model's shape, with its adapters merged.
-
-    Raises:
-        UserError: nothing readable there, or a model of another shape.
-    """
-    assert config.init_from is not None
-    _, checkpoint = _read_named(config.init_from, "init_from=")
-    here, there = dataclasses.asdict(config.model), checkpoint["config"]["model"]
-    may_differ = ("initializer_range", "base_hidden_size", "max_position_embeddings")
-    differences = [
-        f"model.{key} is {shown(here[key])} here and {shown(there.get(key))} there"
-        for key in here
-        if here[key] != there.get(key) and key not in may_differ
-    ]
-    if differences:
-        raise UserError(
-            f"init_from={config.init_from} holds another model:\n" + "\n".join(f"  - {line}" for line in differences)
-        )
-    checkpoint["state_dict"] = merged_weights(checkpoint["state_dict"], checkpoint["config"]["adapter"])
-    return checkpoint
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """A model out of a run, ready to write.
-
-    Attributes:
-        model: In fp32 on the CPU, adapters merged.
-        tokenizer: Its tokenizer.
-        checkpoint: Where its weights come from.
-        step: After how many steps.
-        chats: Whether it was trained on conversations.
-    """
-
-    model: Decoder
-    tokenizer: Tokenizer
-    checkpoint: Path
-    step: int
-    chats: bool
-
-
-def load_trained(source: str) -> TrainedModel:
-    """The model of a run folder or checkpoint, from its path alone.
-
-    Raises:
-        UserError: no checkpoint or tokenizer there, or one that cannot be read.
-    """
-    path, checkpoint = _read_named(source, "")
-    config = checkpoint["config"]
-    tokenizer_path = tokenizer_to_begin_with(str(path))
-    if not Path(tokenizer_path).exists():
-        raise UserError(f"{path}: there is no {tokenizer_path}; a checkpoint stays in its run folder")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    if tokenizer.fingerprint != checkpoint["identity"]["tokenizer"]:
-        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
-    weights = merged_weights(checkpoint["state_dict"], config["adapter"])
-    with torch.device("meta"):
-        model = Decoder(ModelConfig(**config["model"]))
-    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
-    model.make_rotary_tables()
-    return TrainedModel(
-        model=model.eval().requires_grad_(False),
-        tokenizer=tokenizer,
-        checkpoint=path,
-        step=checkpoint["steps_done"],
-        chats=config["data"]["kind"] == "conversations",
-    )
-
-
-def tokenizer_to_begin_with(init_from: str) -> str:
-    """The tokenizer.json beside the checkpoints that init_from names: another would give the weights other words."""
-    source = Path(init_from).expanduser()
-    folder = source.parent.parent if source.is_file() else source
-    return str(RunFolder(folder).tokenizer)
+def tokenizer_beside(source: Path) -> Path:
+    """Where the tokenizer of a run folder, or of a checkpoint in one, lies."""
+    return RunFolder(source.parent.parent if source.is_file() else source).tokenizer
 
 
 def _taking_memory(config: Config, hardware: Hardware) -> dict[str, Any]:

@@ -1,0 +1,324 @@
+"""Models of Hugging Face in, and ours out: the same weights, ids, logits and texts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+from cucafera.chat import Chat
+from cucafera.composition import composed_config
+from cucafera.config import SamplingConfig, UserError
+from cucafera.data.chat import Message, render, render_prompt
+from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
+from cucafera.generation.generate import generate
+from cucafera.interop import hugging_face
+from cucafera.interop.hugging_face import DifferentError, write_folder
+from cucafera.interop.layout import read_layout
+from cucafera.interop.trained import load_trained
+from cucafera.run import train
+from tests.conftest import SMALL_RUN
+from tests.interop.conftest import change_config, full_tokenizer, small_llama
+
+TEXT = "La plaça del poble és plena de gent, i l'àvia canta  una cançó.\n"
+
+
+def exported(runs: Path, name: str, folder: Path, dtype: str = "fp32") -> Path:
+    trained = load_trained(str(runs / "outputs" / name))
+    folder.mkdir()
+    sampling = SamplingConfig(max_new_tokens=16)
+    write_folder(trained.model, trained.tokenizer, trained.chats, sampling, dtype, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["base", "chat"])
+def test_out_and_in_again_gives_the_same_bits(runs, tmp_path, name):
+    ours = load_trained(str(runs / "outputs" / name))
+    back = load_trained(str(exported(runs, name, tmp_path / "hf")))
+    assert back.model.config == ours.model.config
+    assert back.tokenizer.fingerprint == ours.tokenizer.fingerprint
+    assert back.chats == ours.chats
+    for key, value in ours.model.state_dict().items():
+        assert torch.equal(value, back.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_transformers_computes_the_same_logits(runs, tmp_path, dtype):
+    ours = load_trained(str(runs / "outputs" / "base"))
+    folder = exported(runs, "base", tmp_path / "hf", dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == hugging_face.DTYPES[dtype]
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+    assert ids == [DOCUMENT_START_ID, *ours.tokenizer.encode(TEXT)]
+    inputs = torch.tensor([ids])
+    difference = (theirs(inputs).logits - ours.model.logits(ours.model(inputs))).abs().max().item()
+    assert difference < {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.005}[dtype]
+
+
+def test_generate_of_transformers_writes_what_ours_writes(runs, tmp_path):
+    ours = load_trained(str(runs / "outputs" / "chat"))
+    folder = exported(runs, "chat", tmp_path / "hf")
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "On és el gat?"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = prompt["input_ids"][0].tolist()
+    assert ids == render_prompt([Message("user", "On és el gat?")], ours.tokenizer)
+    written = theirs.generate(**prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens=24)[0, len(ids) :]
+    greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=24)
+    (mine,) = generate(ours.model, ours.tokenizer, [ids], greedy, frozenset(theirs.generation_config.eos_token_id))
+    assert [token for token in written.tolist() if token not in theirs.generation_config.eos_token_id] == mine.ids
+
+
+def test_the_pipeline_answers_a_conversation_and_stops_at_the_stop_token(runs, tmp_path):
+    folder = exported(runs, "chat", tmp_path / "hf")
+    write = pipeline("text-generation", str(folder))
+    (written,) = write([{"role": "user", "content": "Hola"}], do_sample=False, max_new_tokens=8)
+    assert [turn["role"] for turn in written["generated_text"]] == ["user", "assistant"]
+    # A model whose likeliest token is always the stop token says nothing, and at once.
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.register_forward_hook(lambda module, inputs, output: output.logits.__setitem__((..., IM_END_ID), 9.0))
+    stopping = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    (written,) = stopping([{"role": "user", "content": "Hola"}], max_new_tokens=8)
+    assert written["generated_text"][-1]["content"] == ""
+
+
+def test_what_computes_something_else_is_not_written(runs, tmp_path, monkeypatch):
+    trained = load_trained(str(runs / "outputs" / "base"))
+    describe = hugging_face._model_description
+    monkeypatch.setattr(
+        hugging_face, "_model_description", lambda *arguments: describe(*arguments) | {"hidden_act": "silu"}
+    )
+    with pytest.raises(DifferentError, match="transformers computes other logits from what was written"):
+        write_folder(trained.model, trained.tokenizer, False, SamplingConfig(), "fp32", tmp_path)
+
+
+def test_weights_too_large_for_half_precision_are_refused(runs, tmp_path):
+    trained = load_trained(str(runs / "outputs" / "base"))
+    trained.model.norm.weight[0] = 1e6
+    with pytest.raises(UserError, match="too large for fp16: choose --type bf16 or fp32"):
+        write_folder(trained.model, trained.tokenizer, False, SamplingConfig(), "fp16", tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu", "silu"])
+def test_a_llama_of_transformers_is_taken_with_the_activation_that_it_names(folder, activation):
+    theirs = small_llama(hidden_act=activation)
+    theirs.save_pretrained(folder)
+    trained = load_trained(str(folder))
+    assert trained.model.config.hidden_act == activation
+    assert any("hidden_act=gelu, the exact one" in note for note in trained.notes) == (activation == "gelu")
+    inputs = torch.randint(10, 320, (2, 60), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(trained.model.logits(trained.model(inputs)), theirs(inputs).logits, rtol=0, atol=1e-4)
+
+
+def test_weights_in_several_files_and_in_bf16_are_read(folder):
+    theirs = small_llama().to(torch.bfloat16)
+    (folder / "model.safetensors").unlink()
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    trained = load_trained(str(folder))
+    for name, value in theirs.model.state_dict().items():
+        assert torch.equal(trained.model.state_dict()[name], value.float()), name
+
+
+def test_the_published_chat_layout_gets_its_control_tokens_at_ids_4_and_5(published_chat, caplog):
+    theirs = AutoModelForCausalLM.from_pretrained(published_chat)
+    tokenizer = AutoTokenizer.from_pretrained(published_chat)
+    trained = load_trained(str(published_chat))
+    assert trained.chats and trained.model.config.vocab_size == trained.tokenizer.vocab_size == 65_536
+    assert "65,536 (<|im_start|>) becomes 4, 65,537 (<|im_end|>) becomes 5" in trained.notes[0]
+    turns = [{"role": "user", "content": "Hola, gat!"}, {"role": "assistant", "content": "Bon dia"}]
+    before = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    now = render([[Message(**turn) for turn in turns]], trained.tokenizer)[0].ids.tolist()
+    assert (now[0], now.count(IM_END_ID)) == (IM_START_ID, 2)
+    assert now == [{65_536: IM_START_ID, 65_537: IM_END_ID}.get(token, token) for token in before]
+    logits = theirs(torch.tensor([before])).logits[0]
+    ours = trained.model.logits(trained.model(torch.tensor([now])))[0]
+    torch.testing.assert_close(ours[:, IM_START_ID : IM_END_ID + 1], logits[:, 65_536:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours[:, 6:], logits[:, 6:65_536], rtol=0, atol=1e-4)
+
+
+def test_one_talks_to_the_published_chat_layout(published_chat):
+    trained = load_trained(str(published_chat))
+    chat = Chat(trained, SamplingConfig(max_new_tokens=4), torch.Generator().manual_seed(0))
+    answer = "".join(chat.answer("Hola"))
+    assert [message.role for message in chat.history] == (["user", "assistant"] if answer.strip() else [])
+
+
+def test_finetuning_begins_with_the_published_chat_layout_and_goes_on_without_it(published_chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    conversation = {"messages": [{"role": "user", "content": "Qui ets?"}, {"role": "assistant", "content": "Un gat."}]}
+    Path("chat.jsonl").write_text(
+        "".join(json.dumps(conversation | {"n": number}) + "\n" for number in range(40)).replace("Qui ets", "Qui %s"),
+        encoding="utf-8",
+    )
+    rows = Path("chat.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("chat.jsonl").write_text("\n".join(row % number for number, row in enumerate(rows)), encoding="utf-8")
+    settings = [setting for setting in SMALL_RUN if not setting.startswith(("data=", "model.", "budget"))]
+    overrides = [*settings, "model=inherited", "data=chat_files", "data.sources.files.path=chat.jsonl",
+                 f"init_from={published_chat}", "name=chat"]  # fmt: skip
+    config = composed_config([*overrides, "budget_tokens=512"])
+    assert (config.model.vocab_size, config.model.hidden_act) == (65_536, "gelu")
+    train(config, [])
+    trained = load_trained("outputs/chat")
+    assert trained.chats and trained.tokenizer.vocab_size == 65_536
+    shutil.rmtree(published_chat)
+    train(composed_config([*overrides, "budget_tokens=768"]), [])
+    assert load_trained("outputs/chat").step > trained.step
+
+
+def test_another_models_tokenizer_is_rearranged_and_what_it_lacks_begins_as_the_mean(tmp_path):
+    described = json.loads(full_tokenizer(320).to_str())
+    words = list(described["model"]["vocab"])[10:]
+    described["model"]["vocab"] = {word: number for number, word in enumerate(["<|endoftext|>", *words])}
+    described["added_tokens"] = [
+        described["added_tokens"][0] | {"id": number, "content": content}
+        for number, content in ((0, "<|endoftext|>"), (311, "<|im_start|>"), (312, "<|im_end|>"), (313, "<think>"))
+    ]
+    folder = tmp_path / "other"
+    theirs = small_llama(vocab_size=320, hidden_act="silu")
+    theirs.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    trained = load_trained(str(folder))
+    embedding, there = trained.model.embed_tokens.weight, theirs.model.embed_tokens.weight
+    assert trained.model.config.vocab_size == trained.tokenizer.vocab_size == 320
+    assert torch.equal(embedding[[1, 4, 5]], there[[0, 311, 312]])
+    assert torch.equal(embedding[10:], there[1:311])
+    torch.testing.assert_close(embedding[3], there.mean(0))
+    assert any("<think>" in note for note in trained.notes)
+    theirs_ids = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(TEXT)["input_ids"]
+    assert trained.tokenizer.encode(TEXT) == [token + 9 for token in theirs_ids]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model_type": "gpt2"}, "model_type is gpt2, and only llama is known"),
+        ({"model_type": None}, "model_type is null"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
+        ({"attention_bias": True}, "attention_bias is true, and there are no biases here"),
+        ({"mlp_bias": True}, "mlp_bias is true"),
+        ({"hidden_act": "relu"}, "hidden_act is relu"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
+        ({"head_dim": 16}, "head_dim is 16, and is always hidden_size / num_attention_heads here, 8"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling has the type llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "the type linear"),
+        ({"rope_scaling": "yarn", "rope_parameters": None}, "the type yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is given"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, and must divide num_attention_heads, 4"),
+        ({"hidden_size": 34}, "hidden_size is 34 and num_attention_heads 4"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers is two, and must be a whole number above zero"),
+        ({"vocab_size": 300}, "has the id 319, and .* says vocab_size=300"),
+    ],
+)
+def test_what_is_not_computed_here_is_refused_by_the_fields_name(folder, fields, told):
+    change_config(folder, **fields)
+    with pytest.raises(UserError, match=told) as refused:
+        read_layout(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_all_fields_that_cannot_be_are_named_together(folder):
+    change_config(folder, attention_bias=True, hidden_act="relu")
+    with pytest.raises(UserError, match=r"(?s)attention_bias.*|hidden_act.*") as refused:
+        read_layout(folder)
+    assert str(refused.value).count("\n  - ") == 2
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def reshape(path: Path) -> None:
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.ones(31)
+    save_file(weights, path)
+
+
+def leave_out(path: Path) -> None:
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path)
+
+
+def add_head(path: Path) -> None:
+    weights = load_file(path)
+    save_file(weights | {"lm_head.weight": torch.zeros(320, 32)}, path)
+
+
+def pickle(path: Path) -> None:
+    path.rename(path.with_name("pytorch_model.bin"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("model.safetensors", cut, "model.safetensors is damaged or cut short"),
+        ("model.safetensors", Path.unlink, "holds no model.safetensors"),
+        ("model.safetensors", pickle, "only pytorch_model.bin, whose format can run code"),
+        ("model.safetensors", reshape, r"model.norm.weight has the shape \(31,\), and by config.json .* \(32,\)"),
+        ("model.safetensors", leave_out, "model.layers.1.mlp.up_proj.weight is missing"),
+        ("model.safetensors", add_head, "lm_head.weight is not the embedding"),
+        ("tokenizer.json", Path.unlink, "tokenizer.json cannot be read: No such file"),
+        ("tokenizer.json", cut, "tokenizer.json is not JSON"),
+        ("config.json", cut, "config.json is not JSON"),
+    ],
+)
+def test_broken_files_are_told_in_one_line(folder, name, damage, told):
+    damage(folder / name)
+    with pytest.raises(UserError, match=told) as refused:
+        load_trained(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(folder):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="it names a file outside its folder"):
+        load_trained(str(folder))
+
+
+def test_a_tokenizer_of_another_kind_is_refused_with_what_is_in_the_way(folder):
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="its pre-tokenizer must be ByteLevel with the GPT-2 pattern"):
+        load_trained(str(folder))
+
+
+def test_a_name_of_the_hub_is_fetched_once_for_its_shape_and_once_for_its_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def snapshot_download(repository, revision, allow_patterns):
+        asked.append((repository, revision, "*.safetensors" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    settings = ["data=files", "data.sources.files.path=x.jsonl", "batch_tokens=256", "schedule.warmup_steps=0"]
+    config = composed_config(["model=inherited", "init_from=somebody/model@v1", *settings])
+    assert config.model.hidden_size == 32
+    assert set(asked) == {("somebody/model", "v1", False)}
+    assert load_trained("somebody/model@v1").model.config.hidden_size == 32
+    assert asked[-1] == ("somebody/model", "v1", True)
+
+
+def test_a_name_that_neither_this_machine_nor_the_hub_has_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(*arguments, **settings):
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"somebody/model: there is no such run folder, and the .* hub .*: no network$"):
+        load_trained("somebody/model")
+    Path("outputs").mkdir()
+    with pytest.raises(UserError, match="outputs/model: there is no such run folder or checkpoint"):
+        load_trained("outputs/model")
