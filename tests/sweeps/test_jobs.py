@@ -146,7 +146,7 @@ def test_jobs_side_by_side_are_saved_when_the_sweep_is_stopped_or_killed(door, t
     sweep = tmp_path / "outputs" / "quickstart-sweep"
     process = door.start(
         "--multirun", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "seed=1,2", "budget_tokens=256_000",
-        "callbacks.checkpoint_every_steps=20", new_group=True,
+        "callbacks.checkpoint_every_steps=20", "callbacks.keep_last=100", new_group=True,
     )  # fmt: skip
     jobs = [RunFolder(sweep / f"seed={seed}") for seed in (1, 2)]
     for job in jobs:
