@@ -123,7 +123,7 @@ def _inheritance_problem(composed: DictConfig) -> str | None:
     try:
         _config_to_inherit(composed).model  # noqa: B018
     except UserError as error:
-        return f"init_from={composed.init_from}: {error}"
+        return f"init_from: {error}"
     except (OSError, YAMLError, OmegaConfBaseException, AssertionError):
         return (
             f"init_from={composed.init_from}: there is no run there whose model could be taken (a run folder holds a "

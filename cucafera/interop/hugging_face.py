@@ -180,6 +180,11 @@ def _model_description(model: Decoder, chats: bool, dtype: str) -> dict[str, Any
 
 
 def _generation_description(sampling: SamplingConfig, chats: bool) -> dict[str, Any]:
+    """generation_config.json.
+
+    The repetition penalty of transformers counts control tokens too, and each turn of a conversation holds the stop
+    token: with 1.2, answers become several times as long. So a model that chats has none there.
+    """
     drawn = {
         "do_sample": True,
         "temperature": sampling.temperature,
@@ -192,7 +197,7 @@ def _generation_description(sampling: SamplingConfig, chats: bool) -> dict[str, 
         "pad_token_id": PAD_ID,
         **(drawn if sampling.temperature else {"do_sample": False}),
         **({"min_p": sampling.min_p} if sampling.temperature and sampling.min_p else {}),
-        "repetition_penalty": sampling.repetition_penalty,
+        "repetition_penalty": 1.0 if chats else sampling.repetition_penalty,
         "max_new_tokens": sampling.max_new_tokens,
     }
 

@@ -141,7 +141,10 @@ def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:
 
 def next_commands(folder: RunFolder) -> list[tuple[str, str]]:
     """What to type next, and what for."""
+    run = shlex.quote(str(folder.path))
     return [
         ("Curves", f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}"),
-        ("Talk", f"python -m cucafera.chat {shlex.quote(str(folder.path))}"),
+        ("Talk", f"python -m cucafera.chat {run}"),
+        ("Measure", f"python -m cucafera.evaluate {run}"),
+        ("Share", f"python -m cucafera.export {run} --to hf {shlex.quote(str(folder.path / 'hf'))}"),
     ]
