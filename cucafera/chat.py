@@ -349,7 +349,8 @@ def command_line_parser() -> argparse.ArgumentParser:
     """The arguments of the door."""
     parser = argparse.ArgumentParser(
         prog="python -m cucafera.chat",
-        description="Talks to the model of a run or a GGUF file. One that was not trained on conversations continues a text.",
+        description="Talks to the model of a run or of a .gguf file. One that was not trained on conversations "
+        "continues a text.",
         epilog="In the terminal:\n" + COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -53,11 +53,15 @@ BY_LLAMA_CPP = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
 """Mixtures of types, which llama.cpp makes."""
 TYPES = (*WRITTEN_HERE, *BY_LLAMA_CPP)
 
-MOST_STORED = {"f32": 1e-4, "f16": 0.02, "bf16": 0.2}
-"""Largest `stored` in standard deviations of the logits; the others are what they are."""
-MOST_COMPUTED = {"f32": 0.05, "f16": 0.05, "bf16": 0.1}
-MOST_COMPUTED_QUANTIZED = 0.5
-"""Largest `computed` in standard deviations of the logits."""
+MOST_STORED = {"f32": 1e-4, "f16": 0.03, "bf16": 0.2}
+MOST_COMPUTED = {"f32": 0.03, "f16": 0.03, "bf16": 0.2}
+"""Largest differences that rounding explains, in standard deviations of the logits. llama.cpp rounds activations to the
+type of the weights, and keys, values and GELU to fp16. Of trained models 0.002 was measured, and 0.02 in bf16; of random
+ones with large weights 0.02 and 0.1. What is not the same is far above: 0.9 with SiLU for GELU, 1.7 with the queries of
+one layer turned wrongly, 0.2 with a tenth more of rope_theta."""
+MOST_COMPUTED_TYPICALLY = 0.1
+"""The same for quantized types, of typical differences: there llama.cpp rounds activations to 8 bits, block by block.
+0.01 was measured of trained models, 0.02 of random ones, and 0.17 with SiLU for GELU."""
 
 DOCUMENT_TOKENS, CONVERSATION_TOKENS = 384, 128
 """How much text the proof reads."""
@@ -68,12 +72,20 @@ class Difference:
     """Logits beside logits.
 
     Attributes:
-        largest: The largest difference of two.
+        largest: The largest of all differences.
+        typical: Their root mean square.
         same_choice: At which share of positions the likeliest token is the same.
     """
 
     largest: float
+    typical: float
     same_choice: float
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.largest:.2g}, typically by {self.typical:.2g}; the likeliest token is the "
+            f"same at {self.same_choice:.1%}"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,30 +113,35 @@ class Proof:
     def problems(self) -> list[str]:
         """Why the file must not be used."""
         found = []
-        most = MOST_STORED.get(self.type_)
-        if most is not None and not self.stored.largest <= most * self.deviation:
+        # `not <=`, which is true of NaN as well.
+        if not self.stored.largest <= MOST_STORED.get(self.type_, math.inf) * self.deviation:
             found.append(f"its weights give logits that differ by up to {self.stored.largest:.2g} from the model's")
-        most = MOST_COMPUTED.get(self.type_, MOST_COMPUTED_QUANTIZED)
-        if self.computed and not self.computed.largest <= most * self.deviation:
-            found.append(f"llama.cpp computes logits that differ by up to {self.computed.largest:.2g} from the file's")
+        if self.computed and not self._is_rounding(self.computed):
+            found.append(
+                f"llama.cpp computes logits that differ by up to {self.computed.largest:.2g}, typically "
+                f"{self.computed.typical:.2g}, from what its weights give"
+            )
+        if found:
+            found.append(f"the standard deviation of the logits is {self.deviation:.2g}")
         return found
+
+    def _is_rounding(self, computed: Difference) -> bool:
+        if self.type_ in MOST_COMPUTED:
+            return computed.largest <= MOST_COMPUTED[self.type_] * self.deviation
+        return computed.typical <= MOST_COMPUTED_TYPICALLY * self.deviation
 
     def __str__(self) -> str:
         matrices = ", ".join(f"{count} {kind}" for kind, count in self.matrices.items())
-        lines = [
-            f"{self.size / 1e6:,.1f} MB; matrices: {matrices}",
-            f"its weights beside the run's: logits differ by at most {self.stored.largest:.2g} (standard deviation "
-            f"{self.deviation:.2f}, {self.positions:,} positions), the likeliest token is the same at "
-            f"{self.stored.same_choice:.1%}",
-        ]
-        if self.computed:
-            lines.append(
-                f"llama.cpp beside its weights: logits differ by at most {self.computed.largest:.2g}, the likeliest "
-                f"token is the same at {self.computed.same_choice:.1%}"
-            )
-        else:
-            lines.append("llama.cpp is not installed, so the file was read back by the package gguf alone")
-        return "\n".join(lines)
+        read_by = (
+            f"llama.cpp beside its weights: {self.computed}"
+            if self.computed
+            else "llama.cpp is not installed, so the file was read back by the package gguf alone"
+        )
+        return (
+            f"{self.size / 1e6:,.1f} MB, matrices: {matrices}; logits of {self.positions:,} positions with a standard "
+            f"deviation of {self.deviation:.2f}\n"
+            f"its weights beside the run's: {self.stored}\n{read_by}"
+        )
 
 
 def write_gguf(trained: "TrainedModel", path: Path, type_: str) -> Proof:
@@ -241,16 +258,19 @@ class _Compared:
     def __init__(self) -> None:
         self.positions = 0
         self._largest = 0.0
+        self._squares = 0.0
         self._same = 0
 
     def add(self, logits: Tensor, others: Tensor) -> None:
         """Logits of a text, [n, V] each."""
         self.positions += len(logits)
-        self._largest = float(np.maximum(self._largest, (logits - others).abs().max().item()))  # NaN stays NaN
+        differences = (logits - others).abs()
+        self._largest = float(np.maximum(self._largest, differences.max().item()))  # NaN stays NaN
+        self._squares += differences.double().square().mean().item() * len(logits)
         self._same += int((logits.argmax(-1) == others.argmax(-1)).sum())
 
     def difference(self) -> Difference:
-        return Difference(self._largest, self._same / self.positions)
+        return Difference(self._largest, math.sqrt(self._squares / self.positions), self._same / self.positions)
 
 
 def proof_texts(trained: "TrainedModel") -> Iterator[list[int]]:

@@ -63,7 +63,7 @@ def library() -> ModuleType:
 
 
 _errors: list[str] = []
-"""What llama.cpp last complained about."""
+"""What llama.cpp complained about, the cause first."""
 _kept: list[Any] = []
 """What it calls, which must not be collected."""
 
@@ -74,7 +74,7 @@ def _hear(level: int, text: bytes, _: Any) -> None:
 
 
 def _complaint() -> str:
-    return _errors[-1] if _errors else "it does not say why"
+    return _errors[0] if _errors else "it does not say why"
 
 
 def _free(llama: ModuleType, batch: Any, context: Any, model: Any) -> None:
