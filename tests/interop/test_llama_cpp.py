@@ -20,6 +20,7 @@ from cucafera.interop.llama_cpp import LlamaCpp
 from cucafera.run import train
 from cucafera.training.run_folder import TrainedModel, load_trained
 from tests.conftest import compose_small_chat, compose_small_run, write_corpus
+from tests.test_readme import load_script
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -232,3 +233,24 @@ def test_what_the_user_can_mend_is_told_with_code_2(runs, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_benchmark_counts_each_token_once_and_both_sides_measure_the_same(runs, trained, llama):
+    script = load_script("benchmark_quantized")
+    texts = ["la mar i el bosc " * 20, "el gat"]
+    windows = script.windows_of(iter(texts), trained.tokenizer, 64, 10_000)
+    counted = [token for ids, first in windows for token in ids[first:]]
+    assert counted == [token for text in texts for token in trained.tokenizer.encode(text)]
+    assert max(len(ids) for ids, _ in windows) == 64
+    fewer = script.windows_of(iter(texts), trained.tokenizer, 64, 70)
+    assert sum(len(ids) - first for ids, first in fewer) == 70
+
+    sides = {
+        "fp32": script.Side(1, trained.model, script.our_nats(trained.model)),
+        "f32": script.Side(1, llama, llama.nats),
+    }
+    prompts = [some_ids(trained, 20)[start:] for start in range(3)]
+    results = script.measure(sides, windows, trained.tokenizer, prompts, 5)
+    assert results["fp32"].texts == results["f32"].texts and len(results["f32"].texts) == 2
+    assert results["fp32"].bpb == pytest.approx(results["f32"].bpb, abs=1e-3)
+    assert script.table(sides, results, 5).count("2 of 2") == 2
