@@ -1,4 +1,4 @@
-"""The chat door: `python -m cucafera.chat RUN` talks to the model of a run, in the terminal.
+"""The chat door: `python -m cucafera.chat RUN` talks to the model of a run, or of a GGUF file, in the terminal.
 
 A model that was trained on conversations answers; one that was not continues what it is given.
 """
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from cucafera.data.chat import Message
+    from cucafera.generation.generate import Reader
+    from cucafera.interop.llama_cpp import LlamaCpp
     from cucafera.interop.trained import TrainedModel
 
 EXIT_INTERRUPTED = 130
@@ -33,7 +35,7 @@ class Chat:
     """A conversation with a model.
 
     Args:
-        trained: The model.
+        trained: The model, out of a run or a GGUF file.
         sampling: How it writes.
         generator: Source of randomness, on the model's device.
 
@@ -43,8 +45,11 @@ class Chat:
             context is full, the model is not shown the oldest turns any more; here they stay.
     """
 
-    def __init__(self, trained: "TrainedModel", sampling: SamplingConfig, generator: "torch.Generator") -> None:
+    def __init__(
+        self, trained: "TrainedModel | LlamaCpp", sampling: SamplingConfig, generator: "torch.Generator"
+    ) -> None:
         self.trained = trained
+        self._reader = _reader_of(trained)
         self.sampling = sampling
         self.generator = generator
         self.system = ""
@@ -109,18 +114,17 @@ class Chat:
                 self._unanswered = None
 
     def _written(self, prompt: list[int]) -> Iterator[str]:
-        from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
+        from cucafera.data.chat import STOP_IDS
         from cucafera.generation.generate import stream
 
-        # A model that has learned little may begin another turn or document instead of ending its own.
-        stop_ids = frozenset({IM_END_ID, IM_START_ID, DOCUMENT_START_ID})
-        return stream(self.trained.model, self.trained.tokenizer, prompt, self.sampling, stop_ids, self.generator)
+        tokenizer, stop_ids = self.trained.tokenizer, frozenset(STOP_IDS)
+        return stream(self._reader, tokenizer, prompt, self.sampling, stop_ids, self.generator)
 
     def _prompt_that_fits(self, messages: "list[Message]") -> list[int]:
         """The prompt, without as many of the oldest turns as it takes to leave room for an answer."""
         from cucafera.data.chat import render_prompt
 
-        context = self.trained.model.config.max_position_embeddings
+        context = self._reader.context
         room = context - min(self.sampling.max_new_tokens, context // 4)
         while len(prompt := render_prompt(self._with_system(messages), self.trained.tokenizer)) > room:
             if len(messages) == 1:
@@ -136,6 +140,13 @@ class Chat:
         from cucafera.data.chat import Message
 
         return [Message("system", _encodable(self.system)), *messages] if self.system else messages
+
+
+def _reader_of(trained: "TrainedModel | LlamaCpp") -> "Reader":
+    from cucafera.generation.generate import DecoderReader
+    from cucafera.interop.llama_cpp import LlamaCpp
+
+    return trained if isinstance(trained, LlamaCpp) else DecoderReader(trained.model)
 
 
 def _encodable(text: str) -> str:
@@ -256,20 +267,12 @@ def _talk(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from cucafera.interop.trained import load_trained
-
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA GPU that PyTorch can use: leave --device out")
     if not arguments.run:
-        raise UserError("RUN is empty: name a run folder or a checkpoint")
-    trained = load_trained(arguments.run)
+        raise UserError("RUN is empty: name a run folder, a checkpoint, a Hugging Face folder or a .gguf file")
+    trained = _loaded(arguments.run, arguments.device)
     if arguments.system and not trained.chats:
         raise UserError(f"--system needs a model that was trained on conversations; {arguments.run} was not")
-    trained.model.to(device)
-    generator = torch.Generator(device)
+    generator = torch.Generator(_reader_of(trained).device)
     if arguments.seed is None:
         generator.seed()
     else:
@@ -287,11 +290,43 @@ def _talk(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _begin_terminal(trained: "TrainedModel") -> None:
+def _loaded(source: str, device: str) -> "TrainedModel | LlamaCpp":
+    """The model of a run, on a device; or that of a GGUF file, which llama.cpp puts where it can.
+
+    Raises:
+        UserError: it cannot be loaded, or there is no such device.
+    """
+    import torch
+
+    if source.endswith(".gguf"):
+        from cucafera.interop.llama_cpp import LlamaCpp
+
+        return LlamaCpp(Path(source).expanduser(), device)
+
+    from cucafera.interop.trained import load_trained
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA GPU that PyTorch can use: leave --device out")
+    trained = load_trained(source)
+    trained.model.to(device)
+    return trained
+
+
+def _begin_terminal(trained: "TrainedModel | LlamaCpp") -> None:
+    from cucafera.interop.llama_cpp import LlamaCpp
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and earlier ones found again
-    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
-    print(f"{trained.checkpoint}: {parameters:,} parameters, after {trained.step:,} steps")
+    if isinstance(trained, LlamaCpp):
+        print(f"{trained.path}: {trained.parameters:,} parameters, computed by llama.cpp")
+    else:
+        parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+        steps = "" if trained.step is None else f", after {trained.step:,} steps"
+        print(f"{trained.checkpoint}: {parameters:,} parameters{steps}")
+        for note in trained.notes:
+            print(f"{note}.")
     if not trained.chats:
         print("It was not trained on conversations: it continues what you write.")
     print("/help shows the commands.")
@@ -316,12 +351,17 @@ def command_line_parser() -> argparse.ArgumentParser:
     """The arguments of the door."""
     parser = argparse.ArgumentParser(
         prog="python -m cucafera.chat",
-        description="Talks to the model of a run. One that was not trained on conversations continues a text.",
+        description="Talks to the model of a run, of a Hugging Face folder or of a .gguf file. One that was not "
+        "trained on conversations continues a text.",
         epilog="In the terminal:\n" + COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = SamplingConfig()
-    parser.add_argument("run", metavar="RUN", help="a run folder, whose best checkpoint is taken, or a checkpoint")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run folder, whose best checkpoint is taken, a checkpoint, a Hugging Face folder or name, a .gguf file",
+    )
     parser.add_argument("--prompt", help="answer this and end")
     parser.add_argument("--system", help="what the model is told about its behaviour")
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 FORMATS = ("hf", "gguf")
 HUGGING_FACE_TYPES = ("fp32", "bf16", "fp16")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+"""As in the rooms behind; they stand here to be told before torch is loaded."""
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def _export(arguments: argparse.Namespace) -> None:
     else:
         from cucafera.interop.gguf import write_gguf
 
-        print(write_gguf(trained, target, type_, name, arguments.license))
+        print(f"{write_gguf(trained, target, type_, name, arguments.license)}\n{target}: from {trained.checkpoint}")
 
 
 def _to_hugging_face(trained: "TrainedModel", target: Path, dtype: str, name: str, licence: str | None) -> str:

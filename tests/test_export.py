@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cucafera import export
 from cucafera.interop import hugging_face
+from cucafera.interop.gguf import TYPES
 from tests.interop.conftest import runs  # noqa: F401  # the same two runs
 
 
@@ -127,3 +128,8 @@ def test_the_door_opens_as_a_program(runs, tmp_path):  # noqa: F811
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     refused = door(runs, str(tmp_path / "hf" / "model.safetensors"), "--to", "hf", str(tmp_path / "x"))
     assert refused.returncode == 2 and "Traceback" not in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_the_types_that_the_door_names_are_those_of_the_rooms():
+    assert set(export.HUGGING_FACE_TYPES) == hugging_face.DTYPES.keys()
+    assert set(export.GGUF_TYPES) == set(TYPES)

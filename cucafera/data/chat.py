@@ -21,23 +21,34 @@ from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, P
 
 ROLES = ("system", "user", "assistant")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('the role ' ~ message['role'] ~ ' is not system, user or assistant') }}"
-    "{% endif %}"
-    "{{ '<im_start>' ~ message['role'] ~ '\\n' }}"
+
+def _chat_template(answer: str) -> str:
+    """The rendering below as a Jinja template, with what the assistant says written as given."""
+    return (
+        "{% for message in messages %}"
+        "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+        "{{ raise_exception('the role ' ~ message['role'] ~ ' is not system, user or assistant') }}"
+        "{% endif %}"
+        "{{ '<im_start>' ~ message['role'] ~ '\\n' }}" + answer + "{{ '\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<im_start>assistant\\n' }}{% endif %}"
+    )
+
+
+CONTENT = "{{ message['content'] | trim ~ '<im_end>' }}"
+
+CHAT_TEMPLATE = _chat_template(
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim ~ '<im_end>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] | trim ~ '<im_end>' }}{% endif %}"
-    "{{ '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<im_start>assistant\\n' }}{% endif %}"
+    "{% generation %}" + CONTENT + "{% endgeneration %}"
+    "{% else %}" + CONTENT + "{% endif %}"
 )
 """The same rendering as a Jinja template for transformers, whose `{% generation %}` marks what is trained.
 
 transformers tokenizes the rendered text, so there, and not here, a content that spells a control token becomes one.
 """
+
+PLAIN_CHAT_TEMPLATE = _chat_template(CONTENT)
+"""The same for programs that do not know `{% generation %}`, such as llama.cpp."""
 
 STOP_IDS = (IM_END_ID, IM_START_ID, DOCUMENT_START_ID)
 """What ends an answer: a model that has learned little may begin another turn or document instead of ending its own."""

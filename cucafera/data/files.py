@@ -22,22 +22,33 @@ class NotAsWrittenError(ValueError):
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name, and the place of an earlier one, when all of it is on the disk.
+def replaced_whole(path: Path) -> Iterator[Path]:
+    """Another name, for a library to write a file by: it takes its own, and the place of an earlier one, at the end.
 
     If writing fails, nothing is left of it, and an earlier file is as it was.
     """
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)
     try:
-        with partial.open("xb") as file:  # exclusively: a link that somebody left there is not followed
-            yield file
+        yield partial
+        with partial.open("r+b") as file:
             flush(file)
         partial.replace(path)
         flush_folder(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name, and the place of an earlier one, when all of it is on the disk.
+
+    If writing fails, nothing is left of it, and an earlier file is as it was.
+    """
+    # exclusively: a link that somebody left there is not followed
+    with replaced_whole(path) as partial, partial.open("xb") as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -123,6 +123,26 @@ class Tokenizer:
             raise NotUsableError(problem)
         return cls(inner)
 
+    @classmethod
+    def from_merges(cls, tokens: Sequence[str], merges: Sequence[str]) -> "Tokenizer":
+        """The tokenizer with these `tokens` and `merges`.
+
+        Raises:
+            TokenizerError: they are no byte-level BPE with this package's control tokens.
+        """
+        pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+        try:
+            model = models.BPE({token: place for place, token in enumerate(tokens)}, pairs)
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"the tokenizer cannot be used: {error}") from error
+        inner = tokenizers.Tokenizer(model)
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.add_special_tokens([name for name in SPECIAL_TOKENS if name in tokens])
+        if problem := _problem(inner):
+            raise TokenizerError(f"the tokenizer cannot be used: {problem}")
+        return cls(inner)
+
     def save(self, path: Path | str, begins_documents: bool = False) -> None:
         """Writes a tokenizer.json, which appears at once and whole.
 
@@ -151,10 +171,29 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal of everything that decides which ids a text gets."""
-        model = json.loads(self._inner.to_str())["model"]
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        canonical = json.dumps([_tokens(self._inner), merges, bool(model.get("ignore_merges"))])
+        canonical = json.dumps([self.tokens, self.merges, self.ignores_merges])
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @property
+    def tokens(self) -> list[str]:
+        """The entries in the order of their ids; a byte is written as the character that GPT-2 gives it."""
+        return _tokens(self._inner)
+
+    @property
+    def merges(self) -> list[str]:
+        """Pairs of entries that become one, the first ones first, each as two entries with a space between them."""
+        merges = self._described_model["merges"]
+        return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+
+    @property
+    def ignores_merges(self) -> bool:
+        """Whether a word that is an entry becomes that entry, even if no merges lead to it."""
+        return bool(self._described_model.get("ignore_merges"))
+
+    @property
+    def _described_model(self) -> dict[str, Any]:
+        described: dict[str, Any] = json.loads(self._inner.to_str())["model"]
+        return described
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; never a control token."""

@@ -6,6 +6,7 @@ B texts, P tokens of the longest prompt
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,59 @@ from cucafera.model.transformer import Decoder
 
 class ContextFullError(UserError):
     """A prompt that leaves no room for an answer."""
+
+
+class Reader(Protocol):
+    """A model that reads texts as they grow, and says after each reading what comes next.
+
+    Attributes:
+        context: Most tokens of a text.
+        vocab_size: V.
+        device: Where its logits are.
+    """
+
+    context: int
+    vocab_size: int
+    device: torch.device
+
+    def begin(self, prompts: Sequence[list[int]], steps: int) -> Tensor:
+        """Reads prompts of any lengths, which will grow by at most so many tokens; logits [B, V] in fp32."""
+        ...
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Reads the next token of each text, [B, 1]; logits [B, V] in fp32."""
+        ...
+
+
+class DecoderReader:
+    """A decoder that reads, on whatever device it is."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.context = model.config.max_position_embeddings
+        self.vocab_size = model.config.vocab_size
+        self.device = model.embed_tokens.weight.device
+        self._model = model
+
+    def begin(self, prompts: Sequence[list[int]], steps: int) -> Tensor:
+        """See `Reader`: shorter prompts are padded on their left."""
+        longest = max(map(len, prompts))
+        missing = [longest - len(prompt) for prompt in prompts]
+        padded = [[PAD_ID] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
+        padding = torch.tensor(missing, device=self.device) if any(missing) else None
+        dtype = self._model.embed_tokens.weight.dtype
+        self._cache = KeyValueCache(self._model.config, len(prompts), longest + steps, self.device, dtype, padding)
+        return self.read(torch.tensor(padded, device=self.device))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """See `Reader`."""
+        # `forward` and not `model(...)`: a model compiled for windows would be compiled again for one token.
+        hidden = self._model.forward(tokens, cache=self._cache)
+        return self._model.logits(hidden[:, -1]).float()
+
+
+def reader_of(model: Decoder | Reader) -> Reader:
+    """A decoder as a reader; a reader as it is."""
+    return DecoderReader(model) if isinstance(model, Decoder) else model
 
 
 @dataclass
@@ -37,7 +91,7 @@ class Written:
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | Reader,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     sampling: SamplingConfig,
@@ -47,7 +101,7 @@ def generate(
     """Continues prompts of any lengths side by side.
 
     Args:
-        model: The decoder, on any device.
+        model: The decoder, on any device, or another reader.
         tokenizer: Gives the texts.
         prompts: Token ids; each shorter than the context.
         sampling: How the next tokens are drawn, and what ends a text.
@@ -60,10 +114,11 @@ def generate(
     """
     if not prompts:
         return []
+    reader = reader_of(model)
     writers = [TextWriter(tokenizer, sampling.stop) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     ended = [""] * len(prompts)
-    for tokens in token_columns(model, prompts, sampling, generator):
+    for tokens in token_columns(reader, prompts, sampling, generator):
         for text, token in enumerate(tokens):
             if ended[text]:
                 continue
@@ -76,7 +131,7 @@ def generate(
                 ended[text] = "stop"
             elif len(ids[text]) == sampling.max_new_tokens:
                 ended[text] = "length"
-            elif len(prompts[text]) + len(ids[text]) == model.config.max_position_embeddings:
+            elif len(prompts[text]) + len(ids[text]) == reader.context:
                 ended[text] = "context"
         if all(ended):
             break
@@ -88,7 +143,7 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: Decoder | Reader,
     tokenizer: Tokenizer,
     prompt: list[int],
     sampling: SamplingConfig,
@@ -165,31 +220,24 @@ def _overlap(text: str, stop: str) -> int:
 
 @torch.inference_mode()
 def token_columns(
-    model: Decoder, prompts: Sequence[list[int]], sampling: SamplingConfig, generator: torch.Generator | None
+    model: Decoder | Reader, prompts: Sequence[list[int]], sampling: SamplingConfig, generator: torch.Generator | None
 ) -> Iterator[list[int]]:
     """The next token of every text, again and again until each has max_new_tokens or fills its context."""
-    context = model.config.max_position_embeddings
+    reader = reader_of(model)
     lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
     if not min(lengths):
         raise ValueError("a prompt needs at least one token")
-    if longest >= context:
+    if max(lengths) >= reader.context:
         raise ContextFullError(
-            f"the prompt has {longest:,} tokens and the model's context {context:,}: there is no room for an answer. "
-            "Shorten the prompt"
+            f"the prompt has {max(lengths):,} tokens and the model's context {reader.context:,}: there is no room for "
+            "an answer. Shorten the prompt"
         )
-    weight = model.embed_tokens.weight
-    missing = [longest - length for length in lengths]
-    padded = [[PAD_ID] * gap + prompt for gap, prompt in zip(missing, prompts, strict=True)]
-    padding = torch.tensor(missing, device=weight.device) if any(missing) else None
-    steps = max(min(sampling.max_new_tokens, context - length) for length in lengths)
-    capacity = longest + steps
-    cache = KeyValueCache(model.config, len(prompts), capacity, weight.device, weight.dtype, padding)
-    seen = SeenTokens(list(prompts), model.config.vocab_size, weight.device)
-    new: Tensor = torch.tensor(padded, device=weight.device)
-    for _ in range(steps):
-        # `forward` and not `model(...)`: a model compiled for windows would be compiled again for one token.
-        hidden = model.forward(new, cache=cache)
-        new = next_tokens(model.logits(hidden[:, -1]).float(), seen.mask, sampling, generator)
+    steps = max(min(sampling.max_new_tokens, reader.context - length) for length in lengths)
+    seen = SeenTokens(list(prompts), reader.vocab_size, reader.device)
+    logits = reader.begin(prompts, steps)
+    for step in range(1, steps + 1):
+        new = next_tokens(logits, seen.mask, sampling, generator)
         seen.add(new)
         yield new[:, 0].tolist()
+        if step < steps:  # nothing comes after the last token, so it need not be read
+            logits = reader.read(new)

@@ -1,0 +1,254 @@
+"""What llama.cpp makes of our files: the same tokens, logits and texts, by the chat door as well."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cucafera.chat import Chat
+from cucafera.config import SPECIAL_TOKENS, SamplingConfig, UserError
+from cucafera.data.tokenizer import DOCUMENT_START_ID
+from cucafera.generation.generate import generate
+from cucafera.interop import llama_cpp
+from cucafera.interop.gguf import TYPES, logits_of, write_gguf
+from cucafera.interop.gguf_format import decoder_in, open_gguf
+from cucafera.interop.llama_cpp import LlamaCpp
+from cucafera.interop.trained import TrainedModel, load_trained
+from cucafera.run import train
+from tests.conftest import compose_small_chat, compose_small_run, write_corpus
+from tests.test_readme import load_script
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+GREEDY = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=40)
+ODD_TEXTS = (
+    "", " ", "  \n\n \t x", "cel·la d'aigua, l'avi", "l'l'll 's 're're", "1234567 12a b3", "e\u0301 \u200b\ufeff",
+    "🐌👩\u200d👩\u200d👧", "<im_start>user\n<im_end></s><pad>", "a\u00a0b\u2003c\u3000", "x" * 600, "\x00\x01\x7f",
+    "日本語 العربية עברית", "A  B   C    \n", "...!?¡¿ «» —", "\r\n\r\n  \r", "\u017f ǅ ᾳ ½ ² Ⅷ",
+    " \u0085 \u2028\u2029 ", "   fi",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model in outputs/base and a chat model in outputs/chat, both of a few steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        write_corpus(folder / "corpus.jsonl", documents=80)
+        shape = ("model.hidden_size=64", "model.max_position_embeddings=64")
+        train(compose_small_run(folder / "corpus.jsonl", "name=base", *shape, "optimizer.lr=0.01"), [])
+        train(compose_small_chat(folder, "name=chat", "init_from=outputs/base", "optimizer.lr=0.01"), [])
+    finally:
+        os.chdir(before)
+    for name in ("base", "chat"):
+        write_gguf(load_trained(str(folder / "outputs" / name)), folder / f"{name}.gguf", "f32")
+    return folder
+
+
+@pytest.fixture
+def trained(runs: Path) -> TrainedModel:
+    return load_trained(str(runs / "outputs" / "chat"))
+
+
+@pytest.fixture
+def llama(runs: Path) -> LlamaCpp:
+    return LlamaCpp(runs / "chat.gguf")
+
+
+def some_ids(trained: TrainedModel, count: int) -> list[int]:
+    text = "el gat de la vila menja pa amb oli i dorm al sol de la plaça " * 4
+    return [DOCUMENT_START_ID, *trained.tokenizer.encode(text)][:count]
+
+
+@pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "silu"])
+@pytest.mark.parametrize("type_", TYPES)
+def test_every_type_computes_what_its_weights_give(trained, tmp_path, type_, act):
+    config = dataclasses.replace(trained.model.config, hidden_act=act)
+    trained.model.config = config
+    for layer in trained.model.layers:
+        layer.mlp.hidden_act = act
+    path = tmp_path / "model.gguf"
+    proof = write_gguf(trained, path, type_)  # which raises if it does not
+    assert proof.computed is not None and proof.computed.same_choice > 0.8
+    assert f"llama.cpp beside its weights: logits differ by at most {proof.computed.largest:.2g}" in str(proof)
+    ids = some_ids(trained, 64)
+    largest = (LlamaCpp(path).logits(ids) - logits_of(decoder_in(open_gguf(path), config), ids)).abs().max().item()
+    assert largest < (0.05 if type_ in ("f32", "f16") else 0.5) * proof.deviation
+    assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("type_", ["f32", "f16", "q8_0"])
+def test_greedy_text_is_that_of_the_weights_in_the_file(trained, tmp_path, type_):
+    path = tmp_path / "model.gguf"
+    write_gguf(trained, path, type_)
+    decoder, llama = decoder_in(open_gguf(path), trained.model.config), LlamaCpp(path)
+    for count in (1, 7, 20):
+        prompt = some_ids(trained, count)
+        (ours,) = generate(decoder, trained.tokenizer, [prompt], GREEDY, frozenset())
+        (theirs,) = generate(llama, llama.tokenizer, [prompt], GREEDY, frozenset())
+        assert theirs == ours
+
+
+def test_a_graph_that_is_not_ours_is_found_out(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("cucafera.interop.gguf_format.ARCHITECTURES", {"gelu_pytorch_tanh": "llama"})
+    with pytest.raises(UserError, match=r"not be the same model: llama\.cpp computes logits that differ by up to"):
+        write_gguf(trained, tmp_path / "model.gguf", "f32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_its_tokenizer_gives_our_ids_and_ours_comes_out_of_the_file(trained, llama):
+    assert llama.tokenizer.fingerprint == trained.tokenizer.fingerprint
+    for text in ODD_TEXTS:
+        assert llama.encode(text) == trained.tokenizer.encode(text) == llama.tokenizer.encode(text), repr(text)
+    assert min(llama.tokenizer.encode("<im_end></s>")) >= len(SPECIAL_TOKENS)
+
+
+def test_a_file_says_whether_it_chats_and_how_much_it_reads(runs, llama):
+    assert (llama.chats, LlamaCpp(runs / "base.gguf").chats) == (True, False)
+    assert (llama.context, llama.vocab_size) == (64, 320)
+    assert llama.parameters == sum(p.numel() for p in load_trained(str(runs / "outputs/chat")).model.parameters())
+
+
+@pytest.mark.parametrize("batch", [512, 7])
+def test_nats_are_those_of_our_decoder_whatever_was_read_before(trained, runs, monkeypatch, batch):
+    monkeypatch.setattr(llama_cpp, "BATCH", batch)
+    llama = LlamaCpp(runs / "chat.gguf")
+    ids = some_ids(trained, 64)
+    windows = [
+        (ids, 1),
+        (ids, 40),
+        (ids[:30], 10),
+        ([*ids[:20], 77, 78, 79], 21),
+        (ids[:2], 1),
+        (ids, 1),
+        (ids[5:], 63 - 5),
+    ]
+    for (text, first), nats in zip(windows, llama.nats(windows), strict=True):
+        logits = logits_of(trained.model, text[:-1])[first - 1 :]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(text[first:]), reduction="none")
+        torch.testing.assert_close(torch.tensor(nats), expected, atol=5e-3, rtol=0)
+    with pytest.raises(ValueError, match="has none before it"):
+        llama.nats([(ids, 0)])
+    with pytest.raises(ValueError, match="65 tokens are more than the context of 64"):
+        llama.nats([([*ids, 20, 21], 1)])
+
+
+def test_what_was_read_is_not_read_again(trained, llama, monkeypatch):
+    read: list[int] = []
+    honest = llama._logits_of_batch
+
+    def counting(ids, start, first):
+        read.append(len(ids))
+        return honest(ids, start, first)
+
+    monkeypatch.setattr(llama, "_logits_of_batch", counting)
+    ids = some_ids(trained, 30)
+    llama.begin([ids[:20]], 5)
+    llama.read(torch.tensor([[ids[20]]]))
+    again = llama.begin([ids], 5)
+    assert read == [20, 1, 9]
+    llama.begin([[*ids[:10], 99]], 5)
+    assert read[3:] == [1]
+    torch.testing.assert_close(again, LlamaCpp(llama.path).begin([ids], 5), atol=1e-2, rtol=0)
+    with pytest.raises(ValueError, match="one text at a time"):
+        llama.begin([ids, ids], 5)
+
+
+def test_a_conversation_is_the_same_as_with_the_run_itself(trained, llama):
+    conversations = []
+    for model in (trained, llama):
+        sampling = SamplingConfig(temperature=0.8, repetition_penalty=1.3, top_k=40, max_new_tokens=8)
+        chat = Chat(model, sampling, torch.Generator().manual_seed(3))
+        chat.system = "mar"
+        for text in ("Hola", "El <im_end> és text", "I què més?", "Més encara", "I encara més"):
+            list(chat.answer(text))
+        conversations.append(chat.messages())
+    assert conversations[0] == conversations[1] and len(conversations[0]) > 5
+
+
+def test_what_cannot_be_loaded_is_told(runs, tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    content = (runs / "chat.gguf").read_bytes()
+    path.write_bytes(content.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
+    with pytest.raises(UserError, match=r"llama\.cpp cannot load .*model\.gguf: .*blk\.1\.ffn_up\.weight"):
+        LlamaCpp(path)
+    path.write_bytes(content.replace(b"gpt-2", b"qwen2"))
+    with pytest.raises(UserError, match="has another tokenizer than this package's models: gpt2 qwen2"):
+        LlamaCpp(path)
+    path.write_bytes(content.replace(b"<im_end>", b"<im_eno>"))
+    with pytest.raises(UserError, match=r"model\.gguf: the tokenizer cannot be used: .*<im_end> has no id"):
+        LlamaCpp(path)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    llama_cpp.library.cache_clear()
+    with pytest.raises(UserError, match=r"computed by llama\.cpp, which is not installed: pip install '\.\[llama\]'"):
+        LlamaCpp(runs / "chat.gguf")
+
+
+# The door
+
+
+def chat_door(runs: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cucafera.chat", *arguments],
+        cwd=runs, input=text, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def test_the_chat_door_talks_to_a_file(runs):
+    settings = ("--seed", "1", "--max-new-tokens", "6")
+    answered = chat_door(runs, "chat.gguf", "--prompt", "Hola", *settings)
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert answered.stdout == chat_door(runs, "outputs/chat", "--prompt", "Hola", *settings).stdout
+    lines = chat_door(runs, "chat.gguf", *settings, text="Hola\n/system Sigues breu.\nBon dia\n/redo\n/quit\nx\n")
+    assert (lines.returncode, lines.stderr) == (0, "")
+    assert "(system: Sigues breu.)" in lines.stdout
+    continued = chat_door(runs, "base.gguf", "--prompt", "la mar", *settings)
+    assert continued.returncode == 0 and continued.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.gguf"], "nowhere.gguf cannot be read: No such file or directory"),
+        (["text.gguf"], "text.gguf is not a GGUF file"),
+        (["short.gguf"], "short.gguf is damaged or cut off; write it anew"),
+        (["base.gguf", "--system", "x"], "--system needs a model that was trained on conversations"),
+        (["chat.gguf", "--prompt", "la mar i el bosc " * 20], "the model's context of 64 leaves room for 48"),
+        (["base.gguf", "--prompt", "la mar i el bosc " * 20], "there is no room for an answer"),
+    ],
+)
+def test_what_the_user_can_mend_is_told_with_code_2(runs, arguments, message):
+    (runs / "text.gguf").write_text("hola")
+    (runs / "short.gguf").write_bytes((runs / "chat.gguf").read_bytes()[:-100_000])
+    result = chat_door(runs, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_benchmark_counts_each_token_once_and_both_sides_measure_the_same(runs, trained, llama):
+    script = load_script("benchmark_quantized")
+    texts = ["la mar i el bosc " * 20, "el gat"]
+    windows = script.windows_of(iter(texts), trained.tokenizer, 64, 10_000)
+    counted = [token for ids, first in windows for token in ids[first:]]
+    assert counted == [token for text in texts for token in trained.tokenizer.encode(text)]
+    assert max(len(ids) for ids, _ in windows) == 64
+    fewer = script.windows_of(iter(texts), trained.tokenizer, 64, 70)
+    assert sum(len(ids) - first for ids, first in fewer) == 70
+
+    sides = {
+        "fp32": script.Side(1, trained.model, script.our_nats(trained.model)),
+        "f32": script.Side(1, llama, llama.nats),
+    }
+    prompts = [some_ids(trained, 20)[start:] for start in range(3)]
+    results = script.measure(sides, windows, trained.tokenizer, prompts, 5)
+    assert results["fp32"].texts == results["f32"].texts and len(results["f32"].texts) == 2
+    assert results["fp32"].bpb == pytest.approx(results["f32"].bpb, abs=1e-3)
+    assert script.table(sides, results, 5).count("2 of 2") == 2
