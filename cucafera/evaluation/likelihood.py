@@ -5,7 +5,7 @@ B texts, T tokens, N targets, D hidden
 
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -93,28 +93,35 @@ class DecoderScorer:
             UserError: a continuation alone is longer than the context.
         """
         cut = [self._cut(*request) for request in requests]
-        likelihoods: list[Likelihood] = [Likelihood(0.0, True)] * len(requests)
         in_order = sorted(range(len(cut)), key=lambda number: (-len(cut[number][0]), cut[number][0]))
         groups = [list(group) for _, group in groupby(in_order, key=lambda number: cut[number][0])]
-        alone = [number for group in groups if len(group) == 1 for number in group]
+        likelihoods = {}
         with progress("Comparing", len(requests)) as bar:
-            sizes = [len(context) + len(continuation) - 1 for context, continuation in cut]
-            alone.sort(key=lambda number: -sizes[number])
-            for batch in _batches(alone, sizes, self._tokens_in_batch):
-                windows = [(sum(cut[number], []), len(cut[number][0])) for number in batch]
-                for number, scores in zip(batch, self._read(windows), strict=True):
-                    likelihoods[number] = _likelihood(*scores)
-                bar.update(len(batch))
-            shared = [group for group in groups if len(group) > 1]
-            rooms = [len(group) * max(sizes[number] for number in group) for group in shared]
-            for places in _batches(range(len(shared)), rooms, self._tokens_in_batch):
-                batch = [number for place in places for number in shared[place]]
-                contexts = [cut[shared[place][0]][0] for place in places]
-                ways = [[cut[number][1] for number in shared[place]] for place in places]
-                for number, likelihood in zip(batch, self._compare(contexts, ways), strict=True):
-                    likelihoods[number] = likelihood
-                bar.update(len(batch))
-        return likelihoods
+            for number, likelihood in chain(
+                self._alone(cut, [group[0] for group in groups if len(group) == 1]),
+                self._sharing(cut, [group for group in groups if len(group) > 1]),
+            ):
+                likelihoods[number] = likelihood
+                bar.update()
+        return [likelihoods[number] for number in range(len(requests))]
+
+    def _alone(self, requests: Sequence[Request], numbers: list[int]) -> Iterator[tuple[int, Likelihood]]:
+        """Those whose contexts nobody shares, each read in one go."""
+        sizes = [len(context) + len(continuation) - 1 for context, continuation in requests]
+        numbers.sort(key=lambda number: -sizes[number])
+        for batch in _batches(numbers, sizes, self._tokens_in_batch):
+            pairs = [requests[number] for number in batch]
+            scores = self._read([(context + continuation, len(context)) for context, continuation in pairs])
+            yield from zip(batch, (_likelihood(*both) for both in scores), strict=True)
+
+    def _sharing(self, requests: Sequence[Request], groups: list[list[int]]) -> Iterator[tuple[int, Likelihood]]:
+        """Those whose contexts are shared, group by group."""
+        rooms = [len(group) * max(sum(map(len, requests[number])) for number in group) for group in groups]
+        for places in _batches(range(len(groups)), rooms, self._tokens_in_batch):
+            batch = [number for place in places for number in groups[place]]
+            contexts = [requests[groups[place][0]][0] for place in places]
+            ways = [[requests[number][1] for number in groups[place]] for place in places]
+            yield from zip(batch, self._compare(contexts, ways), strict=True)
 
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
         if not context or not continuation:
@@ -159,7 +166,7 @@ class DecoderScorer:
 
     def _scores(self, wanted: Sequence[Tensor], targets: Sequence[list[int]]) -> list[tuple[Tensor, Tensor]]:
         """What `token_scores` makes of the hidden states before some targets, text by text, on the CPU."""
-        flat = torch.tensor(sum(targets, []), device=self._device, dtype=torch.int64)
+        flat = torch.tensor(list(chain.from_iterable(targets)), device=self._device, dtype=torch.int64)
         nats, likeliest = token_scores(torch.cat(list(wanted)), self.model.embed_tokens.weight, flat)
         lengths = [len(part) for part in targets]
         return list(zip(nats.cpu().split(lengths), likeliest.cpu().split(lengths), strict=True))

@@ -69,11 +69,12 @@ def test_continuations_that_share_contexts_are_scored_as_one_by_one(model):
 def test_a_shared_context_is_read_once(model, monkeypatch):
     read = []
     forward = Decoder.forward
-    monkeypatch.setattr(
-        Decoder,
-        "forward",
-        lambda self, ids, *rest, **more: read.append(ids.numel()) or forward(self, ids, *rest, **more),
-    )
+
+    def counting(self, ids, *rest, **more):
+        read.append(ids.numel())
+        return forward(self, ids, *rest, **more)
+
+    monkeypatch.setattr(Decoder, "forward", counting)
     context = list(range(10, 30))
     DecoderScorer(model).continuations([(context, [1, 2]), (context, [3]), (context, [4, 5, 6])])
     assert sum(read) == 20 + 3 * 2
@@ -85,7 +86,7 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
 
 
 def test_pairs_are_split_where_the_context_ends():
-    tokenizer = Tokenizer.train([" ".join(WORDS)] * 20, 1000, show_progress=False)
+    tokenizer = Tokenizer.train(WORDS * 20, 1000, show_progress=False)
     context, continuation = encoded_pair(tokenizer, "la mar ", "i el bosc", DOCUMENT_START)
     assert context == [1, *tokenizer.encode("la mar")] and tokenizer.decode(continuation) == " i el bosc"
     assert encoded_pair(tokenizer, "", "mar", DOCUMENT_START) == ([1], tokenizer.encode("mar"))
