@@ -252,6 +252,27 @@ class ChatDataModule(WindowDataModule[ConversationWindows]):
         return self.prepared / f"conversations-{key}"
 
 
+def held_out_conversations(prepared: Path, identity: str, vocab_size: int) -> TokenizedConversations | None:
+    """The held-out conversations of a source of a run, found again.
+
+    Args:
+        prepared: data.prepared_dir of the run.
+        identity: Of its training data; see `OpenedSource`.
+        vocab_size: Of the run.
+
+    Returns:
+        None if they are not there any more.
+
+    Raises:
+        PreparedDataError: they are damaged.
+    """
+    for path in prepared.glob(f"conversations-*/{SUMMARY}"):
+        summary = PreparedConversations(**read_summary(path.parent))
+        if summary.identity == identity:
+            return _read(path.parent / VALIDATION_FILE, summary.files[VALIDATION_FILE], vocab_size)
+    return None
+
+
 def _prepare(name: str, source: SourceConfig, config: Config, tokenizer: Tokenizer, folder: Path) -> None:
     """Reads, splits and tokenizes the conversations of a source into train.npz and validation.npz."""
     data = config.data

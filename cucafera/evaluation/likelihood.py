@@ -214,7 +214,7 @@ DOCUMENT_START = (DOCUMENT_START_ID,)
 """What stands before a plain text: in pretraining every document began with it."""
 
 
-def progress(what: str, total: int) -> "tqdm[Any]":
+def progress(what: str, total: int | None) -> "tqdm[Any]":
     """A bar on stderr for what takes longer than some seconds."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(desc=what, total=total, file=sys.stderr, delay=SECONDS_WITHOUT_BAR, mininterval=interval, leave=False)
