@@ -107,7 +107,7 @@ class ConversationWindows:
         kept: list[tuple[int, int]] = []
         for number in range(len(conversations)):
             rendered = conversations.conversation(number)
-            places = _places_that_fit(rendered, length)
+            places = places_that_fit(rendered, length)
             self.cut += 0 < places < len(rendered.ids) - 1
             self.left_out += places == 0
             if places:
@@ -138,7 +138,7 @@ class ConversationWindows:
         return Window(input_ids, targets, documents)
 
 
-def _places_that_fit(rendered: Rendered, length: int) -> int:
+def places_that_fit(rendered: Rendered, length: int) -> int:
     """How many tokens of a conversation go into a window, up to an answer's <im_end>; 0 if no answer fits."""
     if len(rendered.ids) - 1 <= length:
         return len(rendered.ids) - 1

@@ -20,7 +20,7 @@ import numpy as np
 
 from cucafera.config import SourceConfig
 from cucafera.data.chat import Rendered
-from cucafera.data.conversations import held_out_conversations
+from cucafera.data.conversations import held_out_conversations, places_that_fit
 from cucafera.data.corpus import Called, CorpusError, ReadCounts, read_documents
 from cucafera.data.packed import held_out_stream
 from cucafera.data.shards import TokenStream
@@ -176,9 +176,9 @@ def _documents(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[Text]:
 
 
 def _answers(conversations: Iterable[Rendered], tokenizer: Tokenizer, context: int) -> Iterator[Text]:
-    """What is trained of conversations, the <im_end> of each answer with it; only what the context holds."""
+    """What is trained of conversations, the <im_end> of each answer with it, up to the last answer that fits."""
     token_bytes = tokenizer.token_bytes()
     for rendered in conversations:
-        ids, trained = rendered.ids[:context], rendered.trained[:context]
-        if trained.any():
+        if places := places_that_fit(rendered, context - 1):
+            ids, trained = rendered.ids[: places + 1], rendered.trained[: places + 1]
             yield Text(ids.tolist(), trained.tolist(), int(token_bytes[ids[trained].astype(np.int64)].sum()))

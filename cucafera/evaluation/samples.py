@@ -102,11 +102,11 @@ class TransformersAuthor:
             raise UserError(f"--beside {name} needs transformers: pip install '.[eval]'") from error
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         except Exception as error:  # whatever a file, the hub or a lost network raises
             reason = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise UserError(f"--beside {name}: transformers cannot load it: {reason}") from error
-        self.model.to(device).eval()
+        self.model = model.to(device).eval()
         self.name = name
         self.chats = bool(getattr(self.tokenizer, "chat_template", None))
         kind, asked = type(self.model).__name__, "answers" if self.chats else "continues"
