@@ -213,10 +213,11 @@ def run_tasks(
         UserError: there is no such task, or its data cannot be had.
     """
     with _quiet():
-        built = _load(names, include)
+        manager = _manager(names, include)
         found = lm_eval.simple_evaluate(
             model=HarnessModel(subject),
-            tasks=built,
+            tasks=_load(names, manager),
+            task_manager=manager,
             num_fewshot=examples,
             limit=limit,
             apply_chat_template=as_chat,
@@ -234,9 +235,8 @@ def run_tasks(
     return results
 
 
-def _load(names: Sequence[str], include: str | None) -> list[Any]:
+def _load(names: Sequence[str], manager: TaskManager) -> list[Any]:
     """Tasks and groups with their data."""
-    manager = _manager(names, include)
     try:
         loaded = manager.load([str(Path(name).expanduser()) if _is_file_name(name) else name for name in names])
     except Exception as error:  # whatever a data set, the hub or a metric raises
