@@ -6,6 +6,7 @@ With them, on other text, on multiple choice, on tasks of lm-evaluation-harness;
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cucafera.config import SamplingConfig, UserError, sampling_problems
+from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
 
 if TYPE_CHECKING:
     from cucafera.evaluation.perplexity import Text
@@ -42,6 +44,8 @@ WHAT_CAN_BE_MEASURED = (
 
 def main() -> None:
     """Measures what the command line asks for, prints it, and keeps it in the run folder."""
+    let_threads_wait_briefly(os.environ)
+    keep_freed_memory()
     arguments = command_line_parser().parse_args()
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -61,12 +65,14 @@ def main() -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuses what cannot be, before anything heavy is loaded. Raises UserError."""
+    parser = command_line_parser()
     for name, least in AT_LEAST.items():
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UserError(f"{_option(name)} is {value}; it must be at least {least}")
     for name, main_option in BELONGS_TO.items():
-        if getattr(arguments, name) and not getattr(arguments, main_option):
+        given = getattr(arguments, name) != parser.get_default(name)
+        if given and not getattr(arguments, main_option):
             raise UserError(f"{_option(name)} says nothing without {_option(main_option)}")
     if problems := sampling_problems(_sampling(arguments)):
         raise UserError("\n".join(problems))

@@ -76,11 +76,9 @@ class DecoderScorer:
         """As `Scorer.nats`; windows of similar length are read side by side."""
         scores: list[list[float]] = [[] for _ in windows]
         longest_first = sorted(range(len(windows)), key=lambda number: -len(windows[number][0]))
-        with progress("Reading", len(windows)) as bar:
-            for batch in _batches(longest_first, [len(ids) for ids, _ in windows], self._tokens_in_batch):
-                for number, (nats, _) in zip(batch, self._read([windows[number] for number in batch]), strict=True):
-                    scores[number] = nats.tolist()
-                bar.update(len(batch))
+        for batch in _batches(longest_first, [len(ids) for ids, _ in windows], self._tokens_in_batch):
+            for number, (nats, _) in zip(batch, self._read([windows[number] for number in batch]), strict=True):
+                scores[number] = nats.tolist()
         return scores
 
     def continuations(self, requests: Sequence[Request]) -> list[Likelihood]:

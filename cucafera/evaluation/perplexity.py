@@ -29,8 +29,8 @@ from cucafera.evaluation.likelihood import Scorer, Window, progress
 from cucafera.evaluation.results import Metric
 from cucafera.evaluation.subject import Subject
 
-TOKENS_AT_A_TIME = 1 << 18
-"""Of what is scored in one call; of a held-out stream, read at once."""
+TOKENS_AT_A_TIME = 1 << 15
+"""Of the texts whose windows are scored together; progress is shown as often."""
 CALLED = Called("--text", "name one with --column", "Mend it, or name another column with --column", "--text")
 
 
