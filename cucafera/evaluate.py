@@ -131,7 +131,7 @@ def _results(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Res
 
         texts = texts_of_files(arguments.text, arguments.column or "text", arguments.documents, subject.tokenizer)
         asked = {"text": arguments.text, "column": arguments.column or "text", "documents": arguments.documents}
-        yield _of_texts(arguments, subject, "text", Path(arguments.text).name.split(".")[0], texts, asked)
+        yield _of_texts(arguments, subject, "text", _task_of(arguments.text), texts, asked)
     for path in arguments.choices:
         from cucafera.evaluation.likelihood import DecoderScorer
         from cucafera.evaluation.multiple_choice import answer_questions, read_questions
@@ -140,7 +140,7 @@ def _results(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Res
         questions = read_questions(path)
         metrics = answer_questions(questions, DecoderScorer(subject.model), subject.tokenizer)
         settings = {"choices": path, "questions": len(questions)}
-        yield Result("choices", Path(path).name.split(".")[0], metrics, settings, f"{len(questions):,} questions")
+        yield Result("choices", _task_of(path), metrics, settings, f"{len(questions):,} questions")
     if arguments.tasks:
         from cucafera.evaluation.harness import run_tasks
 
@@ -153,6 +153,11 @@ def _results(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Res
             arguments.limit,
             arguments.apply_chat_template,
         )
+
+
+def _task_of(path: str) -> str:
+    """What a measurement on files is called: their name without endings, or for a pattern that of their folder."""
+    return Path(path).name.split(".")[0].strip("*?[]") or Path(path).resolve().parent.name or "text"
 
 
 def _held_out(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Result]":

@@ -240,7 +240,8 @@ def _load(names: Sequence[str], manager: TaskManager) -> list[Any]:
     try:
         loaded = manager.load([str(Path(name).expanduser()) if _is_file_name(name) else name for name in names])
     except Exception as error:  # whatever a data set, the hub or a metric raises
-        raise UserError(f"--tasks {','.join(names)}: a task cannot be loaded: {_line(error)}") from error
+        advice = ". pip install '.[eval]' brings versions that go together" if isinstance(error, ImportError) else ""
+        raise UserError(f"--tasks {','.join(names)}: a task cannot be loaded: {_line(error)}{advice}") from error
     groups: dict[str, Any] = loaded["groups"]
     within = {name for group in groups.values() for name in group.child_names}
     within |= {task.task_name for group in groups.values() for task in group.get_all_tasks()}

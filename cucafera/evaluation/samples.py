@@ -28,7 +28,7 @@ h1 { font-size: 1.3rem; } p { max-width: 60rem; color: #444; }
 table { border-collapse: collapse; table-layout: fixed; width: 100%; min-width: 48rem; }
 th, td { border: 1px solid #ccc; padding: .6rem .7rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 thead th { position: sticky; top: 0; background: #f2f2f2; }
-tbody th { background: #fafafa; width: 16%; }
+thead th:first-child { width: 16%; } tbody th { background: #fafafa; }
 .text { white-space: pre-wrap; } .facts, .ended { font-size: .8rem; font-weight: normal; color: #666; }
 """
 
