@@ -107,7 +107,7 @@ class ConversationWindows:
         kept: list[tuple[int, int]] = []
         for number in range(len(conversations)):
             rendered = conversations.conversation(number)
-            places = _places_that_fit(rendered, length)
+            places = places_that_fit(rendered, length)
             self.cut += 0 < places < len(rendered.ids) - 1
             self.left_out += places == 0
             if places:
@@ -138,7 +138,7 @@ class ConversationWindows:
         return Window(input_ids, targets, documents)
 
 
-def _places_that_fit(rendered: Rendered, length: int) -> int:
+def places_that_fit(rendered: Rendered, length: int) -> int:
     """How many tokens of a conversation go into a window, up to an answer's <im_end>; 0 if no answer fits."""
     if len(rendered.ids) - 1 <= length:
         return len(rendered.ids) - 1
@@ -250,6 +250,27 @@ class ChatDataModule(WindowDataModule[ConversationWindows]):
         settings = (VERSION, data.validation_fraction, data.skip_broken_lines, data.repeated_5grams)
         key = short_hash(source_fingerprint(source), self.tokenizer.fingerprint, *columns, *settings)
         return self.prepared / f"conversations-{key}"
+
+
+def held_out_conversations(prepared: Path, identity: str, vocab_size: int) -> TokenizedConversations | None:
+    """The held-out conversations of a source of a run, found again.
+
+    Args:
+        prepared: data.prepared_dir of the run.
+        identity: Of its training data; see `OpenedSource`.
+        vocab_size: Of the run.
+
+    Returns:
+        None if they are not there any more.
+
+    Raises:
+        PreparedDataError: they are damaged.
+    """
+    for path in prepared.glob(f"conversations-*/{SUMMARY}"):
+        summary = PreparedConversations(**read_summary(path.parent))
+        if summary.identity == identity:
+            return _read(path.parent / VALIDATION_FILE, summary.files[VALIDATION_FILE], vocab_size)
+    return None
 
 
 def _prepare(name: str, source: SourceConfig, config: Config, tokenizer: Tokenizer, folder: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from cucafera.config import SourceConfig, UserError
 
@@ -50,6 +50,26 @@ class _TooLongError(Exception):
         self.what = what
 
 
+class Called(NamedTuple):
+    """What the user calls a source and what can be set about it, for messages."""
+
+    source: str
+    column: str
+    """What to do about a column that is not there."""
+    broken: str
+    """What to do about a line that cannot be read."""
+    path: str
+    """What names the file."""
+
+
+def _called(name: str | Called) -> Called:
+    if isinstance(name, Called):
+        return name
+    key = f"data.sources.{name}"
+    broken = "Mend it, or set data.skip_broken_lines=true to leave it out"
+    return Called(key, f"set {key}.column", broken, "the path of a source in data.sources")
+
+
 @dataclass
 class ReadCounts:
     """What a pass over a source met."""
@@ -64,11 +84,13 @@ class ReadCounts:
     """Where the first of those is, and what is wrong with it."""
 
 
-def read_documents(name: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> Iterator[Document]:
+def read_documents(
+    name: str | Called, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts
+) -> Iterator[Document]:
     """Yields each document of a source, and the bytes of input it took to get there, for progress.
 
     Args:
-        name: The source's name in the configuration, for messages.
+        name: The source's name in the configuration, for messages; or, for another door, what it is called there.
         source: Where it is.
         skip_broken_lines: Leave out and count what cannot be read.
         counts: Is kept up to date while reading.
@@ -76,7 +98,7 @@ def read_documents(name: str, source: SourceConfig, skip_broken_lines: bool, cou
     Raises:
         CorpusError: the source is not there, has no such column, or holds something that cannot be read.
     """
-    reader = _Reader(f"data.sources.{name}", source, skip_broken_lines, counts)
+    reader = _Reader(_called(name), source, skip_broken_lines, counts)
     read = 0
     for text, size in reader.documents():
         read += size
@@ -89,7 +111,7 @@ def read_documents(name: str, source: SourceConfig, skip_broken_lines: bool, cou
 
 
 def read_rows(
-    name: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts, convert: Callable[[Row], T]
+    name: str | Called, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts, convert: Callable[[Row], T]
 ) -> Iterator[tuple[T, int]]:
     """Yields what `convert` makes of each row of a source, and the bytes of input it took to get there.
 
@@ -101,7 +123,7 @@ def read_rows(
     Raises:
         CorpusError: the source is not there, or holds something that cannot be read.
     """
-    reader = _Reader(f"data.sources.{name}", source, skip_broken_lines, counts)
+    reader = _Reader(_called(name), source, skip_broken_lines, counts)
     for converted, size in reader.converted(reader.rows(), convert):
         counts.documents += 1
         yield converted, size
@@ -164,8 +186,9 @@ def embedded_conversations() -> Traversable:
 class _Reader:
     """One pass over one source, by documents or by rows."""
 
-    def __init__(self, key: str, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> None:
-        self.key = key
+    def __init__(self, called: Called, source: SourceConfig, skip_broken_lines: bool, counts: ReadCounts) -> None:
+        self.called = called
+        self.key = called.source
         self.source = source
         self.skip_broken_lines = skip_broken_lines
         self.counts = counts
@@ -173,7 +196,7 @@ class _Reader:
     def documents(self) -> Iterator[tuple[str | None, int]]:
         """Each document with the bytes of input it took; None for one that is null, to be counted."""
         if self.source.path is not None:
-            for file in _files(self.source.path):
+            for file in _files(self.source.path, self.called.path):
                 yield from self._file(file)
         elif self.source.dataset is not None:
             yield from self.converted(self._rows_of_dataset(self.source.column), self._text_of_row)
@@ -186,7 +209,7 @@ class _Reader:
     def rows(self) -> Iterator[tuple[str, Row, int]]:
         """Each row with its place, for messages, and the bytes of input it took."""
         if self.source.path is not None:
-            for file in _files(self.source.path):
+            for file in _files(self.source.path, self.called.path):
                 yield from self._rows_of_file(file)
         elif self.source.dataset is not None:
             yield from self._rows_of_dataset(None)
@@ -211,7 +234,7 @@ class _Reader:
     def _unreadable(self, place: str, problem: object) -> None:
         """Counts what stands at a place as broken, or stops there."""
         if not self.skip_broken_lines:
-            raise CorpusError(f"{place}: {problem}. Mend it, or set data.skip_broken_lines=true to leave it out")
+            raise CorpusError(f"{place}: {problem}. {self.called.broken}")
         if not self.counts.broken:
             self.counts.first_broken = f"{place}: {problem}"
         self.counts.broken += 1
@@ -349,11 +372,11 @@ class _Reader:
     def _check_column(self, place: str, columns: list[str]) -> None:
         if self.source.column not in columns:
             raise CorpusError(
-                f"{place} has no column {self.source.column!r}; it has {', '.join(columns)}: set {self.key}.column"
+                f"{place} has no column {self.source.column!r}; it has {', '.join(columns)}: {self.called.column}"
             )
 
 
-def _files(pattern: str) -> list[Path]:
+def _files(pattern: str, named: str = "the path of a source in data.sources") -> list[Path]:
     """The files that a path, folder or glob names, sorted.
 
     Raises:
@@ -368,7 +391,7 @@ def _files(pattern: str) -> list[Path]:
         return sorted(files)
     files = [path] if path.is_file() else _glob(path)
     if not files:
-        raise CorpusError(f"there is no file {path} (the path of a source in data.sources)")
+        raise CorpusError(f"there is no file {path} ({named})")
     for file in files:
         if _format(file) is None:
             raise CorpusError(f"{file} is not of a kind that can be read: {SUFFIXES}")

@@ -146,5 +146,25 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
         return self.prepared / f"shards-{key}"
 
 
+def held_out_stream(prepared: Path, identity: str, tokenizer: Tokenizer, vocab_size: int) -> TokenStream | None:
+    """The held-out tokens of a source of a run, found again.
+
+    Args:
+        prepared: data.prepared_dir of the run.
+        identity: Of its training data; see `OpenedSource`.
+        tokenizer, vocab_size: Those of the run.
+
+    Returns:
+        None if they are not there any more.
+
+    Raises:
+        PreparedDataError: they are damaged.
+    """
+    for manifest in prepared.glob(f"shards-*/train/{MANIFEST}"):
+        if file_sha256(manifest) == identity:
+            return TokenStream.open(manifest.parents[1] / "validation", tokenizer.fingerprint, vocab_size)
+    return None
+
+
 def _tokens_in(sources: list[StreamWindows]) -> int:
     return sum(len(source.stream) for source in sources)

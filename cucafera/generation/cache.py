@@ -33,6 +33,7 @@ class KeyValueCache:
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, head_dim)
         self.length = 0
         self.padding = padding
+        self._config = config
         self._layers = config.num_hidden_layers
         self._keys = torch.empty(shape, device=device, dtype=dtype)
         self._values = torch.empty(shape, device=device, dtype=dtype)
@@ -45,3 +46,18 @@ class KeyValueCache:
         if layer == self._layers - 1:
             self.length = end
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
+
+    def repeated(self, times: Tensor, room: int) -> "KeyValueCache":
+        """A cache in which each text stands several times, to be written on in as many ways.
+
+        Args:
+            times: How many times each of them, int64 [B].
+            room: Most tokens that are added to it.
+        """
+        texts, device = int(times.sum()), self._keys.device
+        padding = None if self.padding is None else self.padding.repeat_interleave(times)
+        cache = KeyValueCache(self._config, texts, self.length + room, device, self._keys.dtype, padding)
+        cache.length = self.length
+        for there, here in ((self._keys, cache._keys), (self._values, cache._values)):
+            here[:, :, :, : self.length] = there[:, :, :, : self.length].repeat_interleave(times, dim=1)
+        return cache

@@ -64,6 +64,27 @@ def linear_scores(
     return loss, correct
 
 
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same token by token, for evaluation.
+
+    Args:
+        hidden, weight, chunk_tokens: As for `linear_cross_entropy`.
+        targets: Token ids [N], int64; all of them count.
+
+    Returns:
+        The cross-entropy of each target in nats, fp32 [N]; and whether it is the likeliest token, bool [N].
+    """
+    nats, likeliest = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
+    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
+    for chunk, chunk_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        logits = (chunk @ weight.T).float()
+        nats.append(logits.logsumexp(1) - logits.gather(1, chunk_targets[:, None])[:, 0])
+        likeliest.append(logits.argmax(1) == chunk_targets)
+    return torch.cat(nats), torch.cat(likeliest)
+
+
 def _chunk_tokens(weight: Tensor) -> int:
     return max(1, LOGITS_IN_CHUNK.get(weight.device.type, LOGITS_IN_CHUNK["cuda"]) // len(weight))
 

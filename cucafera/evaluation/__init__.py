@@ -1,0 +1,1 @@
+"""Measuring a trained model: likelihoods and what is made of them, and what a person looks at."""

@@ -1,0 +1,95 @@
+"""Likelihoods in batches are those of one text at a time."""
+
+import random
+
+import pytest
+import torch
+
+from cucafera.config import ModelConfig, UserError
+from cucafera.data.tokenizer import Tokenizer
+from cucafera.evaluation.likelihood import DOCUMENT_START, DecoderScorer, encoded_pair
+from cucafera.model.transformer import Decoder
+from tests.conftest import WORDS
+
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=300, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.3,
+    )  # fmt: skip
+    return Decoder(config).eval().requires_grad_(False)
+
+
+def one_by_one(model: Decoder, ids: list[int], first: int) -> tuple[list[float], list[bool]]:
+    """Nats of ids[first:] by the textbook, and whether each is the likeliest."""
+    logits = model.logits(model(torch.tensor([ids[:-1]]))[0])[first - 1 :].double()
+    targets = torch.tensor(ids[first:])
+    nats = -logits.log_softmax(-1)[range(len(targets)), targets]
+    return nats.tolist(), (logits.argmax(-1) == targets).tolist()
+
+
+def drawn(generator: random.Random, length: int) -> list[int]:
+    return [generator.randrange(300) for _ in range(length)]
+
+
+def test_windows_of_odd_lengths_are_scored_as_one_by_one(model):
+    generator = random.Random(0)
+    lengths = [2, 31, CONTEXT, 7, 7, 19, 2, 23, 30]
+    windows = [(drawn(generator, length), generator.randint(1, length - 1)) for length in lengths]
+    for tokens_in_batch in (1, 64, 10_000):
+        scores = DecoderScorer(model, tokens_in_batch).nats(windows)
+        for (ids, first), nats in zip(windows, scores, strict=True):
+            assert nats == pytest.approx(one_by_one(model, ids, first)[0], abs=1e-5)
+    assert DecoderScorer(model).nats([]) == []
+
+
+def test_continuations_that_share_contexts_are_scored_as_one_by_one(model):
+    generator = random.Random(1)
+    requests = []
+    for length, ways in ((1, 3), (5, 1), (5, 2), (17, 4), (30, 2), (CONTEXT, 3), (70, 2), (12, 1), (CONTEXT, 1)):
+        context = drawn(generator, length)
+        requests += [(context, drawn(generator, generator.randint(1, 9))) for _ in range(ways)]
+    greedy = int(model.logits(model(torch.tensor([requests[0][0]]))[0, -1]).argmax())
+    requests += [(requests[0][0], [greedy]), (drawn(generator, 3), drawn(generator, CONTEXT))]
+    generator.shuffle(requests)
+    for tokens_in_batch in (1, 100, 10_000):
+        likelihoods = DecoderScorer(model, tokens_in_batch).continuations(requests)
+        for (context, continuation), likelihood in zip(requests, likelihoods, strict=True):
+            ids = (context + continuation)[-(CONTEXT + 1) :]
+            nats, likeliest = one_by_one(model, ids, len(ids) - len(continuation))
+            assert likelihood.nats == pytest.approx(-sum(nats), abs=1e-5)
+            assert likelihood.is_greedy == all(likeliest)
+    assert sum(likelihood.is_greedy for likelihood in likelihoods) >= 1
+
+
+def test_a_shared_context_is_read_once(model, monkeypatch):
+    read = []
+    forward = Decoder.forward
+
+    def counting(self, ids, *rest, **more):
+        read.append(ids.numel())
+        return forward(self, ids, *rest, **more)
+
+    monkeypatch.setattr(Decoder, "forward", counting)
+    context = list(range(10, 30))
+    DecoderScorer(model).continuations([(context, [1, 2]), (context, [3]), (context, [4, 5, 6])])
+    assert sum(read) == 20 + 3 * 2
+
+
+def test_a_continuation_longer_than_the_context_is_refused(model):
+    with pytest.raises(UserError, match="a continuation has 33 tokens, and the model's context holds 32"):
+        DecoderScorer(model).continuations([([1], [5] * 33)])
+
+
+def test_pairs_are_split_where_the_context_ends():
+    tokenizer = Tokenizer.train(WORDS * 20, 1000, show_progress=False)
+    context, continuation = encoded_pair(tokenizer, "la mar ", "i el bosc", DOCUMENT_START)
+    assert context == [1, *tokenizer.encode("la mar")] and tokenizer.decode(continuation) == " i el bosc"
+    assert encoded_pair(tokenizer, "", "mar", DOCUMENT_START) == ([1], tokenizer.encode("mar"))
+    whole = tokenizer.encode("finestra")
+    assert len(whole) == len(tokenizer.encode("f")) == 1
+    assert encoded_pair(tokenizer, "f", "inestra", ()) == (tokenizer.encode("f"), tokenizer.encode("inestra"))

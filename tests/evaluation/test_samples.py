@@ -1,0 +1,116 @@
+"""Texts side by side."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from cucafera.config import SamplingConfig, UserError
+from cucafera.evaluation.samples import (
+    OurAuthor,
+    Text,
+    TransformersAuthor,
+    author_called,
+    page,
+    prompts_of_file,
+    write_page,
+)
+
+CPU = torch.device("cpu")
+SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0)
+
+
+@pytest.fixture
+def foreign(base, tmp_path: Path) -> Path:
+    """A GPT-2 of random weights in a Hugging Face folder."""
+    folder = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=320, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1)
+    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(base.folder.tokenizer), eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return folder
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the texts between them."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.feed(content)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert not {"src", "href", "onclick"} & dict(attrs).keys()
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_a_page_has_prompts_as_rows_and_models_as_columns_and_says_how(base, chat, foreign, tmp_path):
+    authors = [OurAuthor(base), author_called("outputs/chat", CPU), author_called(str(foreign), CPU)]
+    path = tmp_path / "samples.html"
+    write_page(authors, ["la mar", "el <b>sol</b> & més"], SAMPLING, 3, path)
+    content = path.read_text(encoding="utf-8")
+    read = Page(content)
+    assert [read.tags.count(tag) for tag in ("tr", "th", "td", "script", "b", "link", "img")] == [3, 6, 6, 0, 0, 0, 0]
+    assert "el <b>sol</b> & més" in read.texts
+    assert "continues" in content and "step-00000012.ckpt, after 12 steps; answers" in content
+    assert "GPT2LMHeadModel of transformers" in content
+    assert "temperature 1, top_k 50, top_p 0.9, min_p 0, seed 3 for each text" in content
+    assert "cut at its longest" in content
+
+
+def test_the_same_seed_gives_the_same_texts_whoever_else_writes(base, foreign):
+    for author in (OurAuthor(base), TransformersAuthor(str(foreign), CPU)):
+        first = author.write("la mar", SAMPLING, 0)
+        author.write("el sol", SAMPLING, 5)
+        assert author.write("la mar", SAMPLING, 0) == first
+        assert len({author.write("la mar", SAMPLING, seed).text for seed in range(5)}) > 1
+        greedy = SamplingConfig(max_new_tokens=6, temperature=0.0)
+        assert author.write("la mar", greedy, 0) == author.write("la mar", greedy, 1)
+
+
+def test_a_long_prompt_is_read_from_its_end_and_the_full_context_ends_the_text(base, foreign):
+    for author in (OurAuthor(base), TransformersAuthor(str(foreign), CPU)):
+        assert author.write("la mar i el bosc " * 80, SAMPLING, 0).ended in ("context", "stop")
+
+
+def test_an_empty_text_is_said_to_be_empty(base):
+    assert "(nothing)" in page([OurAuthor(base)], [("x", [Text(" ", "stop")])], SAMPLING, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("outputs/nowhere", "outputs/nowhere: there is no such run folder or checkpoint"),
+        ("nowhere", "nowhere: there is no such run folder or checkpoint"),
+        ("broken", "--beside broken: transformers cannot load it: "),
+    ],
+)
+def test_what_nobody_can_load_is_told_in_a_line(base, tmp_path, monkeypatch, source, message):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as raised:
+        author_called(source, CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_prompts_are_the_lines_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffla mar \n\n el sol\n".encode())
+    assert prompts_of_file(str(path)) == ["la mar", "el sol"]
+    for content, message in ((b"\n", "holds no prompt"), (b"\xff", "is not UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            prompts_of_file(str(path))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        prompts_of_file(str(tmp_path / "none"))
