@@ -296,7 +296,6 @@ def _loaded(source: str, device: str) -> "TrainedModel | LlamaCpp":
     Raises:
         UserError: it cannot be loaded, or there is no such device.
     """
-    import torch
 
     if source.endswith(".gguf"):
         from cucafera.interop.llama_cpp import LlamaCpp
@@ -304,13 +303,11 @@ def _loaded(source: str, device: str) -> "TrainedModel | LlamaCpp":
         return LlamaCpp(Path(source).expanduser(), device)
 
     from cucafera.interop.trained import load_trained
+    from cucafera.training.hardware import device_called
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA GPU that PyTorch can use: leave --device out")
+    where = device_called(device)
     trained = load_trained(source)
-    trained.model.to(device)
+    trained.model.to(where)
     return trained
 
 

@@ -95,21 +95,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
         UserError: there is no such model, or what it is measured with is not there, cannot be read or makes no sense.
     """
     from cucafera.evaluation.results import ResultFile, as_table
-    from cucafera.evaluation.subject import device_called, load_subject
+    from cucafera.evaluation.subject import load_subject
+    from cucafera.training.hardware import device_called
 
     device = device_called(arguments.device)
     subject = load_subject(arguments.run, device)
     shows = arguments.samples or arguments.attention is not None
     measures = bool(arguments.text or arguments.choices or arguments.tasks) or not shows
-    kept = ResultFile(subject.folder.path) if measures and subject.folder is not None else None
-    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-    print(f"{subject.checkpoint}: {parameters:,} parameters, after {subject.step:,} steps; on {device.type}, in fp32")
+    kept = ResultFile(subject.folder) if measures and subject.folder is not None else None
+    print(f"{arguments.run}: {subject.facts}; on {device.type}, in fp32")
+    for note in subject.notes:
+        print(f"{note}.")
     if measures:
         results = []
         try:
             for result in _results(arguments, subject):
                 results.append(result)
                 if kept is not None:
+                    assert subject.step is not None
                     kept.add([result], subject.checkpoint.name, subject.step)
         finally:
             if results:
@@ -256,7 +259,11 @@ def command_line_parser() -> argparse.ArgumentParser:
         "out, or of the answers of its held-out conversations. Results go to the terminal, and of a run to its "
         "evaluation.json and TensorBoard; the same measurement again takes the place of the one before.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder, whose best checkpoint is taken, or a checkpoint")
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run folder, whose best checkpoint is taken, a checkpoint, or a Hugging Face folder or name",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if there is")
     parser.add_argument("--out", metavar="FILE", help="where --samples or --attention goes (default: into RUN)")
 

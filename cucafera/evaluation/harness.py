@@ -30,14 +30,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cucafera.config import SamplingConfig, UserError
-from cucafera.data.chat import CHAT_TEMPLATE, Message, render_prompt
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
+from cucafera.data.chat import CHAT_TEMPLATE, STOP_IDS, Message, render_prompt
+from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID
 from cucafera.evaluation.likelihood import DOCUMENT_START, DecoderScorer, encoded_pair, progress
 from cucafera.evaluation.results import Metric, Result
 from cucafera.evaluation.subject import Subject
 from cucafera.generation.generate import generate
 
-STOP_IDS = frozenset({IM_END_ID, IM_START_ID, DOCUMENT_START_ID})
 DEFAULT_NEW_TOKENS = 256
 """Longest answer of a task that does not say; the harness's own default."""
 TOKENS_WRITTEN_AT_A_TIME = 16_384
@@ -163,7 +162,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
                     batch = numbers[: max(1, TOKENS_WRITTEN_AT_A_TIME // size)]
                     numbers = numbers[len(batch) :]
                     texts = [cut[number] for number in batch]
-                    written = generate(self.subject.model, self.subject.tokenizer, texts, sampling, STOP_IDS)
+                    written = generate(self.subject.model, self.subject.tokenizer, texts, sampling, frozenset(STOP_IDS))
                     for number, text in zip(batch, written, strict=True):
                         answers[number] = text.text
                     bar.update(len(batch))

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tensorboard.compat.proto.event_pb2 import Event
@@ -16,8 +15,8 @@ from cucafera.config import UserError
 from cucafera.data.files import write_text
 from cucafera.evaluation.reference import REFERENCE
 from cucafera.training.events import EVENTS, EventFile
+from cucafera.training.run_folder import RunFolder
 
-FILE = "evaluation.json"
 ENDING = ".evaluation"
 """Ends the name of the event file, behind that of the newest curves. TensorBoard reads files in the order of their
 names, and where a session of training begins it drops what files before hold of later steps."""
@@ -53,15 +52,15 @@ class ResultFile:
     """evaluation.json of a run.
 
     Args:
-        folder: The run folder.
+        run: The run folder.
 
     Raises:
         UserError: there is one that cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / FILE
+    def __init__(self, run: RunFolder) -> None:
+        self.folder = run.path
+        self.path = run.evaluation
         self.entries = self._read()
 
     def add(self, results: Sequence[Result], checkpoint: str, step: int) -> None:

@@ -1,7 +1,6 @@
 """Texts of several models side by side, for a person to read: one page of HTML that needs nothing else."""
 
 import html
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -9,18 +8,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from cucafera.config import SamplingConfig, UserError
-from cucafera.data.chat import Message, render_prompt
+from cucafera.data.chat import STOP_IDS, Message, render_prompt
 from cucafera.data.files import write_text
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
+from cucafera.data.tokenizer import DOCUMENT_START_ID
 from cucafera.evaluation.likelihood import progress
 from cucafera.evaluation.subject import Subject, load_subject
 from cucafera.generation.generate import generate
+from cucafera.interop.layout import is_hugging_face
 
 PROMPTS = ("Catalunya és", "La meva àvia sempre deia que", "Per fer pa amb tomàquet,", "El dia que va ploure,")
 """For a model whose run shows nothing of itself."""
-STOP_IDS = frozenset({IM_END_ID, IM_START_ID, DOCUMENT_START_ID})
 ENDINGS = {"stop": "ended by itself", "length": "cut at its longest", "context": "cut: the context is full"}
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; margin: 2rem; color: #1b1b1b; background: #fff; }
@@ -67,9 +65,7 @@ class OurAuthor:
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.name = subject.source
-        parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-        asked = "answers" if subject.chats else "continues"
-        self.facts = f"{parameters:,} parameters; {subject.checkpoint.name}, after {subject.step:,} steps; {asked}"
+        self.facts = f"{subject.facts}; {'answers' if subject.chats else 'continues'}"
 
     def write(self, prompt: str, sampling: SamplingConfig, seed: int) -> Text:
         """As `Author.write`; of a prompt that is too long, the end is read."""
@@ -80,7 +76,7 @@ class OurAuthor:
             ids = [DOCUMENT_START_ID, *tokenizer.encode(prompt)]
         generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
         room = model.config.max_position_embeddings - 1
-        (written,) = generate(model, tokenizer, [ids[-room:]], sampling, STOP_IDS, generator)
+        (written,) = generate(model, tokenizer, [ids[-room:]], sampling, frozenset(STOP_IDS), generator)
         return Text(written.text, written.ended)
 
 
@@ -99,7 +95,7 @@ class TransformersAuthor:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
-            raise UserError(f"--beside {name} needs transformers: pip install '.[eval]'") from error
+            raise UserError(f"--beside {name} needs transformers: pip install '.[hf]'") from error
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
             model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -162,9 +158,7 @@ def author_called(source: str, device: torch.device) -> Author:
     try:
         return OurAuthor(load_subject(source, device))
     except UserError:
-        folder = Path(source).expanduser()
-        on_hub = HUB_NAME.fullmatch(source) and not Path(source).parent.exists()
-        if (folder / "config.json").exists() or (on_hub and not folder.exists()):
+        if is_hugging_face(source):
             return TransformersAuthor(source, device)
         raise
 

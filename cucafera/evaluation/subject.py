@@ -11,9 +11,10 @@ from yaml import YAMLError
 
 from cucafera.config import UserError
 from cucafera.data.tokenizer import Tokenizer
+from cucafera.interop.trained import load_trained
 from cucafera.model.transformer import Decoder
 from cucafera.training.checkpoint_files import read_checkpoint
-from cucafera.training.run_folder import RunFolder, load_trained
+from cucafera.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Subject:
         tokenizer: Its tokenizer.
         chats: Whether it was trained on conversations.
         checkpoint: Where its weights come from.
-        step: After how many steps.
+        step: After how many steps; None where nobody knows.
         folder: The run folder that the checkpoint is in; None for a model from elsewhere.
+        notes: What a user should know of how it was taken.
     """
 
     source: str
@@ -35,8 +37,16 @@ class Subject:
     tokenizer: Tokenizer
     chats: bool
     checkpoint: Path
-    step: int
+    step: int | None
     folder: RunFolder | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> str:
+        """What it is, for the terminal and for pages: parameters, checkpoint, steps."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        steps = "" if self.step is None else f", after {self.step:,} steps"
+        return f"{parameters:,} parameters; {self.checkpoint.name}{steps}"
 
     @property
     def sources(self) -> dict[str, str]:
@@ -74,10 +84,8 @@ def load_subject(source: str, device: torch.device) -> Subject:
         UserError: there is none, or it cannot be read.
     """
     if not source:
-        raise UserError("RUN is empty: name a run folder or a checkpoint")
+        raise UserError("RUN is empty: name a run folder, a checkpoint or a Hugging Face folder")
     trained = load_trained(source)
-    run = RunFolder(trained.checkpoint.parent.parent)
-    is_of_run = trained.checkpoint.parent == run.checkpoints.path and run.config.exists()
     return Subject(
         source=source,
         model=trained.model.to(device),
@@ -85,17 +93,9 @@ def load_subject(source: str, device: torch.device) -> Subject:
         chats=trained.chats,
         checkpoint=trained.checkpoint,
         step=trained.step,
-        folder=run if is_of_run else None,
+        folder=trained.run,
+        notes=trained.notes,
     )
-
-
-def device_called(name: str) -> torch.device:
-    """The device of --device. Raises UserError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA GPU that PyTorch can use: leave --device out")
-    return torch.device(name)
 
 
 def _value(config: Any, key: str) -> Any:

@@ -16,7 +16,6 @@ from cucafera.model.flops import parameter_count
 from cucafera.training.report import as_quoted_samples, validation_table
 from cucafera.training.run_folder import RunFolder
 
-EVALUATION = "evaluation.json"
 CURVES = "curves.png"
 
 LIMITS = """\
@@ -59,7 +58,7 @@ def read_past(folder: RunFolder) -> Past:
         earlier = RunFolder(path.parent.parent if path.is_file() else path)
         is_there = earlier.config.is_file() and earlier.path.resolve() != folder.path.resolve()
         before = (str(begun_with), read_past(earlier) if is_there else None)
-    return Past(config, folder.read_metrics(), _evaluation(folder.path / EVALUATION), before)
+    return Past(config, folder.read_metrics(), _evaluation(folder.evaluation), before)
 
 
 def _evaluation(path: Path) -> list[dict[str, Any]]:

@@ -66,6 +66,19 @@ class Hardware:
         return None
 
 
+def device_called(name: str) -> torch.device:
+    """The device that --device of a door names: cpu, cuda, or auto, a GPU if there is one.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA GPU that PyTorch can use: leave --device out")
+    return torch.device(name)
+
+
 def decide_hardware(config: Config) -> Hardware:
     """Settles the trainer's settings for this machine. Raises UserError for what it does not have."""
     trainer = config.trainer

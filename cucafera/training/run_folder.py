@@ -80,6 +80,7 @@ class RunFolder:
         self.tokenizer_config = path / "tokenizer_config.json"
         self.metrics = path / "metrics.json"
         self.report = path / "report.md"
+        self.evaluation = path / "evaluation.json"
 
     def checkpoint_to_resume(self, config: Config, is_ours: bool) -> ResumedCheckpoint | None:
         """The newest checkpoint that is complete and undamaged; None for a run that begins here.
@@ -243,7 +244,7 @@ class RunFolder:
 
     def _erase(self, checkpoints: bool) -> None:
         """Removes what an earlier run left; if not checkpoints, there are none but unfinished ones."""
-        for path in (self.metrics, self.report, *self.path.glob(EVENTS + "*")):
+        for path in (self.metrics, self.report, self.evaluation, *self.path.glob(EVENTS + "*")):
             path.unlink(missing_ok=True)
         if checkpoints:
             self.checkpoints.remove_all()

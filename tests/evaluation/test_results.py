@@ -10,6 +10,7 @@ from cucafera.config import UserError
 from cucafera.evaluation import results
 from cucafera.evaluation.results import Metric, Result, ResultFile, as_table
 from cucafera.run import train
+from cucafera.training.run_folder import RunFolder
 from tests.conftest import compose_small_run
 
 
@@ -25,8 +26,8 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
 
 def test_the_same_measurement_takes_the_place_of_the_one_before(tmp_path):
     for value in (0.25, 0.5):
-        ResultFile(tmp_path).add([result(value)], "step-00000004.ckpt", 4)
-    file = ResultFile(tmp_path)
+        ResultFile(RunFolder(tmp_path)).add([result(value)], "step-00000004.ckpt", 4)
+    file = ResultFile(RunFolder(tmp_path))
     file.add([result(0.75, limit=10)], "step-00000004.ckpt", 4)
     file.add([result(0.125)], "step-00000002.ckpt", 2)
     entries = json.loads((tmp_path / "evaluation.json").read_text())["results"]
@@ -40,7 +41,7 @@ def test_the_same_measurement_takes_the_place_of_the_one_before(tmp_path):
 
 
 def test_what_is_no_number_is_null_and_no_point(tmp_path):
-    ResultFile(tmp_path).add([result(float("nan"))], "a.ckpt", 4)
+    ResultFile(RunFolder(tmp_path)).add([result(float("nan"))], "a.ckpt", 4)
     assert json.loads((tmp_path / "evaluation.json").read_text())["results"][0]["metrics"]["acc"]["value"] is None
     assert scalars(tmp_path) == {}
 
@@ -50,7 +51,7 @@ def test_a_damaged_file_is_told_and_left_alone(tmp_path, content):
     path = tmp_path / "evaluation.json"
     path.write_text(content)
     with pytest.raises(UserError, match="is damaged, and would be overwritten"):
-        ResultFile(tmp_path)
+        ResultFile(RunFolder(tmp_path))
     assert path.read_text() == content
 
 
@@ -60,7 +61,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "write_text", refuse)
     with pytest.raises(UserError, match=r"cannot be written to .*evaluation\.json: Permission denied"):
-        ResultFile(tmp_path).add([result(0.5)], "a.ckpt", 4)
+        ResultFile(RunFolder(tmp_path)).add([result(0.5)], "a.ckpt", 4)
 
 
 def test_curves_and_points_stand_once_when_training_goes_on_and_is_measured_again(runs, tmp_path, monkeypatch):
@@ -69,7 +70,7 @@ def test_curves_and_points_stand_once_when_training_goes_on_and_is_measured_agai
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "base"
     curve = scalars(folder)["train/loss"]
-    ResultFile(folder).add([result(0.5)], "step-00000012.ckpt", 12)
+    ResultFile(RunFolder(folder)).add([result(0.5)], "step-00000012.ckpt", 12)
     assert scalars(folder)["evaluation/copa_ca/acc"] == [(12, 0.5)]
     longer = (
         "name=base",
@@ -78,7 +79,7 @@ def test_curves_and_points_stand_once_when_training_goes_on_and_is_measured_agai
         "budget_tokens=4096",
     )
     train(compose_small_run(runs / "corpus.jsonl", *longer), [])
-    ResultFile(folder).add([result(0.625)], "step-00000016.ckpt", 16)
+    ResultFile(RunFolder(folder)).add([result(0.625)], "step-00000016.ckpt", 16)
     found = scalars(folder)
     assert found["evaluation/copa_ca/acc"] == [(12, 0.5), (16, 0.625)]
     assert found["train/loss"][: len(curve)] == curve and [step for step, _ in found["train/loss"]][-1] == 16
