@@ -1,5 +1,6 @@
 """What the README and the performance page say is true of the code."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -8,7 +9,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from cucafera.chat import command_line_parser
 from cucafera.composition import command_line_problems, composed_config
 
 ROOT = Path(__file__).parents[1]
@@ -43,9 +43,11 @@ def test_its_commands_compose(command, tmp_path, monkeypatch):
     assert command_line_problems(arguments, multirun="--multirun" in command) == []
 
 
-@pytest.mark.parametrize("command", re.findall(r"python -m cucafera\.chat( [^\n#`]*)", JOINED))
-def test_its_chat_commands_are_understood(command):
-    command_line_parser().parse_args(shlex.split(command))
+@pytest.mark.parametrize(
+    ("door", "command"), re.findall(r"python -m cucafera\.(chat|evaluate|export)( [^\n#`]*)", JOINED)
+)
+def test_the_commands_of_its_other_doors_are_understood(door, command):
+    importlib.import_module(f"cucafera.{door}").command_line_parser().parse_args(shlex.split(command))
 
 
 def test_its_example_of_a_refusal_is_what_is_printed():

@@ -17,6 +17,8 @@ from cucafera.training.report import as_quoted_samples, validation_table
 from cucafera.training.run_folder import RunFolder
 
 CURVES = "curves.png"
+PLACES = ("text", "choices")
+"""Settings of an evaluation that say where a file lay, which is nobody's business."""
 
 LIMITS = """\
 - It is small: it makes facts up, and loses the thread of a long text.
@@ -256,7 +258,8 @@ def _evaluation_section(past: Past) -> str:
         return "\n".join([*lines, "Beside the curves, it has not been measured yet."])
     lines += ["| task | metric | value | stderr | settings |", "|---|---|---:|---:|---|"]
     for result in past.evaluation:
-        settings = ", ".join(f"{key}={value}" for key, value in result["settings"].items())
+        told = {key: value for key, value in result["settings"].items() if key not in PLACES and value is not None}
+        settings = ", ".join(f"{key}={value}" for key, value in told.items())
         for metric, value in result["metrics"].items():
             stderr = "" if value.get("stderr") is None else f"{value['stderr']:.4f}"
             lines.append(f"| {result['task']} | {metric} | {value['value']:.4f} | {stderr} | {settings} |")
