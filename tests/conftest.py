@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from cucafera.composition import composed_config
 from cucafera.config import Config
+from cucafera.run import train
 
 SMALL_RUN = [
     "data=files",
@@ -73,6 +75,23 @@ def small_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def compose_small_run(corpus: Path, *overrides: str) -> Config:
     """The small run on a corpus, with further overrides."""
     return composed_config([*SMALL_RUN, f"data.sources.files.path={corpus}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model in outputs/base and a chat model in outputs/chat, of twelve steps; context 128."""
+    folder = tmp_path_factory.mktemp("runs")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        corpus = folder / "corpus.jsonl"
+        write_corpus(corpus, documents=80)
+        shown = "callbacks.prompts=[la mar,el sol]"
+        train(compose_small_run(corpus, "name=base", "model.max_position_embeddings=128", shown), [])
+        train(compose_small_chat(folder, "name=chat", "init_from=outputs/base", "optimizer.lr=1e-2"), [])
+    finally:
+        os.chdir(before)
+    return folder
 
 
 @pytest.fixture

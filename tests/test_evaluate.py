@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from cucafera import evaluate
-from tests.evaluation.conftest import runs
-
-__all__ = ["runs"]
 
 QUESTION = {"ctx": "la mar", "endings": ["és gran", "dorm"], "label": 0}
 

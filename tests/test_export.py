@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from cucafera import export
 from cucafera.interop import hugging_face
 from cucafera.interop.gguf import TYPES
-from tests.interop.conftest import runs  # noqa: F401  # the same two runs
 
 
 def door(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +21,7 @@ def door(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def within(runs, monkeypatch):  # noqa: F811
+def within(runs, monkeypatch):
     """Calls the door in this process, in the folder that holds the runs; returns its exit code."""
     monkeypatch.chdir(runs)
 
@@ -42,7 +41,7 @@ def front_matter(folder: Path) -> dict:
     return yaml.safe_load(front)
 
 
-def test_a_chat_model_is_exported_with_a_card_that_tells_its_past(within, runs, tmp_path, capsys):  # noqa: F811
+def test_a_chat_model_is_exported_with_a_card_that_tells_its_past(within, runs, tmp_path, capsys):
     results = [
         {"kind": "harness", "task": "copa_ca", "metrics": {"acc": {"value": 0.614, "stderr": 0.0218}},
          "settings": {"num_fewshot": 0}, "checkpoint": "step-00000012.ckpt", "step": 12, "time": "now"}
@@ -122,7 +121,7 @@ def test_what_is_wrong_is_told_in_a_line(within, arguments, told, capsys):
 
 
 @pytest.mark.slow
-def test_the_door_opens_as_a_program(runs, tmp_path):  # noqa: F811
+def test_the_door_opens_as_a_program(runs, tmp_path):
     assert "gguf: a file for llama.cpp" in " ".join(door(runs, "--help").stdout.split())
     done = door(runs, "outputs/base", "--to", "hf", str(tmp_path / "hf"))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

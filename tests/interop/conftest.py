@@ -1,7 +1,6 @@
 """Models of Hugging Face, made by the tests with transformers."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,29 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cucafera.config import SPECIAL_TOKENS
 from cucafera.data.tokenizer import BYTE_OF_CHARACTER
-from cucafera.run import train
-from tests.conftest import compose_small_chat, compose_small_run, write_corpus
 
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model in outputs/base and a chat model in outputs/chat, both of a few steps."""
-    folder = tmp_path_factory.mktemp("runs")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        write_corpus(folder / "corpus.jsonl", documents=80)
-        train(compose_small_run(folder / "corpus.jsonl", "name=base", "model.max_position_embeddings=128"), [])
-        train(compose_small_chat(folder, "name=chat", "init_from=outputs/base", "optimizer.lr=1e-2"), [])
-    finally:
-        os.chdir(before)
-    return folder
 
 
 def full_tokenizer(entries: int) -> tokenizers.Tokenizer:
