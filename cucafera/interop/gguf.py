@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cucafera.config import UserError, shown
 from cucafera.data.chat import Message, render
@@ -168,7 +169,7 @@ def write_gguf(trained: "TrainedModel", path: Path, type_: str) -> Proof:
                 _write(trained, partial, type_)
             else:
                 _write_by_llama_cpp(trained, partial, type_)
-            log.info("%s is written; what it computes is compared", path)
+            log.info("comparing what %s computes with the model", path)
             proof = prove(trained, partial, type_)
             if problems := proof.problems():
                 raise UserError(f"{path} is not written, because it would not be the same model: {'; '.join(problems)}")
@@ -181,6 +182,7 @@ def _write_by_llama_cpp(trained: "TrainedModel", path: Path, type_: str) -> None
     full = path.with_name(f"{path.name}.f32")
     try:
         _write(trained, full, "f32")
+        log.info("llama.cpp makes %s of it", type_)
         quantize(full, path, type_.upper())
     finally:
         full.unlink(missing_ok=True)
@@ -202,7 +204,9 @@ def _write(trained: "TrainedModel", path: Path, type_: str) -> None:
         writer.add_file_type(gguf.LlamaFileType[WRITTEN_HERE[type_]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_metadata(writer, config, trained.tokenizer, trained.chats)
-        for _, name, value in stored_weights(trained.model):
+        total = len(trained.model.state_dict())
+        weights = stored_weights(trained.model)
+        for _, name, value in tqdm(weights, desc=f"Converting to {type_}", total=total, leave=False, disable=None):
             kind = Type[_kind(type_, value)]
             writer.add_tensor(name, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
         writer.write_header_to_file()
