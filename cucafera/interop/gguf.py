@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cucafera.config import UserError, shown
 from cucafera.data.chat import render
@@ -171,7 +172,7 @@ def write_gguf(
                 _write(trained, partial, type_, name or path.stem, licence)
             else:
                 _write_by_llama_cpp(trained, partial, type_, name or path.stem, licence)
-            log.info("%s is written; what it computes is compared", path)
+            log.info("comparing what %s computes with the model", path)
             proof = prove(trained, partial, type_)
             if problems := proof.problems():
                 raise UserError(f"{path} is not written, because it would not be the same model: {'; '.join(problems)}")
@@ -184,6 +185,7 @@ def _write_by_llama_cpp(trained: "TrainedModel", path: Path, type_: str, name: s
     full = path.with_name(f"{path.name}.f32")
     try:
         _write(trained, full, "f32", name, licence)
+        log.info("llama.cpp makes %s of it", type_)
         quantize(full, path, type_.upper())
     finally:
         full.unlink(missing_ok=True)
@@ -207,7 +209,9 @@ def _write(trained: "TrainedModel", path: Path, type_: str, name: str, licence: 
         writer.add_file_type(gguf.LlamaFileType[WRITTEN_HERE[type_]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_metadata(writer, config, trained.tokenizer, trained.chats)
-        for _, name, value in stored_weights(trained.model):
+        total = len(trained.model.state_dict())
+        weights = stored_weights(trained.model)
+        for _, name, value in tqdm(weights, desc=f"Converting to {type_}", total=total, leave=False, disable=None):
             kind = Type[_kind(type_, value)]
             writer.add_tensor(name, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
         writer.write_header_to_file()
