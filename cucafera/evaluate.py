@@ -17,6 +17,8 @@ from cucafera.config import SamplingConfig, UserError, sampling_problems
 from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
 
 if TYPE_CHECKING:
+    from cucafera.data.tokenizer import Tokenizer
+    from cucafera.evaluation.likelihood import Scorer
     from cucafera.evaluation.perplexity import Text
     from cucafera.evaluation.results import Result
     from cucafera.evaluation.subject import Subject
@@ -94,6 +96,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such model, or what it is measured with is not there, cannot be read or makes no sense.
     """
+    if arguments.run.endswith(".gguf"):
+        _evaluate_gguf(arguments)
+        return
+
     from cucafera.evaluation.results import ResultFile, as_table
     from cucafera.evaluation.subject import load_subject
     from cucafera.training.hardware import device_called
@@ -130,11 +136,9 @@ def _results(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Res
     if not (arguments.text or arguments.choices or arguments.tasks):
         yield from _held_out(arguments, subject)
     if arguments.text:
-        from cucafera.evaluation.perplexity import texts_of_files
+        from cucafera.evaluation.likelihood import DecoderScorer
 
-        texts = texts_of_files(arguments.text, arguments.column or "text", arguments.documents, subject.tokenizer)
-        asked = {"text": arguments.text, "column": arguments.column or "text", "documents": arguments.documents}
-        yield _of_texts(arguments, subject, "text", _task_of(arguments.text), texts, asked)
+        yield _of_files(arguments, DecoderScorer(subject.model), subject.tokenizer)
     for path in arguments.choices:
         from cucafera.evaluation.likelihood import DecoderScorer
         from cucafera.evaluation.multiple_choice import answer_questions, read_questions
@@ -163,8 +167,32 @@ def _task_of(path: str) -> str:
     return Path(path).name.split(".")[0].strip("*?[]") or Path(path).resolve().parent.name or "text"
 
 
+def _evaluate_gguf(arguments: argparse.Namespace) -> None:
+    """Measures a file that llama.cpp computes. Raises UserError."""
+    if not arguments.text or arguments.choices or arguments.tasks or arguments.samples or arguments.attention:
+        raise UserError(f"{arguments.run}: of a .gguf file only --text can be measured; the run gives the rest")
+
+    from cucafera.evaluation.results import as_table
+    from cucafera.interop.llama_cpp import LlamaCpp
+
+    llama = LlamaCpp(Path(arguments.run).expanduser(), arguments.device)
+    print(f"{arguments.run}: {llama.parameters:,} parameters, computed by llama.cpp")
+    print("\n" + as_table([_of_files(arguments, llama, llama.tokenizer)]))
+
+
+def _of_files(arguments: argparse.Namespace, scorer: "Scorer", tokenizer: "Tokenizer") -> "Result":
+    """bpb and perplexity of --text."""
+    from cucafera.evaluation.perplexity import texts_of_files
+
+    column = arguments.column or "text"
+    texts = texts_of_files(arguments.text, column, arguments.documents, tokenizer)
+    asked = {"text": arguments.text, "column": column, "documents": arguments.documents}
+    return _of_texts(arguments, scorer, "text", _task_of(arguments.text), texts, asked)
+
+
 def _held_out(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Result]":
     """What the run has not trained on, source by source."""
+    from cucafera.evaluation.likelihood import DecoderScorer
     from cucafera.evaluation.perplexity import held_out_texts
 
     found = held_out_texts(subject)
@@ -174,23 +202,23 @@ def _held_out(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Re
     for name, texts in found.items():
         kind = "answers" if subject.chats else "text"
         asked = {"held_out": name, "documents": arguments.documents}
-        yield _of_texts(arguments, subject, kind, f"held-out-{name}", islice(texts, arguments.documents), asked)
+        yield _of_texts(
+            arguments, DecoderScorer(subject.model), kind, f"held-out-{name}", islice(texts, arguments.documents), asked
+        )
 
 
 def _of_texts(
     arguments: argparse.Namespace,
-    subject: "Subject",
+    scorer: "Scorer",
     kind: str,
     task: str,
     texts: "Iterable[Text]",
     asked: dict[str, str | int | None],
 ) -> "Result":
     """bpb and perplexity of texts."""
-    from cucafera.evaluation.likelihood import DecoderScorer
     from cucafera.evaluation.perplexity import measure
     from cucafera.evaluation.results import Result
 
-    scorer = DecoderScorer(subject.model)
     stride = scorer.context // 2 if arguments.stride is None else arguments.stride
     if stride >= scorer.context:
         raise UserError(f"--stride is {stride:,}; it must be below the model's context of {scorer.context:,} tokens")
@@ -262,7 +290,8 @@ def command_line_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="a run folder, whose best checkpoint is taken, a checkpoint, or a Hugging Face folder or name",
+        help="a run folder, whose best checkpoint is taken, a checkpoint, a Hugging Face folder or name; for --text a "
+        ".gguf file too",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if there is")
     parser.add_argument("--out", metavar="FILE", help="where --samples or --attention goes (default: into RUN)")

@@ -14,37 +14,33 @@ read again what it knows. The sides write in turn, round by round, and the first
 those after the first token; the ratio is the time of fp32 over that of the file in the same round, so that above 1 the
 file is faster. `same text` counts the prompts after which the file writes what fp32 writes, token for token.
 
-bpb is measured on the text's documents, from --text (.txt: one document; .jsonl: a `text` each line) or the embedded
-corpus, which most runs were trained on: then only the differences mean something. Each document begins with the
-document-start token and is cut into windows of the context, which begin anew: the first token of a window does not
-count, and is the last of the one before.
+bpb is that of `python -m cucafera.evaluate RUN --text`: documents of --text, or of the embedded corpus, which most runs
+were trained on; then only the differences mean something.
 """
 
 import argparse
-import json
-import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from cucafera.config import SamplingConfig, UserError
-from cucafera.data.corpus import embedded_corpus
 from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
+from cucafera.evaluation.likelihood import DecoderScorer, Scorer
+from cucafera.evaluation.perplexity import Text, measure, texts_of_files
 from cucafera.generation.generate import Reader, reader_of, token_columns
-from cucafera.interop.gguf import TYPES, logits_of, write_gguf
+from cucafera.interop.gguf import TYPES, write_gguf
 from cucafera.interop.llama_cpp import LlamaCpp
+from cucafera.interop.real_text import documents
 from cucafera.interop.trained import load_trained
 from cucafera.model.flops import parameter_count
-from cucafera.model.transformer import Decoder
 
 OURS = "fp32"
-Window = tuple[list[int], int]
-"""Token ids, and the place of the first that counts."""
 
 
 class Side(NamedTuple):
@@ -53,12 +49,12 @@ class Side(NamedTuple):
     Attributes:
         size: Bytes of its weights, or of its file.
         reader: What writes.
-        nats: What measures.
+        scorer: What measures.
     """
 
     size: int
     reader: Reader
-    nats: Callable[[list[Window]], list[list[float]]]
+    scorer: Scorer
 
 
 class Measured(NamedTuple):
@@ -76,52 +72,6 @@ class Measured(NamedTuple):
     bpb: float
 
 
-def our_nats(model: Decoder) -> Callable[[list[Window]], list[list[float]]]:
-    """Negative log-likelihoods by our decoder, in double precision as those of llama.cpp."""
-
-    def nats(windows: list[Window]) -> list[list[float]]:
-        return [
-            torch.nn.functional.cross_entropy(
-                logits_of(model, ids[:-1])[first - 1 :].double(), torch.tensor(ids[first:]), reduction="none"
-            ).tolist()
-            for ids, first in windows
-        ]
-
-    return nats
-
-
-def documents(path: Path | None) -> Iterator[str]:
-    """The texts of a .txt or .jsonl file, or the embedded ones."""
-    if path is not None and path.suffix != ".jsonl":
-        yield path.read_text(encoding="utf-8")
-        return
-    with (embedded_corpus() if path is None else path).open("rb") as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
-
-
-def windows_of(texts: Iterator[str], tokenizer: Tokenizer, context: int, tokens: int) -> list[Window]:
-    """Windows of texts, until so many tokens count."""
-    windows: list[Window] = []
-    left = tokens
-    for text in texts:
-        ids = [DOCUMENT_START_ID, *tokenizer.encode(text)]
-        for start in range(0, len(ids) - 1, context - 1):
-            window = ids[start : start + context][: left + 1]
-            windows.append((window, 1))
-            left -= len(window) - 1
-            if not left:
-                return windows
-    return windows
-
-
-def bits_per_byte(side: Side, windows: list[Window], tokenizer: Tokenizer) -> float:
-    """Bits of the tokens that count over their bytes."""
-    lengths = tokenizer.token_bytes()
-    size = sum(int(lengths[ids[first:]].sum()) for ids, first in windows)
-    return sum(map(sum, side.nats(windows))) / math.log(2) / size
-
-
 def write(reader: Reader, prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
     """Seconds to the first token, seconds of the others, and all of them."""
     greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
@@ -133,11 +83,12 @@ def write(reader: Reader, prompt: list[int], tokens: int) -> tuple[float, float,
     return first - started, time.perf_counter() - first, text
 
 
-def measure(
-    sides: dict[str, Side], windows: list[Window], tokenizer: Tokenizer, prompts: list[list[int]], tokens: int
-) -> dict[str, Measured]:
+def compared(sides: dict[str, Side], texts: list[Text], prompts: list[list[int]], tokens: int) -> dict[str, Measured]:
     """All sides in turn, round by round; the first round is not counted."""
-    results = {name: Measured([], [], [], bits_per_byte(side, windows, tokenizer)) for name, side in sides.items()}
+    results = {}
+    for name, side in sides.items():
+        score = measure(side.scorer, texts, side.scorer.context // 2)
+        results[name] = Measured([], [], [], score.metrics()["bpb"].value)
     for number, prompt in enumerate(prompts):
         for name, side in sides.items():
             first, rest, text = write(side.reader, prompt, tokens)
@@ -173,8 +124,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     parser.add_argument("--type", action="append", choices=TYPES, help="may be repeated (f32, f16, q8_0, q4_k_m, q4_0)")
-    parser.add_argument("--text", type=Path, help="a .txt or .jsonl file to measure bpb on (the embedded corpus)")
-    parser.add_argument("--text-tokens", type=int, default=8192, help="most tokens of it that count (8,192)")
+    parser.add_argument("--text", help="files to measure bpb on (the embedded corpus)")
+    parser.add_argument("--documents", type=int, default=40, help="most documents of it (40)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of it, where the context allows (128)")
     parser.add_argument("--tokens", type=int, default=64, help="to write (64)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
@@ -192,26 +143,33 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     trained = load_trained(arguments.run)
     config, tokenizer = trained.model.config, trained.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {OURS: Side(4 * parameter_count(config), reader_of(trained.model), our_nats(trained.model))}
+    sides = {OURS: Side(4 * parameter_count(config), reader_of(trained.model), DecoderScorer(trained.model))}
     for type_ in arguments.type or ("f32", "f16", "q8_0", "q4_k_m", "q4_0"):
         path = folder / f"{type_}.gguf"
         print(f"{type_}: {write_gguf(trained, path, type_)}\n", flush=True)
         llama = LlamaCpp(path, device="cpu")
-        sides[type_] = Side(path.stat().st_size, llama, llama.nats)
+        sides[type_] = Side(path.stat().st_size, llama, llama)
 
-    context = config.max_position_embeddings
-    windows = windows_of(documents(arguments.text), tokenizer, context, arguments.text_tokens)
-    stream = [token for text in documents(arguments.text) for token in (DOCUMENT_START_ID, *tokenizer.encode(text))]
-    length = min(arguments.prompt, context - arguments.tokens)
+    texts = list(texts_of(arguments.text, arguments.documents, tokenizer))
+    stream = [token for text in texts for token in text.ids]
+    length = min(arguments.prompt, config.max_position_embeddings - arguments.tokens)
     starts = range(0, len(stream) - length, max((len(stream) - length) // (arguments.rounds + 1), 1))
     prompts = [stream[start : start + length] for start in starts][: arguments.rounds + 1]
     print(
         f"{arguments.run}: {parameter_count(config):,} parameters, a CPU with {torch.get_num_threads()} threads; "
-        f"{arguments.tokens} tokens after {length}, medians of {len(prompts) - 1} rounds; bpb of "
-        f"{sum(len(ids) - first for ids, first in windows):,} tokens of {arguments.text or 'the embedded corpus'} in "
-        f"{len(windows):,} windows of at most {context:,}\n"
+        f"{arguments.tokens} tokens after {length}, medians of {len(prompts) - 1} rounds; bpb of {len(stream):,} "
+        f"tokens in {len(texts):,} documents of {arguments.text or 'the embedded corpus'}\n"
     )
-    print(table(sides, measure(sides, windows, tokenizer, prompts, arguments.tokens), arguments.tokens))
+    print(table(sides, compared(sides, texts, prompts, arguments.tokens), arguments.tokens))
+
+
+def texts_of(path: str | None, most: int, tokenizer: Tokenizer) -> Iterator[Text]:
+    """The documents of files, or the embedded ones."""
+    if path is not None:
+        yield from texts_of_files(path, "text", most, tokenizer)
+        return
+    for text in islice(documents(), most):
+        yield Text([DOCUMENT_START_ID, *tokenizer.encode(text)], None, len(text.encode()))
 
 
 if __name__ == "__main__":

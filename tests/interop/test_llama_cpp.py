@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from cucafera.chat import Chat
 from cucafera.config import SPECIAL_TOKENS, SamplingConfig, UserError
 from cucafera.data.tokenizer import DOCUMENT_START_ID
-from cucafera.generation.generate import generate
+from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.generation.generate import DecoderReader, generate
 from cucafera.interop import llama_cpp
 from cucafera.interop.gguf import TYPES, logits_of, write_gguf
 from cucafera.interop.gguf_format import decoder_in, open_gguf
@@ -233,22 +235,30 @@ def test_what_the_user_can_mend_is_told_with_code_2(runs, arguments, message):
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_the_benchmark_counts_each_token_once_and_both_sides_measure_the_same(runs, trained, llama):
+def test_the_benchmark_measures_the_same_on_both_sides(runs, trained, llama):
     script = load_script("benchmark_quantized")
-    texts = ["la mar i el bosc " * 20, "el gat"]
-    windows = script.windows_of(iter(texts), trained.tokenizer, 64, 10_000)
-    counted = [token for ids, first in windows for token in ids[first:]]
-    assert counted == [token for text in texts for token in trained.tokenizer.encode(text)]
-    assert max(len(ids) for ids, _ in windows) == 64
-    fewer = script.windows_of(iter(texts), trained.tokenizer, 64, 70)
-    assert sum(len(ids) - first for ids, first in fewer) == 70
-
+    texts = list(script.texts_of(None, 2, trained.tokenizer))
+    assert len(texts[0].ids) > 64
     sides = {
-        "fp32": script.Side(1, trained.model, script.our_nats(trained.model)),
-        "f32": script.Side(1, llama, llama.nats),
+        "fp32": script.Side(1, DecoderReader(trained.model), DecoderScorer(trained.model)),
+        "f32": script.Side(1, llama, llama),
     }
     prompts = [some_ids(trained, 20)[start:] for start in range(3)]
-    results = script.measure(sides, windows, trained.tokenizer, prompts, 5)
+    results = script.compared(sides, texts, prompts, 5)
     assert results["fp32"].texts == results["f32"].texts and len(results["f32"].texts) == 2
     assert results["fp32"].bpb == pytest.approx(results["f32"].bpb, abs=1e-3)
     assert script.table(sides, results, 5).count("2 of 2") == 2
+
+
+def test_the_evaluation_door_measures_a_file(runs):
+    measured = []
+    for source in ("outputs/base", "base.gguf"):
+        asked = [sys.executable, "-m", "cucafera.evaluate", source, "--text", "corpus.jsonl", "--documents", "5"]
+        done = subprocess.run(asked, cwd=runs, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        measured.append(float(re.search(r"bpb +(\d\.\d+)", done.stdout)[1]))
+    assert measured[0] == pytest.approx(measured[1], abs=2e-3)
+    asked = [sys.executable, "-m", "cucafera.evaluate", "base.gguf", "--choices", "x.jsonl"]
+    refused = subprocess.run(asked, cwd=runs, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert refused.stderr == "base.gguf: of a .gguf file only --text can be measured; the run gives the rest\n"
