@@ -98,6 +98,7 @@ def test_what_was_exported_can_be_exported_again_and_replaces_only_models(within
 
 def test_nothing_is_left_of_an_export_that_fails(within, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hugging_face, "CLOSE", 0.0)
+    monkeypatch.setattr(hugging_face, "ROUNDINGS", 0)
     assert within("outputs/base", "--to", "hf", str(tmp_path / "hf")) == 2
     assert "transformers computes other logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

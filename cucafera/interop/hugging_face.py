@@ -25,10 +25,12 @@ EMBEDDING = "model.embed_tokens.weight"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 CLOSE = 1e-5
-"""Most difference of two logits of the same weights in fp32, as a share of their standard deviation where that is
-above one: the order of sums differs."""
-TEXTS = 4
-"""Documents, and conversations, that an export is compared on."""
+"""Difference of two logits of the same weights in fp32 that needs no explanation."""
+ROUNDINGS = 4
+"""Larger ones may be so many times what separates fp32 from double precision here: the order of sums differs. At random
+weights of the 245M model that is up to 1e-4, where the exact GELU in place of the other changes logits by 1e-3."""
+TEXTS, TOKENS = 4, 256
+"""Documents, or conversations, that an export is compared on, and how much of each."""
 
 
 class DifferentError(UserError):
@@ -220,13 +222,13 @@ def _compared(model: Decoder, rounded: Decoder, tokenizer: Tokenizer, chats: boo
     their_tokenizer = AutoTokenizer.from_pretrained(folder)
     _refuse_other_ids(tokenizer, their_tokenizer, chats)
     largest = lost = 0.0
-    for ids in sample_ids(tokenizer, chats, model.config.max_position_embeddings, TEXTS):
-        inputs = torch.tensor([ids])
-        with torch.inference_mode():
-            source = model.logits(model(inputs))
-            expected = rounded.logits(rounded(inputs))
-            found = theirs(inputs).logits
-        allowed = CLOSE * max(1.0, expected.std().item())
+    texts = [torch.tensor([ids]) for ids in sample_ids(tokenizer, chats, min(TOKENS, len(model.cos)), TEXTS)]
+    with torch.inference_mode():
+        computed = [(model.logits(model(ids)), rounded.logits(rounded(ids)), theirs(ids).logits) for ids in texts]
+        rounded.double()
+        exact = [rounded.logits(rounded(ids)) for ids in texts]
+    for (source, expected, found), reference in zip(computed, exact, strict=True):
+        allowed = max(CLOSE, ROUNDINGS * (expected - reference).abs().max().item())
         difference = (found - expected).abs().max().item()
         if not difference <= allowed:
             raise DifferentError(
