@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cucafera.config import SamplingConfig, UserError, sampling_problems
+from cucafera.config import SamplingConfig, UserError
+from cucafera.options import add_device, add_sampling, sampling_of
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +264,7 @@ def main() -> None:
 
 
 def _talk(arguments: argparse.Namespace) -> int:
-    sampling = _sampling(arguments)
+    sampling = sampling_of(arguments)
 
     import torch
 
@@ -329,21 +330,6 @@ def _begin_terminal(trained: "TrainedModel | LlamaCpp") -> None:
     print("/help shows the commands.")
 
 
-def _sampling(arguments: argparse.Namespace) -> SamplingConfig:
-    sampling = SamplingConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        stop=arguments.stop,
-    )
-    if problems := sampling_problems(sampling):
-        raise UserError("\n".join(problems))
-    return sampling
-
-
 def command_line_parser() -> argparse.ArgumentParser:
     """The arguments of the door."""
     parser = argparse.ArgumentParser(
@@ -353,7 +339,6 @@ def command_line_parser() -> argparse.ArgumentParser:
         epilog="In the terminal:\n" + COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = SamplingConfig()
     parser.add_argument(
         "run",
         metavar="RUN",
@@ -362,18 +347,8 @@ def command_line_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", help="answer this and end")
     parser.add_argument("--system", help="what the model is told about its behaviour")
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if there is")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0: the likeliest token (default: %(default)s)"
-    )
-    parser.add_argument("--top-k", type=int, default=default.top_k, help="0: off (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=default.top_p, help="1: off (default: %(default)s)")
-    parser.add_argument("--min-p", type=float, default=default.min_p, help="0: off (default: %(default)s)")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=default.repetition_penalty, help="1: off (default: %(default)s)"
-    )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text")
+    add_device(parser)
+    add_sampling(parser, max_new_tokens=256)
     return parser
 
 

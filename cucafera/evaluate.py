@@ -13,7 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cucafera.config import SamplingConfig, UserError, sampling_problems
+from cucafera.config import UserError
+from cucafera.options import add_device, add_sampling, sampling_of
 from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ def check(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, name) != parser.get_default(name)
         if given and not getattr(arguments, main_option):
             raise UserError(f"{_option(name)} says nothing without {_option(main_option)}")
-    if problems := sampling_problems(_sampling(arguments)):
-        raise UserError("\n".join(problems))
+    sampling_of(arguments)
     for name in ("text", "attention", "tasks"):
         if getattr(arguments, name) is not None and not getattr(arguments, name).strip(" ,"):
             raise UserError(f"{_option(name)} is empty")
@@ -242,7 +242,7 @@ def _show_samples(arguments: argparse.Namespace, subject: "Subject") -> None:
     prompts = prompts_of_file(arguments.prompts) if arguments.prompts else subject.prompts or list(PROMPTS)
     device = subject.model.embed_tokens.weight.device
     authors = [OurAuthor(subject), *(author_called(source, device) for source in arguments.beside)]
-    write_page(authors, prompts, _sampling(arguments), arguments.seed, path)
+    write_page(authors, prompts, sampling_of(arguments), arguments.seed, path)
     print(f"\nSamples: {path}")
 
 
@@ -264,17 +264,6 @@ def _place(arguments: argparse.Namespace, subject: "Subject", name: str) -> Path
     return subject.folder.path / name
 
 
-def _sampling(arguments: argparse.Namespace) -> SamplingConfig:
-    return SamplingConfig(
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-    )
-
-
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -293,7 +282,7 @@ def command_line_parser() -> argparse.ArgumentParser:
         help="a run folder, whose best checkpoint is taken, a checkpoint, a Hugging Face folder or name; for --text a "
         ".gguf file too",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if there is")
+    add_device(parser)
     parser.add_argument("--out", metavar="FILE", help="where --samples or --attention goes (default: into RUN)")
 
     text = parser.add_argument_group("bits a byte and perplexity of text, in windows that overlap")
@@ -317,7 +306,6 @@ def command_line_parser() -> argparse.ArgumentParser:
     tasks.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task (default: all)")
     tasks.add_argument("--apply-chat-template", action="store_true", help="ask in a conversation, as in finetuning")
 
-    default = SamplingConfig()
     samples = parser.add_argument_group("texts side by side, as a page to read")
     samples.add_argument("--samples", action="store_true", help="let the model write after each prompt")
     samples.add_argument(
@@ -328,16 +316,7 @@ def command_line_parser() -> argparse.ArgumentParser:
     samples.add_argument(
         "--seed", type=int, default=0, help="the same seed gives the same texts (default: %(default)s)"
     )
-    samples.add_argument("--max-new-tokens", type=int, default=128, help="longest text (default: %(default)s)")
-    samples.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0: the likeliest token (default: %(default)s)"
-    )
-    samples.add_argument("--top-k", type=int, default=default.top_k, help="0: off (default: %(default)s)")
-    samples.add_argument("--top-p", type=float, default=default.top_p, help="1: off (default: %(default)s)")
-    samples.add_argument("--min-p", type=float, default=default.min_p, help="0: off (default: %(default)s)")
-    samples.add_argument(
-        "--repetition-penalty", type=float, default=default.repetition_penalty, help="1: off (default: %(default)s)"
-    )
+    add_sampling(samples, max_new_tokens=128)
 
     attention = parser.add_argument_group("what heads look at, as a picture; needs pip install '.[plots]'")
     attention.add_argument("--attention", metavar="TEXT", help="what the model reads, up to some 40 tokens")

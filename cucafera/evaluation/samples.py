@@ -68,7 +68,7 @@ class OurAuthor:
         self.facts = f"{subject.facts}; {'answers' if subject.chats else 'continues'}"
 
     def write(self, prompt: str, sampling: SamplingConfig, seed: int) -> Text:
-        """As `Author.write`; of a prompt that is too long, the end is read."""
+        """See `Author.write`; of a prompt that is too long, the end is read."""
         model, tokenizer = self.subject.model, self.subject.tokenizer
         if self.subject.chats:
             ids = render_prompt([Message("user", prompt)], tokenizer)
@@ -110,7 +110,7 @@ class TransformersAuthor:
 
     @torch.inference_mode()
     def write(self, prompt: str, sampling: SamplingConfig, seed: int) -> Text:
-        """As `Author.write`; the stop texts of `sampling` are not heeded."""
+        """See `Author.write`."""
         if self.chats:
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -142,7 +142,10 @@ class TransformersAuthor:
             ended = "stop"
         else:
             ended = "length" if room == sampling.max_new_tokens else "context"
-        return Text(self.tokenizer.decode(written, skip_special_tokens=True), ended)
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
+        if places := [text.index(stop) for stop in sampling.stop if stop in text]:
+            return Text(text[: min(places)], "stop")
+        return Text(text, ended)
 
     def _is_end(self, token: int) -> bool:
         ends = self.model.generation_config.eos_token_id

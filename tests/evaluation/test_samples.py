@@ -82,6 +82,14 @@ def test_a_long_prompt_is_read_from_its_end_and_the_full_context_ends_the_text(b
         assert author.write("la mar i el bosc " * 80, SAMPLING, 0).ended in ("context", "stop")
 
 
+def test_a_stop_text_ends_what_either_kind_of_model_writes(base, foreign):
+    for author in (OurAuthor(base), TransformersAuthor(str(foreign), CPU)):
+        whole = author.write("la mar", SAMPLING, 0)
+        stop = whole.text[2:4]
+        stopped = author.write("la mar", SamplingConfig(max_new_tokens=6, temperature=1.0, stop=[stop]), 0)
+        assert (stopped.text, stopped.ended) == (whole.text[: whole.text.index(stop)], "stop")
+
+
 def test_an_empty_text_is_said_to_be_empty(base):
     assert "(nothing)" in page([OurAuthor(base)], [("x", [Text(" ", "stop")])], SAMPLING, 0)
 
