@@ -31,7 +31,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cucafera.config import Config, DataConfig, ModelConfig, UserError, shown, value_problems
-from cucafera.interop.layout import folder_of, is_hugging_face, read_layout
 
 CONFIG_NAME = "config"
 SCHEMA_NAME = "schema"
@@ -76,6 +75,8 @@ def _inherited(key: str, *, _root_: DictConfig) -> Any:
 
 def _config_to_inherit(composed: DictConfig) -> DictConfig:
     """The configuration, or only the model, that init_from names; if that is gone, of the run that began with it."""
+    from cucafera.interop.layout import folder_of, is_hugging_face, read_layout  # tokenizers takes half a second
+
     try:
         if is_hugging_face(composed.init_from):
             layout = read_layout(folder_of(composed.init_from, with_weights=False))

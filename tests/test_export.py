@@ -44,7 +44,9 @@ def front_matter(folder: Path) -> dict:
 def test_a_chat_model_is_exported_with_a_card_that_tells_its_past(within, runs, tmp_path, capsys):
     results = [
         {"kind": "harness", "task": "copa_ca", "metrics": {"acc": {"value": 0.614, "stderr": 0.0218}},
-         "settings": {"num_fewshot": 0}, "checkpoint": "step-00000012.ckpt", "step": 12, "time": "now"}
+         "settings": {"num_fewshot": 0}, "checkpoint": "step-00000012.ckpt", "step": 12, "time": "now"},
+        {"kind": "text", "task": "old", "metrics": {"bpb": {"value": 3.0, "stderr": None}},
+         "settings": {}, "checkpoint": "step-00000008.ckpt", "step": 8, "time": "before"},
     ]  # fmt: skip
     evaluation = runs / "outputs" / "chat" / "evaluation.json"
     evaluation.write_text(json.dumps({"results": results}))
@@ -61,6 +63,7 @@ def test_a_chat_model_is_exported_with_a_card_that_tells_its_past(within, runs, 
     for told in (
         "| base | local files: files | 1 | 3,072 |",
         "| chat | local files: files | 1 | 6,144 |",
+        "| trained | all weights | all weights |",
         "| optimizer | AdamW, lr 0.003 | AdamW, lr 0.01 |",
         "| copa_ca | acc | 0.6140 | 0.0218 | num_fewshot=0 |",
         "![Validation loss against tokens](curves.png)",
@@ -68,7 +71,7 @@ def test_a_chat_model_is_exported_with_a_card_that_tells_its_past(within, runs, 
         "ids 4 and 5",
     ):
         assert told in card, told
-    assert str(runs) not in card
+    assert str(runs) not in card and "| old |" not in card
     assert (tmp_path / "hf" / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config
     assert (settings.temperature, settings.top_k, settings.pad_token_id) == (0.6, 50, 3)

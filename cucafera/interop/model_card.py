@@ -80,12 +80,15 @@ def model_card(
 
     Args:
         trained: The model.
-        past: Its past; None for a model that was not trained here.
+        past: Its past, with what was measured of any checkpoint; None for a model that was not trained here.
         name: What to call it.
         licence: Identifier of the hub, such as apache-2.0; None: nobody has said.
         proof: How the files were compared with the source.
         has_curves: Whether CURVES lies beside it.
     """
+    if past is not None:
+        of_checkpoint = [result for result in past.evaluation if result["checkpoint"] == trained.checkpoint.name]
+        past = dataclasses.replace(past, evaluation=of_checkpoint)
     sections = [_what_it_is(trained, past, name), _use(trained.chats)]
     if past is not None:
         sections += [_data(past), _recipe(past), _curves(past, has_curves), _evaluation_section(past)]
@@ -213,6 +216,7 @@ def _source(key: str, source: Mapping[str, Any]) -> str:
 def _recipe(past: Past) -> str:
     stages = list(_stages(past))
     rows: list[tuple[str, list[str]]] = [
+        ("trained", [_trained_part(stage.config["adapter"]) for _, stage in stages]),
         ("optimizer", [f"AdamW, lr {stage.config['optimizer']['lr']:g}" for _, stage in stages]),
         ("weight decay", [f"{stage.config['optimizer']['weight_decay']:g}" for _, stage in stages]),
         ("schedule", [_schedule(stage.config["schedule"]) for _, stage in stages]),
@@ -232,6 +236,10 @@ def _recipe(past: Past) -> str:
 
 def _resolved(config: dict[str, Any], key: str) -> Any:
     return OmegaConf.select(OmegaConf.create(config), key)
+
+
+def _trained_part(adapter: Mapping[str, Any]) -> str:
+    return f"adapters of rank {adapter['rank']} (LoRA), merged" if adapter["rank"] else "all weights"
 
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
