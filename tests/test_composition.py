@@ -254,8 +254,8 @@ def test_a_run_that_cannot_be_begun_with_is_told_beside_the_other_problems(tmp_p
     assert len(problems) == 2
     assert "there is no run there whose model could be taken" in problems[0]
     assert command_line_problems(["+experiment=finetune"]) == [
-        "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with "
-        "(model=inherited takes its model)"
+        "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with, "
+        "or a Hugging Face folder or name (model=inherited takes its model)"
     ]
 
 
