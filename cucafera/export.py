@@ -1,8 +1,11 @@
 """The door to other tools: `python -m cucafera.export RUN --to hf FOLDER` or `--to gguf FILE`."""
 
 import argparse
+import contextlib
+import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +24,8 @@ def main() -> None:
     """Writes a trained model as others have it, or says in a sentence why not."""
     arguments = command_line_parser().parse_args()
     try:
-        _export(arguments)
+        with _told():
+            _export(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -31,6 +35,20 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted: nothing was written.", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What the rooms tell of their work goes to the terminal: an export of a large model takes minutes."""
+    logger, handler = logging.getLogger("cucafera"), logging.StreamHandler(sys.stdout)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -172,7 +172,7 @@ def write_gguf(
                 _write(trained, partial, type_, name or path.stem, licence)
             else:
                 _write_by_llama_cpp(trained, partial, type_, name or path.stem, licence)
-            log.info("comparing what %s computes with the model", path)
+            log.info("Comparing what %s computes with the model", path)
             proof = prove(trained, partial, type_)
             if problems := proof.problems():
                 raise UserError(f"{path} is not written, because it would not be the same model: {'; '.join(problems)}")

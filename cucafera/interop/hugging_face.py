@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from itertools import islice
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, PAD_ID, Tokeni
 from cucafera.interop.layout import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Layout
 from cucafera.interop.real_text import conversations, documents, sample_ids
 from cucafera.model.transformer import Decoder
+
+log = getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -139,6 +142,7 @@ def write_folder(
     weights = {f"model.{name}": value.to(DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
     if not all(torch.isfinite(value).all() for value in weights.values()):
         raise UserError(f"a weight is too large for {dtype}: choose --type bf16 or fp32")
+    log.info("Writing %s of weights", f"{sum(value.nbytes for value in weights.values()) / 1e6:,.1f} MB")
     with written_whole(folder / WEIGHTS) as file:
         file.write(save(weights, metadata={"format": "pt"}))
     rounded = Decoder(model.config).eval().requires_grad_(False)
@@ -216,6 +220,7 @@ def _compared(model: Decoder, rounded: Decoder, tokenizer: Tokenizer, chats: boo
     """Compares tokenizer and logits of a written folder with the source, on real text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    log.info("Comparing them with what transformers computes")
     logging.set_verbosity_error()  # texts are longer than the context until they are cut
     logging.disable_progress_bar()
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -225,6 +230,7 @@ def _compared(model: Decoder, rounded: Decoder, tokenizer: Tokenizer, chats: boo
     texts = [torch.tensor([ids]) for ids in sample_ids(tokenizer, chats, min(TOKENS, len(model.cos)), TEXTS)]
     with torch.inference_mode():
         computed = [(model.logits(model(ids)), rounded.logits(rounded(ids)), theirs(ids).logits) for ids in texts]
+        del theirs  # a large model stands here often enough
         rounded.double()
         exact = [rounded.logits(rounded(ids)) for ids in texts]
     for (source, expected, found), reference in zip(computed, exact, strict=True):
