@@ -106,13 +106,13 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, device: str = "auto") -> None:
+        self._library = library()
         reader = open_gguf(path)
         self.path = path
         self.tokenizer = tokenizer_in(reader, path)
         self.chats = metadata(reader, "tokenizer.chat_template") is not None
         self.context = int(metadata(reader, "ARCH.context_length"))
         self.device = torch.device("cpu")
-        self._library = library()
         _errors.clear()
         settings = self._library.llama_model_default_params()
         settings.n_gpu_layers = self._layers_on_gpu(device)
