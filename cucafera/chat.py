@@ -297,7 +297,6 @@ def _loaded(source: str, device: str) -> "TrainedModel | LlamaCpp":
     Raises:
         UserError: it cannot be loaded, or there is no such device.
     """
-
     if source.endswith(".gguf"):
         from cucafera.interop.llama_cpp import LlamaCpp
 

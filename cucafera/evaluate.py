@@ -108,7 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     subject = load_subject(arguments.run, device)
     shows = arguments.samples or arguments.attention is not None
     measures = bool(arguments.text or arguments.choices or arguments.tasks) or not shows
-    kept = ResultFile(subject.folder) if measures and subject.folder is not None else None
+    kept = ResultFile(subject.run) if measures and subject.run is not None else None
     print(f"{arguments.run}: {subject.facts}; on {device.type}, in fp32")
     for note in subject.notes:
         print(f"{note}.")
@@ -259,9 +259,9 @@ def _place(arguments: argparse.Namespace, subject: "Subject", name: str) -> Path
     """Where a page or a picture goes."""
     if arguments.out:
         return Path(arguments.out).expanduser()
-    if subject.folder is None:
+    if subject.run is None:
         raise UserError(f"{arguments.run} is in no run folder: say with --out where {name} goes")
-    return subject.folder.path / name
+    return subject.run.path / name
 
 
 def _option(name: str) -> str:

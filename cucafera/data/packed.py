@@ -6,7 +6,7 @@ T  sequence_length
 import hashlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,21 +104,13 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
         if self.config.tokenizer.path is not None:
             return super().read_tokenizer()
         folder = self.prepared / f"tokenizer-{self._tokenizer_key()}"
-        made = prepare_once("tokenizer", folder, self._train_tokenizer)
-        path = folder / "tokenizer.json"
-        if not path.exists() or file_sha256(path) != made["sha256"]:
-            raise damaged(path, "it is not what was written")
-        return Tokenizer.load(path)
+        return Tokenizer.load(prepared_tokenizer(folder, self._train_tokenizer))
 
-    def _train_tokenizer(self, folder: Path) -> None:
-        """Fills a folder with a tokenizer of the corpus."""
+    def _train_tokenizer(self) -> Tokenizer:
+        """A tokenizer of the corpus."""
         size = self.config.tokenizer.vocab_size
         log.info("Training a tokenizer of %s entries", f"{size:,}")
-        tokenizer = Tokenizer.train(self._tokenizer_texts(), size, show_progress=sys.stderr.isatty())
-        folder.mkdir()
-        path = folder / "tokenizer.json"
-        tokenizer.save(path)
-        write_sealed(folder / SUMMARY, {"sha256": file_sha256(path)})
+        return Tokenizer.train(self._tokenizer_texts(), size, show_progress=sys.stderr.isatty())
 
     def _tokenizer_texts(self) -> Iterator[str]:
         """Training documents, from each source its share by weight of tokenizer.train_bytes; none held out."""
@@ -144,6 +136,26 @@ class PackedDataModule(WindowDataModule[StreamWindows]):
         settings = (VERSION, data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
         key = short_hash(source_fingerprint(source), self.tokenizer.fingerprint, *settings)
         return self.prepared / f"shards-{key}"
+
+
+def prepared_tokenizer(folder: Path, make: Callable[[], Tokenizer]) -> Path:
+    """The tokenizer.json in a folder of prepared data, made if it is not there.
+
+    Raises:
+        UserError: it is damaged or cannot be written, or what `make` raises.
+    """
+
+    def fill(partial: Path) -> None:
+        tokenizer = make()
+        partial.mkdir()
+        tokenizer.save(partial / path.name)
+        write_sealed(partial / SUMMARY, {"sha256": file_sha256(partial / path.name)})
+
+    path = folder / "tokenizer.json"
+    made = prepare_once("tokenizer", folder, fill)
+    if not path.exists() or file_sha256(path) != made["sha256"]:
+        raise damaged(path, "it is not what was written")
+    return path
 
 
 def held_out_stream(prepared: Path, identity: str, tokenizer: Tokenizer, vocab_size: int) -> TokenStream | None:

@@ -22,6 +22,9 @@ TOKENS_IN_BATCH = {"cpu": 4096, "cuda": 65_536}
 """B * T of one forward pass, padding included."""
 SECONDS_WITHOUT_BAR = 2
 
+DOCUMENT_START = (DOCUMENT_START_ID,)
+"""What stands before a plain text: in pretraining every document began with it."""
+
 Window = tuple[list[int], int]
 """Token ids, and the place of the first one that is scored: at least 1, since nothing stands before the first."""
 Request = tuple[list[int], list[int]]
@@ -206,10 +209,6 @@ def encoded_pair(tokenizer: Tokenizer, context: str, continuation: str, start: S
     before = tokenizer.encode(context)
     scored = tokenizer.encode(context + continuation)[len(before) :] or tokenizer.encode(continuation)
     return [*start, *before], scored
-
-
-DOCUMENT_START = (DOCUMENT_START_ID,)
-"""What stands before a plain text: in pretraining every document began with it."""
 
 
 def progress(what: str, total: int | None) -> "tqdm[Any]":

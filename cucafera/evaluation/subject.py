@@ -10,36 +10,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cucafera.config import UserError
-from cucafera.data.tokenizer import Tokenizer
-from cucafera.interop.trained import load_trained
-from cucafera.model.transformer import Decoder
+from cucafera.interop.trained import TrainedModel, load_trained
 from cucafera.training.checkpoint_files import read_checkpoint
-from cucafera.training.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model to be measured.
+class Subject(TrainedModel):
+    """A model to be measured, on the device where that is done.
 
     Attributes:
         source: What the user called it.
-        model: The decoder, in fp32, on the device.
-        tokenizer: Its tokenizer.
-        chats: Whether it was trained on conversations.
-        checkpoint: Where its weights come from.
-        step: After how many steps; None where nobody knows.
-        folder: The run folder that the checkpoint is in; None for a model from elsewhere.
-        notes: What a user should know of how it was taken.
     """
 
-    source: str
-    model: Decoder
-    tokenizer: Tokenizer
-    chats: bool
-    checkpoint: Path
-    step: int | None
-    folder: RunFolder | None
-    notes: tuple[str, ...] = ()
+    source: str = dataclasses.field(kw_only=True)
 
     @property
     def facts(self) -> str:
@@ -51,7 +34,7 @@ class Subject:
     @property
     def sources(self) -> dict[str, str]:
         """The identity of the training data of each source; empty if nobody knows."""
-        if self.folder is None:
+        if self.run is None:
             return {}
         identity: dict[str, str] = read_checkpoint(self.checkpoint, mapped=True)["identity"]
         prefix = "data.sources."
@@ -69,12 +52,12 @@ class Subject:
 
     def _config(self) -> Any:
         """The configuration of the run, as it stands in its folder; nothing for a model from elsewhere."""
-        if self.folder is None:
+        if self.run is None:
             return OmegaConf.create()
         try:
-            return OmegaConf.load(self.folder.config)
+            return OmegaConf.load(self.run.config)
         except (OSError, YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{self.folder.config} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{self.run.config} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def load_subject(source: str, device: torch.device) -> Subject:
@@ -86,16 +69,8 @@ def load_subject(source: str, device: torch.device) -> Subject:
     if not source:
         raise UserError("RUN is empty: name a run folder, a checkpoint or a Hugging Face folder")
     trained = load_trained(source)
-    return Subject(
-        source=source,
-        model=trained.model.to(device),
-        tokenizer=trained.tokenizer,
-        chats=trained.chats,
-        checkpoint=trained.checkpoint,
-        step=trained.step,
-        folder=trained.run,
-        notes=trained.notes,
-    )
+    trained.model.to(device)
+    return Subject(**vars(trained), source=source)
 
 
 def _value(config: Any, key: str) -> Any:

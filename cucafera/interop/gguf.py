@@ -211,9 +211,9 @@ def _write(trained: "TrainedModel", path: Path, type_: str, name: str, licence: 
         add_metadata(writer, config, trained.tokenizer, trained.chats)
         total = len(trained.model.state_dict())
         weights = stored_weights(trained.model)
-        for _, name, value in tqdm(weights, desc=f"Converting to {type_}", total=total, leave=False, disable=None):
+        for _, theirs, value in tqdm(weights, desc=f"Converting to {type_}", total=total, leave=False, disable=None):
             kind = Type[_kind(type_, value)]
-            writer.add_tensor(name, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
+            writer.add_tensor(theirs, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

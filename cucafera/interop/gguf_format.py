@@ -224,15 +224,13 @@ def decoder_in(reader: "GGUFReader", config: ModelConfig) -> Decoder:
     """A decoder with the weights of a file, in fp32, in our terms."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     with torch.device("meta"):
-        model = Decoder(config)
+        shapes = Decoder(config).state_dict()
     state = {}
-    for name, value in model.state_dict().items():
+    for name, value in shapes.items():
         tensor = tensors[_stored_name(name)]
         stored = torch.from_numpy(_numbers(tensor.data, tensor.tensor_type)).reshape(value.shape)
         state[name] = _restored(name, stored, config)
-    model.load_state_dict(state, assign=True)
-    model.make_rotary_tables()
-    return model.eval().requires_grad_(False)
+    return Decoder.holding(config, state)
 
 
 def _numbers(data: NDArray[Any], type_: Any) -> NDArray[np.float32]:

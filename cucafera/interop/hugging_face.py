@@ -145,8 +145,8 @@ def write_folder(
     log.info("Writing %s of weights", f"{sum(value.nbytes for value in weights.values()) / 1e6:,.1f} MB")
     with written_whole(folder / WEIGHTS) as file:
         file.write(save(weights, metadata={"format": "pt"}))
-    rounded = Decoder(model.config).eval().requires_grad_(False)
-    rounded.load_state_dict({name.removeprefix("model."): value.float() for name, value in weights.items()})
+    as_read = {name.removeprefix("model."): value.float() for name, value in weights.items()}
+    rounded = Decoder.holding(model.config, as_read)
     write_text(folder / CONFIG, _as_json(_model_description(model, chats, dtype)))
     write_text(folder / GENERATION_CONFIG, _as_json(_generation_description(sampling, chats)))
     tokenizer.save(folder / TOKENIZER, begins_documents=not chats)

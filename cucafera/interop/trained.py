@@ -4,15 +4,13 @@ import dataclasses
 import logging
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cucafera.config import Config, ModelConfig, UserError, shown
-from cucafera.data.files import file_sha256, write_sealed
-from cucafera.data.prepared import SUMMARY, prepare_once
+from cucafera.data.packed import prepared_tokenizer
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.interop.hugging_face import load_weights
-from cucafera.interop.layout import TOKENIZER, Layout, folder_of, is_hugging_face, read_layout
+from cucafera.interop.layout import TOKENIZER, folder_of, is_hugging_face, read_layout
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
 from cucafera.training.run_folder import RunFolder, read_checkpoint_of, tokenizer_beside
@@ -83,12 +81,8 @@ def load_trained(source: str) -> TrainedModel:
 
 
 def _decoder(config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
-    """A decoder with these weights, without drawing others first."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.load_state_dict({name.removeprefix("model."): value for name, value in weights.items()}, assign=True)
-    model.make_rotary_tables()
-    return model.eval().requires_grad_(False)
+    """A decoder with weights that have the names of a LanguageModel's state dict."""
+    return Decoder.holding(config, {name.removeprefix("model."): value for name, value in weights.items()})
 
 
 def weights_to_begin_with(config: Config) -> Beginning:
@@ -138,12 +132,4 @@ def tokenizer_to_begin_with(config: Config) -> Path:
     if layout.rows is None:
         return layout.folder / TOKENIZER
     folder = Path(config.data.prepared_dir) / f"tokenizer-{layout.tokenizer.fingerprint[:16]}"
-    prepare_once("tokenizer", folder, lambda partial: _write_tokenizer(layout, partial))
-    return folder / TOKENIZER
-
-
-def _write_tokenizer(layout: Layout, folder: Path) -> None:
-    folder.mkdir()
-    path = folder / TOKENIZER
-    layout.tokenizer.save(path)
-    write_sealed(folder / SUMMARY, {"sha256": file_sha256(path)})
+    return prepared_tokenizer(folder, lambda: layout.tokenizer)

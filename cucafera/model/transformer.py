@@ -4,6 +4,7 @@ B batch, T time, D hidden, H heads, K key/value heads, F intermediate, V vocabul
 """
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -161,6 +162,15 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=scale * config.initializer_range)
             else:
                 nn.init.constant_(parameter, scale)
+
+    @classmethod
+    def holding(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "Decoder":
+        """A decoder to use, not to train, with these weights by their names here; none are drawn or copied."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        model.make_rotary_tables()
+        return model.eval().requires_grad_(False)
 
     def make_rotary_tables(self) -> None:
         """Computes the tables, which no checkpoint holds: needed again for a decoder that was made without memory."""

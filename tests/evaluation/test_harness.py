@@ -39,9 +39,9 @@ def peer(subject: Subject, add_bos_token: bool) -> HFLM:
     llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).eval()
     llama.model.load_state_dict(subject.model.state_dict())
     assert llama.config.rope_parameters["rope_theta"] == config.rope_theta
-    assert subject.folder is not None
+    assert subject.run is not None
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(subject.folder.tokenizer), bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_file=str(subject.run.tokenizer), bos_token="</s>", eos_token="</s>", pad_token="<pad>"
     )
     if add_bos_token:
         tokenizer._tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])

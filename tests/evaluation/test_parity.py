@@ -53,7 +53,7 @@ def test_bits_a_byte_are_those_of_transformers_on_the_exported_model(base, expor
 
 def test_an_exported_model_is_measured_like_the_run(base, exported):
     there = load_subject(str(exported), torch.device("cpu"))
-    assert (there.folder, there.step) == (None, None)
+    assert (there.run, there.step) == (None, None)
     scores = [
         measure(DecoderScorer(subject.model), texts_of_files("corpus.jsonl", "text", 5, subject.tokenizer), 64)
         for subject in (base, there)

@@ -67,7 +67,7 @@ def test_held_out_documents_are_those_that_training_has_left_out(base):
 def test_the_loss_of_held_out_answers_is_that_of_validation(chat):
     (texts,) = held_out_texts(chat).values()
     metrics = measure(DecoderScorer(chat.model), texts, stride=32).metrics()
-    folder = chat.folder
+    folder = chat.run
     assert isinstance(folder, RunFolder)
     (validation,) = (record for record in folder.read_metrics()["validation"] if record["step"] == chat.step)
     assert metrics["loss"].value == pytest.approx(validation["loss"], rel=1e-4)

@@ -31,7 +31,7 @@ def foreign(base, tmp_path: Path) -> Path:
         GPT2Config(vocab_size=320, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=1, bos_token_id=1)
     ).save_pretrained(folder)
     PreTrainedTokenizerFast(
-        tokenizer_file=str(base.folder.tokenizer), eos_token="</s>", pad_token="<pad>"
+        tokenizer_file=str(base.run.tokenizer), eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
 
