@@ -222,6 +222,12 @@ class TrainerConfig:
     """auto (bf16 on CUDA devices that have it, fp32 elsewhere), fp32 or bf16."""
     compile: bool | str = "auto"
     """true, false or auto (torch.compile on CUDA only)."""
+    check_gradients: bool = True
+    """When a compiled run starts, compare its gradients with uncompiled ones, once, and refuse to train with others."""
+    document_attention: str = "auto"
+    """Attention within documents: flash, flash3 or flash4 (if installed), flex, dense; auto: flash if it can be had."""
+    residual_precision: str = "auto"
+    """Of the residual stream, fp32 or bf16; auto: bf16 where the precision is bf16 on CUDA, else fp32."""
     micro_batch_windows: int | str = "auto"
     """Most windows of one forward pass on one device; auto: as many as its memory holds, fewer if that was too many."""
     activation_checkpointing: bool | str = "auto"
@@ -389,6 +395,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "trainer.strategy": ("ddp", "fsdp"),
     "trainer.precision": ("auto", "fp32", "bf16"),
     "trainer.compile": ("auto", True, False),
+    "trainer.document_attention": ("auto", "flash", "flash3", "flash4", "flex", "dense"),
+    "trainer.residual_precision": ("auto", "fp32", "bf16"),
     "trainer.activation_checkpointing": ("auto", True, False),
     "callbacks.reference_curve": (None, "original"),
     "callbacks.guards.non_finite": ("skip", "rollback", "stop"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cucafera.config import ModelConfig
-from cucafera.model.attention import Mask, attend, attention_mask
+from cucafera.model.attention import Mask, attend, attention_mask, document_mask
 from cucafera.model.linear import Linear, linear, linears
 from cucafera.model.loss import linear_cross_entropy, linear_scores
 from cucafera.model.scaling import initial_scale
@@ -72,6 +72,14 @@ def activation(name: str, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (Zhang & Sennrich, 2019), in fp32 whatever the residual stream is in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to fp32 [..., D]."""
+        return super().forward(x.float())
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023) with rotary positions."""
 
@@ -120,9 +128,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
@@ -143,18 +151,28 @@ class Decoder(nn.Module):
         config: Its shape.
         activation_checkpointing: In training, keep of each layer only what enters it, and compute the rest again in the
             backward pass (Chen et al., 2016). The numbers are the same.
+        document_attention: What computes attention within documents; see `attention.DOCUMENT_ATTENTION`.
+        residual_dtype: Of the residual stream; None: that of the embedding.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        activation_checkpointing: bool = False,
+        document_attention: str = "dense",
+        residual_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.document_attention = document_attention
+        self.residual_dtype = residual_dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.make_rotary_tables()
         for name, parameter in self.named_parameters():
             scale = initial_scale(name, config)
@@ -184,15 +202,18 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         documents: Tensor | None = None,
         cache: Cache | None = None,
+        document_limit: int | None = None,
     ) -> Tensor:
         """Hidden states, or the loss when there are targets.
 
         Args:
-            input_ids: [B, T] int64.
-            targets: [B, T] int64, the token after each; -100: none.
+            input_ids: [B, T], int32 or int64.
+            targets: [B, T], int32 or int64, the token after each; -100: none.
             documents: Document number of each token within its window, [B, T] int32; tokens see only their own
                 document, which begins at position 0. None: they see the whole window. Not together with a cache.
             cache: Keys and values of the tokens before `input_ids`; the new ones are added.
+            document_limit: Documents that there may be in all windows together, for flash attention. Compiled, another
+                limit is another graph.
 
         Returns:
             Normed hidden states [B, T, D]; with targets, the cross-entropy in nats summed over the valid targets, an
@@ -208,9 +229,13 @@ class Decoder(nn.Module):
             places = torch.arange(past, past + tokens, device=input_ids.device)
             positions = (places - padding[:, None]).clamp(0, len(self.cos) - 1)  # a text that is full is not read on
         cos, sin = self.cos[positions], self.sin[positions]
-        mask = attention_mask(tokens, past, documents, padding, input_ids.device)
+        mask: Mask
+        if documents is not None:
+            mask = document_mask(documents, self.document_attention, document_limit)
+        else:
+            mask = attention_mask(tokens, past, padding, input_ids.device)
 
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids).to(self.residual_dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 # Nothing in a layer is random, so there is no state of a generator to bring back.
@@ -222,17 +247,23 @@ class Decoder(nn.Module):
             return hidden
         return linear_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, targets.flatten())
 
-    def scores(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def scores(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        document_limit: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """What validation measures; no gradients.
 
         Args:
-            input_ids, targets, documents: As for `forward`.
+            input_ids, targets, documents, document_limit: As for `forward`.
 
         Returns:
             The cross-entropy in nats summed over the valid targets, an fp32 scalar; and how many of them are the
             likeliest token, an int64 scalar.
         """
-        hidden = self(input_ids, documents=documents)
+        hidden = self(input_ids, documents=documents, document_limit=document_limit)
         wanted = targets != -100
         return linear_scores(hidden[wanted], self.embed_tokens.weight, targets[wanted])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from cucafera.config import Config, UserError
+from cucafera.model.attention import SMALLEST_FLEX_HEAD, document_attention
 from cucafera.model.flops import adapter_parameter_count, parameter_count, peak_flops
 from cucafera.model.loss import LOGITS_IN_CHUNK
 
@@ -37,6 +38,8 @@ class Hardware:
         world_size: Devices of the job.
         precision: fp32 or bf16.
         compile: Whether the model is compiled.
+        document_attention: What computes attention within documents, of `attention.DOCUMENT_ATTENTION`.
+        residual_precision: Of the residual stream: fp32 or bf16.
         micro_batch_windows: Windows of one forward pass, all but the last of a step.
         activation_checkpointing: Whether activations are computed again in the backward pass.
         num_workers: Processes that read windows.
@@ -49,6 +52,8 @@ class Hardware:
     world_size: int
     precision: str
     compile: bool
+    document_attention: str
+    residual_precision: str
     micro_batch_windows: int
     activation_checkpointing: bool
     num_workers: int
@@ -106,6 +111,10 @@ def decide_hardware(config: Config) -> Hardware:
         raise UserError(
             f"{torch.cuda.get_device_name()} has no bf16 (compute capability 8): set trainer.precision=fp32"
         )
+    document_attention = _document_attention(config, accelerator, precision)
+    residual_precision = trainer.residual_precision
+    if residual_precision == "auto":
+        residual_precision = "bf16" if precision == "bf16" and accelerator == "cuda" else "fp32"
     checkpointing, windows = _memory_settings(config, accelerator, precision, world_size)
     return Hardware(
         accelerator=accelerator,
@@ -114,11 +123,34 @@ def decide_hardware(config: Config) -> Hardware:
         world_size=world_size,
         precision=precision,
         compile=accelerator == "cuda" if trainer.compile == "auto" else bool(trainer.compile),
+        document_attention=document_attention,
+        residual_precision=residual_precision,
         micro_batch_windows=windows,
         activation_checkpointing=checkpointing,
         num_workers=(2 if accelerator == "cuda" else 0) if trainer.num_workers is None else trainer.num_workers,
         peak_flops=peak_flops(torch.cuda.get_device_name()) if accelerator == "cuda" else None,
     )
+
+
+def _document_attention(config: Config, accelerator: str, precision: str) -> str:
+    """One of `attention.DOCUMENT_ATTENTION` or flash3, flash4. Raises UserError for what device or model rule out."""
+    setting = config.trainer.document_attention
+    head_dim = config.model.hidden_size // config.model.num_attention_heads
+    capability = torch.cuda.get_device_capability() if accelerator == "cuda" else (0, 0)
+    fastest = document_attention(accelerator, capability, precision == "bf16", head_dim)
+    if setting == "auto":
+        return fastest
+    if setting.startswith("flash") and fastest != "flash":
+        raise UserError(
+            f"trainer.document_attention={setting} needs a CUDA GPU of compute capability 8.0, bf16 and heads of a "
+            f"multiple of 8, at most 256: here {accelerator} in {precision} with heads of {head_dim}"
+        )
+    if setting == "flex" and fastest == "dense":
+        raise UserError(
+            f"trainer.document_attention=flex needs a CUDA GPU and heads of at least {SMALLEST_FLEX_HEAD}: here "
+            f"{accelerator} with heads of {head_dim}"
+        )
+    return setting
 
 
 def _device_count(config: Config, accelerator: str) -> int:

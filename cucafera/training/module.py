@@ -9,8 +9,11 @@ pass, every Lightning interval is in steps, and accumulation needs no bookkeepin
 
 import contextlib
 import dataclasses
+import logging
+import math
 import random
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
@@ -20,15 +23,19 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from cucafera.config import Config
+from cucafera.config import Config, UserError
 from cucafera.data.windows import IGNORED, Batch, WindowDataModule
 from cucafera.model.lora import add_adapters
 from cucafera.model.transformer import Decoder
+from cucafera.training.first_steps import FirstSteps
+from cucafera.training.gradient_check import compiled_gradient_fault
 from cucafera.training.hardware import Hardware
 from cucafera.training.metrics import LanguageModelingMetrics
 from cucafera.training.optimizers import build_optimizer, set_learning_rate
 from cucafera.training.schedules import lr_ratio
 from cucafera.training.sharding import FullySharded, whole
+
+log = logging.getLogger(__name__)
 
 
 def data_module_of(trainer: pl.Trainer) -> WindowDataModule[Any]:
@@ -67,7 +74,20 @@ class LanguageModel(pl.LightningModule):
         self.config = config
         self.micro_batch_windows = hardware.micro_batch_windows
         self.compile_model = hardware.compile
-        self.model = Decoder(config.model, hardware.activation_checkpointing)
+        attention = hardware.document_attention
+        if attention in ("flash3", "flash4"):
+            from cucafera.model.flash_attention import activate_successor
+
+            activate_successor(attention, hardware.name, torch.cuda.get_device_capability())
+            attention = "flash"
+        self.document_limit = 0
+        self.gradients_to_check = hardware.compile and config.trainer.check_gradients
+        self.model = Decoder(
+            config.model,
+            hardware.activation_checkpointing,
+            attention,
+            torch.bfloat16 if hardware.residual_precision == "bf16" else None,
+        )
         add_adapters(self.model, config.adapter)
         self.steps_done = 0
         self._unread: list[Tensor] = []
@@ -120,6 +140,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Tells Lightning, whose own loop state is not kept, how many steps the run has taken before."""
+        self.first_steps = FirstSteps(self.model)
         self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.steps_done
         self.other_hooks_done_at = time.perf_counter()
 
@@ -139,14 +160,19 @@ class LanguageModel(pl.LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_reduce(targets_in_step)
         micro_batches = list(batch.split(self.micro_batch_windows))
+        self._raise_document_limit(micro_batches)
+        if self.gradients_to_check:
+            self._check_gradients(micro_batches[0])
         loss = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             with self._gradients_stay_local(index < len(micro_batches) - 1):
-                share = self.model(micro_batch.input_ids, micro_batch.targets, micro_batch.documents) / targets_in_step
+                share = self._loss(micro_batch) / targets_in_step
                 # Gradients are averaged over devices; the loss is a sum over them.
                 self.manual_backward(share * self.trainer.world_size)
             loss += share.detach()
 
+        if not self.first_steps.has_seen_enough:
+            self.first_steps.watch(self.learning_rate(self.steps_done))
         gradient_norm = self._clip_gradients()
         broken = self._is_broken(loss, gradient_norm)
         # Where this is 1, the fused kernel leaves weights and moments as they are; the device is not waited for.
@@ -155,6 +181,41 @@ class LanguageModel(pl.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
         self._unread.append(torch.stack([loss, gradient_norm, broken]))
+
+    def _loss(self, micro_batch: Batch) -> Tensor:
+        limit = self.document_limit or None
+        loss: Tensor = self.model(
+            micro_batch.input_ids, micro_batch.targets, micro_batch.documents, document_limit=limit
+        )
+        return loss
+
+    def _raise_document_limit(self, micro_batches: Sequence[Batch]) -> None:
+        """Makes room for the documents of micro-batches, for flash attention.
+
+        The limit is a power of two with half as much to spare, and never lowered: a larger one is compiled again.
+        """
+        if self.model.document_attention != "flash":
+            return
+        most = max(sum(micro_batch.document_counts or ()) for micro_batch in micro_batches)
+        if most > self.document_limit:
+            self.document_limit = 1 << math.ceil(math.log2(1.5 * most))
+
+    def _check_gradients(self, micro_batch: Batch) -> None:
+        """Compares the gradients of the compiled model with those of the written one, once. Raises UserError."""
+        self.gradients_to_check = False
+        if isinstance(self.trainer.strategy, FullySharded):
+            return  # its gradients are there only after a whole backward pass; each block is compiled by itself
+        try:
+            fault = compiled_gradient_fault(self.model, micro_batch, self.document_limit or None)
+        except torch.OutOfMemoryError:
+            log.warning("The GPU has too little memory to compare the gradients of the compiled model: not compared.")
+            return
+        if fault:
+            raise UserError(
+                f"{fault}. Training would be wrong, so nothing was trained. It is a fault of PyTorch "
+                f"{torch.__version__} on this device: train with trainer.compile=false, or with another version "
+                "(trainer.check_gradients=false trains all the same)"
+            )
 
     def _is_broken(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
         """1 if the loss or gradient of any device is not finite, else 0."""
@@ -198,10 +259,14 @@ class LanguageModel(pl.LightningModule):
         """Adds the windows of a batch, tensors [n, T], to `validation_metrics`."""
         nats = torch.zeros((), dtype=torch.float64, device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        for micro_batch in batch.split(self.micro_batch_windows):
-            if self.compile_model:
-                micro_batch = micro_batch.padded(self.micro_batch_windows)  # another shape would be compiled anew
-            scores = self.model.scores(micro_batch.input_ids, micro_batch.targets, micro_batch.documents)
+        micro_batches = list(batch.split(self.micro_batch_windows))
+        if self.compile_model:  # another shape would be compiled again
+            micro_batches = [micro_batch.padded(self.micro_batch_windows) for micro_batch in micro_batches]
+        self._raise_document_limit(micro_batches)
+        for micro_batch in micro_batches:
+            scores = self.model.scores(
+                micro_batch.input_ids, micro_batch.targets, micro_batch.documents, self.document_limit or None
+            )
             nats += scores[0]
             correct += scores[1]
         valid = batch.targets != IGNORED

@@ -8,7 +8,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from cucafera.model import attention
-from cucafera.model.attention import attend, attention_mask, block_mask, dense_mask
+from cucafera.model.attention import (
+    attend,
+    attention_mask,
+    block_mask,
+    dense_mask,
+    document_attention,
+    document_lengths,
+    document_mask,
+)
 
 BATCH, QUERY_HEADS, KEY_VALUE_HEADS, TOKENS = 2, 6, 2, 300
 """More tokens than one block of queries, and no multiple of it."""
@@ -60,20 +68,20 @@ def assert_same_as_reference(mask: attention.Mask, heads: list[Tensor], visible:
 @pytest.mark.parametrize("head_dim", [32, 96])
 def test_causal_attention_equals_the_reference(head_dim: int) -> None:
     visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    assert_same_as_reference(attention_mask(TOKENS, 0, None, None, CPU), random_heads(head_dim), visible, 1e-5)
+    assert_same_as_reference(attention_mask(TOKENS, 0, None, CPU), random_heads(head_dim), visible, 1e-5)
 
 
 @pytest.mark.parametrize("head_dim", [32, 96])
 def test_attention_within_documents_equals_the_reference(head_dim: int) -> None:
     documents = random_documents()
-    mask = attention_mask(TOKENS, 0, documents, None, CPU)
+    mask = document_mask(documents, "dense", None)
     assert_same_as_reference(mask, random_heads(head_dim), visible_tokens(documents), 1e-5)
 
 
 @pytest.mark.parametrize("new", [1, 7, 290])
 def test_new_tokens_of_a_cache_see_all_before_and_themselves(new: int) -> None:
     visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-new:]
-    mask = attention_mask(new, TOKENS - new, None, None, CPU)
+    mask = attention_mask(new, TOKENS - new, None, CPU)
     assert_same_as_reference(mask, random_heads(32, queries=new), visible, 1e-5)
 
 

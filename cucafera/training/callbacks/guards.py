@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from cucafera.config import EXIT_DIVERGED, Config, GuardsConfig, UserError
 from cucafera.training.callbacks.interruption import Interruption
@@ -102,6 +103,7 @@ class Guards(pl.Callback):
         self.skipped_updates = 0
         self.left_out_batches = left_out_batches
         self._skipped_in_a_row = 0
+        self._first_steps_are_judged = False
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far."""
@@ -126,11 +128,18 @@ class Guards(pl.Callback):
             records = pl_module.read_steps()
             self.latest = records[-1]
             self._judge(trainer, records)
+            self._judge_first_steps(pl_module)
 
     def _judge(self, trainer: pl.Trainer, records: list[StepRecord]) -> None:
         broken, spikes = [], []
         for record in records:
             if record.applied:
+                if record.gradient_norm == 0 and record.loss > 0:
+                    raise GuardsError(
+                        _nothing_is_trained(
+                            f"the gradient of step {record.step:,} was exactly zero, at a loss of {record.loss:.3f}"
+                        )
+                    )
                 self._skipped_in_a_row = 0
                 mean = self.monitor.mean
                 above = self.monitor.deviations(record.loss)
@@ -163,9 +172,25 @@ class Guards(pl.Callback):
             batches = [steps.batch_at(record.step - 1) for record in offending]
             raise RollBack(batches, f"Step {first.step:,} {what}")
 
+    def _judge_first_steps(self, module: LanguageModel) -> None:
+        """Raises GuardsError if they did not train every weight."""
+        first_steps = module.first_steps
+        if self._first_steps_are_judged or not first_steps.has_seen_enough:
+            return
+        self._first_steps_are_judged = True
+        if not self.skipped_updates and (fault := first_steps.fault()):
+            raise GuardsError(_nothing_is_trained(fault))
+
     def _advice(self, what: str) -> str:
         return (
             f"{what}, and none was applied; training stops here. Lower optimizer.lr, lengthen schedule.warmup_steps or "
             "set optimizer.clip_norm, and go on from the last checkpoint with 'resume_despite=[optimizer,schedule]' "
             "(or begin anew with resume=overwrite); callbacks.guards.non_finite=rollback leaves out the batch"
         )
+
+
+def _nothing_is_trained(what: str) -> str:
+    return (
+        f"{what}: the model is not being trained, and training stops here. No data does that; if trainer.compile is "
+        f"on, train with trainer.compile=false, or with another version of PyTorch (this is {torch.__version__})"
+    )
