@@ -25,7 +25,7 @@ def linear_cross_entropy(
     Args:
         hidden: [N, D].
         weight: [V, D].
-        targets: Token ids [N], int64.
+        targets: Token ids [N], int32 or int64.
         ignore_index: Targets of this value count nothing and give no gradient.
         chunk_tokens: C; None: by the device and the vocabulary.
 
@@ -58,7 +58,7 @@ def linear_scores(
     for chunk, chunk_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         logits = (chunk.to(weight.dtype) @ weight.T).float()
         valid = chunk_targets != ignore_index
-        target_logits = logits.gather(1, torch.where(valid, chunk_targets, 0)[:, None])[:, 0]
+        target_logits = logits.gather(1, torch.where(valid, chunk_targets, 0).long()[:, None])[:, 0]
         loss += torch.where(valid, logits.logsumexp(1) - target_logits, 0).sum()
         correct += (valid & (logits.argmax(1) == chunk_targets)).sum()
     return loss, correct
@@ -136,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             chunk = hidden[rows].to(dtype)
             valid = targets[rows] != ignore_index
-            index = torch.where(valid, targets[rows], 0)[:, None]
+            index = torch.where(valid, targets[rows], 0).long()[:, None]
 
             logits = buffer[: chunk.shape[0]]
             _write_product(logits, chunk, matrix.T)

@@ -188,8 +188,8 @@ class Decoder(nn.Module):
         """Hidden states, or the loss when there are targets.
 
         Args:
-            input_ids: [B, T] int64.
-            targets: [B, T] int64, the token after each; -100: none.
+            input_ids: [B, T] int32 or int64.
+            targets: [B, T] int32 or int64, the token after each; -100: none.
             documents: Document number of each token within its window, [B, T] int32; tokens see only their own
                 document, which begins at position 0. None: they see the whole window. Not together with a cache.
             cache: Keys and values of the tokens before `input_ids`; the new ones are added.
