@@ -335,7 +335,8 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         if self._rank_and_world_size()[0] == 0:
             log.warning(
                 "%s has %.0f MB free, and the batches of %d data loader workers need %.0f MB: the training process "
-                "reads its data itself. A container gets more with --shm-size=1g; trainer.num_workers=0 ends this warning.",
+                "reads its data itself. A container gets more with --shm-size=1g; trainer.num_workers=0 ends this "
+                "warning.",
                 SHARED_MEMORY, free / 1e6, devices * self.num_workers, needed / 1e6,
             )  # fmt: skip
         return 0
