@@ -37,7 +37,7 @@ PREFETCHED_BATCHES = 2
 """Batches that a worker process reads ahead: two workers then hold 38 MB of the default 524,288 tokens, and a container
 has 64 MB of shared memory unless it is told otherwise."""
 SHARED_MEMORY = Path("/dev/shm")
-"""Where workers put their batches on Linux. Writing beyond its size is a bus error, not an exception."""
+"""Where workers put their batches on Linux; one that finds no room there ends, and the run with it."""
 
 
 class Window(NamedTuple):
