@@ -243,7 +243,7 @@ def loop(peer: str, config: Config, hardware: Any, data: PackedDataModule, devic
     )
     ends = []
     for step in range(config.total_steps):
-        batch = Batch(*(None if part is None else part.to(device) for part in data.training_steps[step]))
+        batch = on_device(data.training_steps[step], device)
         micro_batches = list(batch.split(hardware.micro_batch_windows))
         for micro_batch in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=hardware.precision == "bf16"):
@@ -255,6 +255,15 @@ def loop(peer: str, config: Config, hardware: Any, data: PackedDataModule, devic
         waited_for(device)
         ends.append(time.perf_counter())
     return ends
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, in int64: PyTorch's cross-entropy takes no other targets."""
+    return batch._replace(
+        input_ids=batch.input_ids.to(device, torch.int64),
+        targets=batch.targets.to(device, torch.int64),
+        documents=None if batch.documents is None else batch.documents.to(device),
+    )
 
 
 def waited_for(device: torch.device) -> None:

@@ -23,7 +23,7 @@ def test_the_peers_of_the_speed_benchmark_are_the_same_model(peer):
     model, loss_of = load_script("benchmark_training").LOOPS[peer](config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
     ids = torch.randint(10, 320, (2, 65))
-    loss = loss_of(Batch(ids[:, :-1], ids[:, 1:], None))
+    loss = loss_of(Batch(ids[:, :-1], ids[:, 1:], None, None))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     if peer != "original":  # it is measured only, and keeps PyTorch's larger initial weights

@@ -123,13 +123,13 @@ class ConversationWindows:
 
     def window(self, number: int) -> Window:
         """Conversations one after another, then padding, which is a document of its own."""
-        input_ids = np.full(self.length, PAD_ID, dtype=np.int64)
-        targets = np.full(self.length, IGNORED, dtype=np.int64)
-        documents = np.full(self.length, len(self._windows[number]), dtype=np.int64)
+        input_ids = np.full(self.length, PAD_ID, dtype=np.int32)
+        targets = np.full(self.length, IGNORED, dtype=np.int32)
+        documents = np.full(self.length, len(self._windows[number]), dtype=np.int32)
         start = 0
         for document, (conversation, places) in enumerate(self._windows[number]):
             rendered = self.conversations.conversation(conversation)
-            ids = rendered.ids.astype(np.int64)  # IGNORED does not fit uint16
+            ids = rendered.ids.astype(np.int32)  # IGNORED does not fit uint16
             here = slice(start, start + places)
             input_ids[here] = ids[:places]
             targets[here] = np.where(rendered.trained[1 : places + 1], ids[1 : places + 1], IGNORED)

@@ -39,8 +39,8 @@ class StreamWindows:
 
     def window(self, number: int) -> Window:
         """Every next token is a target; documents are counted from their start tokens."""
-        ids = self.stream.read(number * self.length, self.length + 1).astype(np.int64)
-        return Window(ids[:-1], ids[1:], np.cumsum(ids[:-1] == DOCUMENT_START_ID))
+        ids = self.stream.read(number * self.length, self.length + 1).astype(np.int32)
+        return Window(ids[:-1], ids[1:], np.cumsum(ids[:-1] == DOCUMENT_START_ID, dtype=np.int32))
 
 
 class PackedDataModule(WindowDataModule[StreamWindows]):

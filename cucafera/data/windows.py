@@ -8,7 +8,9 @@ W  windows of one step over all devices
 import functools
 import hashlib
 import json
+import logging
 import math
+import shutil
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -27,12 +29,19 @@ from cucafera.config import Config, SourceConfig, UserError
 from cucafera.data.order import WindowOrder
 from cucafera.data.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 IGNORED = -100
 """A target with this value is not trained on; the value is that of torch.nn.functional.cross_entropy."""
+PREFETCHED_BATCHES = 2
+"""Batches that a worker process reads ahead: two workers then hold 38 MB of the default 524,288 tokens, and a container
+has 64 MB of shared memory unless it is told otherwise."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where workers put their batches on Linux; one that finds no room there ends, and the run with it."""
 
 
 class Window(NamedTuple):
-    """One training example: three arrays [T] of int64.
+    """One training example: three arrays [T] of int32.
 
     Attributes:
         input_ids: Token ids.
@@ -40,9 +49,9 @@ class Window(NamedTuple):
         documents: Number of the document or conversation that each token belongs to, ascending within the window.
     """
 
-    input_ids: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    documents: NDArray[np.int64]
+    input_ids: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    documents: NDArray[np.int32]
 
 
 class WindowSource(Protocol):
@@ -64,38 +73,49 @@ class Batch(NamedTuple):
     """Windows of one device.
 
     Attributes:
-        input_ids: [n, T] int64.
-        targets: [n, T] int64: the next token of each, or IGNORED.
+        input_ids: [n, T] int32.
+        targets: [n, T] int32: the next token of each, or IGNORED.
         documents: [n, T] int32: number of the document that each token belongs to, within its window;
             None where tokens may attend to the whole window.
+        document_counts: Number of documents in each of the n windows, known without asking the device; None where
+            documents is None.
     """
 
     input_ids: Tensor
     targets: Tensor
     documents: Tensor | None
+    document_counts: tuple[int, ...] | None
 
     def split(self, windows: int) -> Iterator["Batch"]:
         """Batches of at most so many windows."""
         for first in range(0, len(self.input_ids), windows):
             part = slice(first, first + windows)
             yield Batch(
-                self.input_ids[part], self.targets[part], None if self.documents is None else self.documents[part]
+                self.input_ids[part],
+                self.targets[part],
+                None if self.documents is None else self.documents[part],
+                None if self.document_counts is None else self.document_counts[part],
             )
 
     def padded(self, windows: int) -> "Batch":
-        """So many windows, those that are missing without targets."""
-        missing = (0, 0, 0, windows - len(self.input_ids))
+        """So many windows; those that are added have no targets, and are one document each."""
+        added = windows - len(self.input_ids)
+        missing = (0, 0, 0, added)
         return Batch(
             F.pad(self.input_ids, missing),
             F.pad(self.targets, missing, value=IGNORED),
             None if self.documents is None else F.pad(self.documents, missing),
+            None if self.document_counts is None else self.document_counts + (1,) * added,
         )
 
 
 def batch_of_windows(windows: Sequence[Window], document_masking: bool) -> Batch:
     """The windows of a device, side by side."""
     input_ids, targets, documents = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows, strict=True))
-    return Batch(input_ids, targets, documents.to(torch.int32) if document_masking else None)
+    if not document_masking:
+        return Batch(input_ids, targets, None, None)
+    counts = 1 + (documents[:, 1:] != documents[:, :-1]).sum(1)
+    return Batch(input_ids, targets, documents, tuple(counts.tolist()))
 
 
 class TrainingSteps(Dataset[Batch]):
@@ -130,6 +150,12 @@ class TrainingSteps(Dataset[Batch]):
         for left_out in self.left_out_batches:
             batch += left_out <= batch
         return batch
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of one device's batch: int32 token ids and targets, and document numbers where they are masked."""
+        arrays = 3 if self.config.data.document_masking else 2
+        return 4 * arrays * self.share * self.config.sequence_length
 
     def __getitem__(self, step: int) -> Batch:
         batch = self.batch_at(step)
@@ -173,7 +199,8 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
     Args:
         config: The run.
         first_step: The step that training begins or goes on with.
-        num_workers: Processes that read windows; 0: the training process.
+        num_workers: Processes that read windows; 0: the training process, which also reads where shared memory is too
+            small for the batches of so many.
         pin_memory: Put batches into memory that a GPU can copy from at once.
         expected: What `identity` was when the weights were trained that training goes on or begins with, as far as
             it must be the same.
@@ -281,17 +308,38 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The steps that are left, each a Batch of this device's windows."""
+        workers = self._workers_that_fit()
         return DataLoader(
             self.training_steps,
             sampler=StepsLeft(self.first_step, self.config.total_steps),
             batch_size=None,
             generator=torch.Generator(),  # or the loader would draw from the one whose state checkpoints keep
-            num_workers=self.num_workers,
+            collate_fn=_unchanged,
+            num_workers=workers,
             pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_parent,
-            prefetch_factor=4 if self.num_workers else None,
+            prefetch_factor=PREFETCHED_BATCHES if workers else None,
         )
+
+    def _workers_that_fit(self) -> int:
+        """The worker processes; none if shared memory is too small for what those of this machine hold at once."""
+        if not self.num_workers:
+            return 0
+        devices = 1 if self.trainer is None else self.trainer.num_devices
+        # A worker holds the batches that it reads ahead, and the one that training has taken.
+        needed = devices * self.num_workers * (PREFETCHED_BATCHES + 1) * self.training_steps.batch_bytes
+        free = free_shared_memory(SHARED_MEMORY)
+        if free is None or needed <= free:
+            return self.num_workers
+        if self._rank_and_world_size()[0] == 0:
+            log.warning(
+                "%s has %.0f MB free, and the batches of %d data loader workers need %.0f MB: the training process "
+                "reads its data itself. A container gets more with --shm-size=1g; trainer.num_workers=0 ends this "
+                "warning.",
+                SHARED_MEMORY, free / 1e6, devices * self.num_workers, needed / 1e6,
+            )  # fmt: skip
+        return 0
 
     def val_dataloader(self) -> Iterator[Batch]:
         """This device's share of the held-out windows, in batches as large as a training step's.
@@ -350,9 +398,22 @@ class WindowDataModule(pl.LightningDataModule, ABC, Generic[Source]):
         return self.trainer.global_rank, self.trainer.world_size
 
 
+def free_shared_memory(folder: Path) -> int | None:
+    """Bytes that are free in the folder of shared memory; None where there is no such folder, and no such limit."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
 def short_hash(*parts: object) -> str:
     """A name for what was made from these parts."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _unchanged(batch: Batch) -> Batch:
+    """Collates nothing: the default would turn the tuple of counts into a list."""
+    return batch
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

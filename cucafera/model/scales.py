@@ -42,7 +42,7 @@ def activation_scales(model: Decoder, input_ids: Tensor, documents: Tensor | Non
 
     Args:
         model: The decoder.
-        input_ids: [B, T] int64.
+        input_ids: [B, T] int32 or int64.
         documents: Document number of each token, [B, T] int32, or None; see `Decoder.forward`.
 
     Returns:
