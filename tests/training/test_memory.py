@@ -75,6 +75,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gigabytes * 1e9),) * 2)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         properties = SimpleNamespace(total_memory=gigabytes * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
