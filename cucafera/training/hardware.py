@@ -120,11 +120,7 @@ def _why_unavailable(visible_devices: str | None, cuda_warnings: Sequence[str]) 
             f"PyTorch {torch.__version__} is a build without CUDA, although this machine has an NVIDIA driver: install "
             f"the CUDA build (pip install --force-reinstall torch --index-url URL; for the URL {GET_STARTED})"
         )
-    has_library = True
     for warning in cuda_warnings:
-        if "no NVIDIA driver" in warning:
-            has_library = False
-            continue
         if found := re.search(r"driver on your system is too old \(found version (\d+)\)", warning):
             version = int(found[1])
             return (
@@ -136,12 +132,15 @@ def _why_unavailable(visible_devices: str | None, cuda_warnings: Sequence[str]) 
         return f"CUDA does not start (see whether nvidia-smi lists the GPU): {text}"
     if not has_driver:
         return None
-    if visible_devices is not None and has_library:
-        value = visible_devices if visible_devices.strip() else "empty"
-        return f"CUDA_VISIBLE_DEVICES is {value}, which names no GPU here: unset it, or give numbers of nvidia-smi -L"
+    advice = "start a container with --gpus all, a SLURM job with --gres=gpu:1"
+    if visible_devices is None:
+        return f"the system has an NVIDIA driver, but this process sees no GPU: {advice}"
+    if not visible_devices.strip() or visible_devices.startswith("-"):
+        value = visible_devices.strip() or "empty"
+        return f"CUDA_VISIBLE_DEVICES is {value}, which hides every GPU: unset it, or give numbers of nvidia-smi -L"
     return (
-        "the system has an NVIDIA driver, but this process sees no GPU: start a container with --gpus all, a SLURM job "
-        "with --gres=gpu:1"
+        f"CUDA_VISIBLE_DEVICES is {visible_devices}, and this process sees no such GPU: give numbers of nvidia-smi -L; "
+        f"if that lists none, {advice}"
     )
 
 
