@@ -6,6 +6,7 @@ A model that was trained on conversations answers; one that was not continues wh
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,10 +303,12 @@ def _loaded(source: str, device: str) -> "TrainedModel | LlamaCpp":
 
         return LlamaCpp(Path(source).expanduser(), device)
 
-    from cucafera.interop.trained import load_trained
     from cucafera.training.hardware import device_called
 
-    where = device_called(device)
+    where = device_called(device, os.environ)  # before other imports can use up what CUDA warns of once
+
+    from cucafera.interop.trained import load_trained
+
     trained = load_trained(source)
     trained.model.to(where)
     return trained

@@ -100,11 +100,13 @@ def evaluate(arguments: argparse.Namespace) -> None:
         _evaluate_gguf(arguments)
         return
 
-    from cucafera.evaluation.results import ResultFile, as_table
-    from cucafera.evaluation.subject import load_subject
     from cucafera.training.hardware import device_called
 
-    device = device_called(arguments.device)
+    device = device_called(arguments.device, os.environ)  # before other imports can use up what CUDA warns of once
+
+    from cucafera.evaluation.results import ResultFile, as_table
+    from cucafera.evaluation.subject import load_subject
+
     subject = load_subject(arguments.run, device)
     shows = arguments.samples or arguments.attention is not None
     measures = bool(arguments.text or arguments.choices or arguments.tasks) or not shows

@@ -184,7 +184,7 @@ def measured(peer: str, config: Config, compiled: bool, steps: int) -> dict[str,
         keep_freed_memory()
     config.trainer.compile = compiled
     config.budget_tokens = (UNCOUNTED_STEPS + steps) * int(config.batch_tokens)
-    hardware = decide_hardware(config)
+    hardware = decide_hardware(config, os.environ)
     device = torch.device(hardware.accelerator)
     data = PackedDataModule(config)
     data.prepare_data()

@@ -5,19 +5,26 @@
 
 A step of the model is taken with fake tensors: they have shapes and no numbers, so that nothing is computed, and what
 PyTorch would allocate is added up as it comes and goes. Forward and backward pass twice, as with accumulation, then the
-optimizer, in bf16 autocast (or --precision fp32), without the compiler, which keeps less. Not in it: a GPU's context,
+optimizer, in bf16 autocast (or --precision fp32), without the compiler, which keeps less: what it keeps of a layer for
+the backward pass is asked of its own partitioner, and stands in a line of its own. Not in any of it: a GPU's context,
 which takes half a GB, and what is lost between the pieces.
 
 On a machine with a GPU the same step is taken in earnest too, and the most that it allocated stands beside.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import math
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,9 +32,9 @@ from torch.utils._pytree import tree_leaves
 from cucafera.composition import composed_config
 from cucafera.config import Config
 from cucafera.model import loss
-from cucafera.model.flops import parameter_count
+from cucafera.model.flops import layer_shapes, parameter_count
 from cucafera.model.transformer import Decoder
-from cucafera.training.hardware import memory_of_step
+from cucafera.training.hardware import StepMemory
 from cucafera.training.optimizers import build_optimizer
 
 
@@ -45,6 +52,9 @@ class AllocatedBytes(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, operation, types, arguments=(), settings=None):
+        if operation is torch.ops.cucafera.linear_cross_entropy.default:  # what it takes inside is not seen here
+            hidden, weight, _, _, chunk_tokens, _ = arguments
+            self.peak = max(self.peak, self.now + loss.workspace_bytes(hidden, weight, chunk_tokens, "cuda"))
         result = operation(*arguments, **(settings or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -88,14 +98,61 @@ def computed_peak(config: Config, windows: int, precision: str, checkpointing: b
         precision: bf16 or fp32.
         checkpointing: Whether activations are computed again.
     """
-    before = loss.LOGITS_IN_CHUNK["cpu"]
-    loss.LOGITS_IN_CHUNK["cpu"] = loss.LOGITS_IN_CHUNK["cuda"]  # only a CPU can be pretended everywhere
+    with as_if_for_cuda(), FakeTensorMode(), AllocatedBytes() as allocated:
+        steps(config, windows, precision, checkpointing, "cpu")
+    return allocated.peak
+
+
+@contextlib.contextmanager
+def as_if_for_cuda() -> Iterator[None]:
+    """Within it, the loss cuts its chunks as on CUDA: only a CPU can be pretended everywhere."""
+    chunk_tokens = loss._chunk_tokens
+    loss._chunk_tokens = lambda device_type, dtype, vocabulary: chunk_tokens("cuda", dtype, vocabulary)
     try:
-        with FakeTensorMode(), AllocatedBytes() as allocated:
-            steps(config, windows, precision, checkpointing, "cpu")
-        return allocated.peak
+        yield
     finally:
-        loss.LOGITS_IN_CHUNK["cpu"] = before
+        loss._chunk_tokens = chunk_tokens
+
+
+def kept_by_compiled_layer(config: Config, windows: int, precision: str, residual_precision: str) -> float:
+    """Bytes that each layer of the compiled model keeps for the backward pass, per token and unit of width.
+
+    What the partitioner of torch.compile hands from the forward to the backward graph, views of one tensor counted
+    once; of a model of three layers beside one of two, so that one layer is left, without the copies of its weights:
+    all of them in bf16, or those that stand side by side in fp32.
+    """
+    sizes = []
+    for layers in (2, 3):
+        shape = dataclasses.replace(config.model, num_hidden_layers=layers)
+        kept: list[int] = []
+        sizes.append(kept)
+
+        def count(graph: torch.fx.GraphModule, inputs: object, kept: list[int] = kept) -> torch.fx.GraphModule:
+            handed_on = graph.graph.output_node().args[0]
+            made = [node.meta["val"] for node in handed_on if node is not None and node.op != "placeholder"]
+            storages = [tensor.untyped_storage() for tensor in made if isinstance(tensor, Tensor)]
+            kept.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
+            return graph
+
+        backend = aot_autograd(
+            fw_compiler=count,
+            bw_compiler=lambda graph, inputs: graph,
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+        torch.compiler.reset()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            residual_dtype = torch.bfloat16 if residual_precision == "bf16" else None
+            model = torch.compile(Decoder(shape, residual_dtype=residual_dtype), dynamic=False, backend=backend)
+            ids = torch.zeros(windows, config.sequence_length, dtype=torch.int32)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                model(ids, ids)
+    copied = {name: outputs * inputs for name, (outputs, inputs) in layer_shapes(config.model).items()}
+    if precision == "fp32":
+        del copied["o_proj"], copied["down_proj"]
+    weights = (2 if precision == "bf16" else 4) * sum(copied.values())
+    per_layer = sizes[1][0] - sizes[0][0] - weights
+    return per_layer / (windows * config.sequence_length * config.model.hidden_size)
 
 
 def measured_peak(config: Config, windows: int, precision: str, checkpointing: bool) -> int | None:
@@ -123,11 +180,11 @@ def main() -> None:
         arguments.model or ("cucafera", "large"), arguments.windows or (1, 4), (False, True)
     ):
         config = composed_config([f"model={name}"])
-        always, per_token = memory_of_step(config, arguments.precision, checkpointing)
+        step = StepMemory(config, arguments.precision)
         columns = [
             16 * parameter_count(config.model),
             computed_peak(config, windows, arguments.precision, checkpointing),
-            always + windows * config.sequence_length * per_token,
+            step.at(windows * config.sequence_length, checkpointing),
         ]
         if measure:
             columns.append(measured_peak(config, windows, arguments.precision, checkpointing) or math.nan)
@@ -136,6 +193,13 @@ def main() -> None:
             + "".join(f"{size / 2**30:>8.2f} GiB" for size in columns),
             flush=True,
         )
+    config = composed_config([f"model={(arguments.model or ['cucafera'])[0]}"])
+    for residual_precision in ("fp32", "bf16") if arguments.precision == "bf16" else ("fp32",):
+        kept = kept_by_compiled_layer(config, 1, arguments.precision, residual_precision)
+        step = StepMemory(config, arguments.precision, residual_precision, compiled=True)
+        estimate = step.per_token(False) / config.model.num_hidden_layers / config.model.hidden_size
+        print(f"A compiled layer keeps {kept:.1f} bytes per token and unit of width, with the residual stream in "
+              f"{residual_precision}; estimate {estimate:.0f}")  # fmt: skip
 
 
 if __name__ == "__main__":

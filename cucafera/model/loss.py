@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGITS_IN_CHUNK = {"cpu": 2**25, "cuda": 2**28}
-"""C * V by device. On the CPU that is 512 tokens of a vocabulary of 65,536, as fast as 1,024 and 6% to 15% faster than
-256 and 128; and all tokens of a small one. On CUDA it is 4,096 tokens, whose logits take 0.5 GB in bf16: a chunk reads
-and writes the fp32 gradient of the head once, 0.4 GB, so smaller chunks move more. CUDA is not measured."""
+LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}
+"""Of one chunk, by device. On the CPU, in fp32, that is 512 tokens of a vocabulary of 65,536, as fast as 1,024 and 6%
+to 15% faster than 256 and 128; and all tokens of a small one. On CUDA it is 4,096 tokens in bf16: a chunk reads and
+writes the fp32 gradient of the head once, 0.4 GB, so smaller chunks move more. CUDA is not measured."""
 
 
 def linear_cross_entropy(
@@ -38,11 +38,12 @@ def linear_cross_entropy(
     Returns:
         An fp32 scalar; 0 if no target is valid.
     """
-    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
     dtype = _dtype(hidden, weight)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         # Cast here, the hidden states are cast where they are made, and their gradient where it is used.
-        arguments = (hidden.to(dtype), weight, targets, ignore_index, chunk_tokens)
+        hidden = hidden.to(dtype)
+        chunk_tokens = chunk_tokens or _chunk_tokens(hidden.device.type, dtype, len(weight))
+        arguments = (hidden, weight, targets, ignore_index, chunk_tokens)
         return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return linear_scores(hidden, weight, targets, ignore_index, chunk_tokens)[0]
 
@@ -59,7 +60,7 @@ def linear_scores(
         The cross-entropy summed over the valid targets, an fp32 scalar; and how many of them are the likeliest token,
         an int64 scalar.
     """
-    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
+    chunk_tokens = chunk_tokens or _chunk_tokens(weight.device.type, torch.float32, len(weight))
     weight = weight.to(_dtype(hidden, weight))
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -85,7 +86,7 @@ def token_scores(
         The cross-entropy of each target in nats, fp32 [N]; and whether it is the likeliest token, bool [N].
     """
     nats, likeliest = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
-    chunk_tokens = chunk_tokens or _chunk_tokens(weight)
+    chunk_tokens = chunk_tokens or _chunk_tokens(weight.device.type, torch.float32, len(weight))
     for chunk, chunk_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         logits = (chunk @ weight.T).float()
         nats.append(logits.logsumexp(1) - logits.gather(1, chunk_targets[:, None])[:, 0])
@@ -93,8 +94,13 @@ def token_scores(
     return torch.cat(nats), torch.cat(likeliest)
 
 
-def _chunk_tokens(weight: Tensor) -> int:
-    return max(1, LOGITS_IN_CHUNK.get(weight.device.type, LOGITS_IN_CHUNK["cuda"]) // len(weight))
+def _chunk_tokens(device_type: str, dtype: torch.dtype, vocabulary: int) -> int:
+    """C, for logits that are kept in a dtype."""
+    return max(
+        1,
+        LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"])
+        // (_logits_dtype(device_type, dtype).itemsize * vocabulary),
+    )
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -149,7 +155,9 @@ def _loss_and_gradients(
     nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     in_place = _cross_entropy_in_place(hidden.device)
     # One buffer for the logits of all chunks: the CPU would have to fetch fresh pages for each.
-    buffer = hidden.new_empty(min(chunk_tokens, len(hidden)), len(weight), dtype=_logits_dtype(hidden))
+    buffer = hidden.new_empty(
+        min(chunk_tokens, len(hidden)), len(weight), dtype=_logits_dtype(hidden.device.type, hidden.dtype)
+    )
     for start in range(0, len(hidden), chunk_tokens):
         rows = slice(start, start + chunk_tokens)
         chunk = hidden[rows]
@@ -174,24 +182,23 @@ def _(
     )
 
 
-def workspace_bytes(tokens: int, vocabulary: int, width: int, half: bool, device_type: str) -> int:
-    """Memory that the operator takes at its peak beside what it is given and returns.
+def workspace_bytes(hidden: Tensor, weight: Tensor, chunk_tokens: int, device_type: str) -> int:
+    """Memory that the operator takes at its peak on a device, beside what it is given and returns.
 
     Args:
-        tokens, vocabulary, width: N, V and D.
-        half: Whether the products run in bf16, from fp32 weights.
+        hidden, weight, chunk_tokens: What the operator is given; only shapes and dtypes matter.
         device_type: cpu or cuda.
     """
-    logits = min(tokens, max(1, LOGITS_IN_CHUNK[device_type] // vocabulary)) * vocabulary
-    if not half:
-        return 4 * (logits + tokens)
-    logits_bytes = 2 if device_type == "cuda" else 6
-    return logits_bytes * logits + 4 * tokens + 2 * vocabulary * width
+    logits = min(chunk_tokens, len(hidden)) * len(weight)
+    logits_dtype = _logits_dtype(device_type, hidden.dtype)
+    cast = 0 if logits_dtype == hidden.dtype else logits * hidden.dtype.itemsize
+    matrix = 0 if weight.dtype == hidden.dtype else weight.numel() * hidden.dtype.itemsize
+    return logits * logits_dtype.itemsize + cast + matrix + 4 * len(hidden)
 
 
-def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """The kernel of CUDA computes in fp32 from bf16 in registers; written out, every step would be rounded."""
-    return hidden.dtype if hidden.is_cuda else torch.float32
+def _logits_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """The kernel of CUDA computes in fp32 from bf16 in registers; operation by operation, each would be rounded."""
+    return dtype if device_type == "cuda" else torch.float32
 
 
 def _cross_entropy_in_place(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, int], None]:

@@ -1,10 +1,291 @@
-"""What the machine at hand has."""
+"""What the machine at hand has, and what is told of a GPU that cannot be used."""
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from cucafera.training.hardware import MEMORY_GROUPS, _left_in_groups, free_memory_bytes
+from cucafera.composition import composed_config
+from cucafera.config import UserError
+from cucafera.model.flops import peak_flops
+from cucafera.training import hardware
+from cucafera.training.hardware import (
+    MEMORY_GROUPS,
+    Hardware,
+    _left_in_groups,
+    decide_hardware,
+    device_called,
+    find_gpu,
+    free_memory_bytes,
+    has_kernels_for,
+)
+
+TOO_OLD = (
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
+    "driver by downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
+    "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your version "
+    "of the CUDA driver. (Triggered internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)"
+)
+NOT_INITIALIZED = (
+    "CUDA initialization: Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+    "NumCudaDevices() that might have already set an error? Error 802: system not yet initialized (Triggered "
+    "internally at /pytorch/c10/cuda/CUDAFunctions.cpp:119.)"
+)
+CUDA_13 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
+GIGABYTE = 10**9
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Pretends that PyTorch finds no GPU, by default on a machine with a driver and with a build for CUDA 13.0."""
+
+    def install(driver: bool = True, built_for: str | None = "13.0", warning: str | None = None) -> None:
+        def is_available() -> bool:
+            if warning:
+                warnings.warn(warning, stacklevel=1)
+            return False
+
+        (tmp_path / "driver").touch()
+        monkeypatch.setattr(hardware, "DRIVER_FILES", (tmp_path / "nowhere", *([tmp_path / "driver"] * driver)))
+        monkeypatch.setattr(torch.version, "cuda", built_for)
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+
+    return install
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretends that the machine has a GPU."""
+
+    def install(
+        name: str = "NVIDIA A100-SXM4-80GB",
+        capability: tuple[int, int] = (8, 0),
+        architectures: tuple[str, ...] = CUDA_13,
+        free: float = 79.5,
+        total: float = 80,
+        count: int = 1,
+        error: Exception | None = None,
+    ) -> list[int]:
+        asked: list[int] = []
+
+        def mem_get_info(device: int) -> tuple[int, int]:
+            asked.append(device)
+            if error:
+                raise error
+            return int(free * GIGABYTE), int(total * GIGABYTE)
+
+        properties = SimpleNamespace(total_memory=int(total * GIGABYTE))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(architectures))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        return asked
+
+    return install
+
+
+def decided(*overrides: str, environment: dict[str, str] | None = None) -> Hardware:
+    return decide_hardware(composed_config(list(overrides)), environment)
+
+
+UNUSABLE = {
+    "a build without CUDA": (
+        {"built_for": None}, {}, r"PyTorch \S+ is a build without CUDA, although .* --force-reinstall torch",
+    ),
+    "a driver that is too old": (
+        {"warning": TOO_OLD}, {}, r"too old for PyTorch .* 11\.4 \(found version 11040\), and this build needs 13\.0",
+    ),
+    "another failure": (
+        {"warning": NOT_INITIALIZED}, {}, r"CUDA does not start .*Error 802: system not yet initialized$",
+    ),
+    "a failure without a sign of a driver": (
+        {"warning": NOT_INITIALIZED, "driver": False}, {}, r"CUDA does not start",
+    ),
+    "all GPUs hidden": ({}, {"CUDA_VISIBLE_DEVICES": ""}, r"CUDA_VISIBLE_DEVICES is empty, which hides every GPU"),
+    "none chosen": ({}, {"CUDA_VISIBLE_DEVICES": "-1"}, r"CUDA_VISIBLE_DEVICES is -1, which hides every GPU"),
+    "one that is not there": (
+        {}, {"CUDA_VISIBLE_DEVICES": "7"}, r"CUDA_VISIBLE_DEVICES is 7, and this process sees no such GPU",
+    ),
+    "a container that was given none": ({}, {}, r"this process sees no GPU: start a container with --gpus all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "environment", "reason"), UNUSABLE.values(), ids=UNUSABLE)
+def test_a_gpu_that_cannot_be_used_is_told_in_one_line_with_the_reason(machine, caplog, settings, environment, reason):
+    machine(**settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's own warning is not shown beside
+        with pytest.raises(UserError, match=reason) as refused:
+            decided("trainer.accelerator=cuda", environment=environment)
+        with pytest.raises(UserError, match=f"--device cuda: .*{reason}") as refused_device:
+            device_called("cuda", environment)
+        assert not caplog.records
+        assert decided("trainer.accelerator=auto", environment=environment).accelerator == "cpu"
+        assert device_called("auto", environment) == torch.device("cpu")
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in messages] == [
+        "Training on the CPU (trainer.accelerator=auto)", "Computing on the CPU",
+    ]  # fmt: skip
+    problem = find_gpu(environment).problem
+    assert all(problem in text for text in (*messages, str(refused.value), str(refused_device.value)))
+    assert "\n" not in str(refused.value) and "Triggered" not in problem
+
+
+@pytest.mark.parametrize("settings", [{"built_for": None}, {}])
+def test_a_machine_without_a_gpu_trains_on_the_cpu_without_a_word(machine, caplog, settings):
+    machine(driver=False, **settings)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    assert decided(environment=hidden).accelerator == "cpu"
+    assert device_called("auto", hidden) == torch.device("cpu")
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"this machine has none that PyTorch can use\.\n.*\n.*trainer=cpu"):
+        decided("trainer.accelerator=cuda", environment=hidden)
+    with pytest.raises(UserError, match="--device cuda: this machine has no CUDA GPU that PyTorch can use"):
+        device_called("cuda", hidden)
+
+
+def test_training_on_the_cpu_asks_nothing_of_cuda(machine, caplog):
+    machine(built_for=None)
+    assert decided("trainer=cpu").accelerator == "cpu"
+    assert device_called("cpu", {}) == torch.device("cpu")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RANK": "1"}, {"LOCAL_RANK": "2"}, {"SLURM_PROCID": "3"}, {"RANK": "0", "NODE_RANK": "1"}]
+)
+def test_only_the_first_process_of_a_job_warns(machine, caplog, environment):
+    machine()
+    assert decided(environment=environment).accelerator == "cpu"
+    assert not caplog.records
+    decided(environment={"RANK": "0", "LOCAL_RANK": "0", "NODE_RANK": "0"})
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((7, 0), CUDA_13, False),  # V100
+        ((7, 5), CUDA_13, True),
+        ((8, 0), CUDA_13, True),
+        ((8, 9), CUDA_13, True),  # by sm_86
+        ((10, 3), CUDA_13, True),
+        ((11, 0), CUDA_13, False),
+        ((11, 0), (*CUDA_13, "compute_120"), False),
+        ((12, 1), ("sm_90", "compute_90"), True),
+        ((9, 0), ("sm_90a",), True),
+        ((9, 1), ("sm_90a", "compute_90a"), False),
+        ((10, 3), ("sm_100f",), True),
+        ((11, 0), ("compute_100f",), False),
+        ((8, 0), ("sm_86",), False),
+    ],
+)
+def test_machine_code_runs_within_a_major_version_and_ptx_on_all_later_ones(capability, architectures, expected):
+    assert has_kernels_for(capability, architectures) is expected
+
+
+def test_a_gpu_without_kernels_in_this_build_is_refused_by_name(card, caplog):
+    card("Tesla V100-SXM2-16GB", (7, 0))
+    told = (
+        r"Tesla V100-SXM2-16GB has compute capability 7\.0, and PyTorch \S+ has kernels for sm_75 sm_80 .* sm_120 only"
+    )
+    with pytest.raises(UserError, match=told):
+        decided("trainer.accelerator=cuda")
+    with pytest.raises(UserError, match=told):
+        device_called("cuda", {})
+    assert decided().accelerator == "cpu"
+    assert "Training on the CPU (trainer.accelerator=auto): Tesla V100" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "capability"), [("Tesla T4", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0))])
+def test_a_gpu_without_bf16_trains_in_fp32_and_says_what_that_costs(card, caplog, name, capability):
+    card(name, capability, architectures=("sm_70", "sm_75"), free=15.5, total=16)
+    assert decided("trainer.accelerator=cuda", "trainer.precision=auto").precision == "fp32"
+    (record,) = caplog.records
+    assert f"{name} has no bf16 (compute capability 8): training in fp32; fp16 is not offered" in record.getMessage()
+    assert "\n" not in record.getMessage()
+    with pytest.raises(UserError, match=r"has no bf16 .*: set trainer\.precision=fp32"):
+        decided("trainer.accelerator=cuda", "trainer.precision=bf16")
+    caplog.clear()
+    assert decided("trainer.accelerator=cuda", "trainer.precision=fp32").precision == "fp32"
+    assert not caplog.records
+
+
+def test_a_gpu_that_is_free_is_taken_whole(card, caplog):
+    asked = card()
+    found = decided("+experiment=pretrain", "trainer=small_gpu")
+    assert (found.accelerator, found.precision, found.peak_flops) == ("cuda", "bf16", 312e12)
+    assert device_called("auto", {}) == device_called("cuda", {}) == torch.device("cuda")
+    assert set(asked) == {0}
+    assert not caplog.records
+
+
+def test_a_gpu_that_others_use_is_told_and_the_micro_batch_fits_what_is_free(card, caplog):
+    card(free=24, total=80)
+    shared = decided("+experiment=pretrain", "trainer=small_gpu")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "Other processes have taken 56.0 of the 80.0 GB of GPU 0 (NVIDIA A100-SXM4-80GB): the micro-batch is chosen "
+        "for the rest."
+    )
+    caplog.clear()
+    card(free=24, total=24)
+    alone = decided("+experiment=pretrain", "trainer=small_gpu")
+    assert shared.micro_batch_windows == alone.micro_batch_windows
+    assert shared.activation_checkpointing == alone.activation_checkpointing
+    assert not caplog.records
+    card(free=24, total=80)
+    decided("+experiment=pretrain", "trainer=small_gpu", "trainer.micro_batch_windows=16")
+    assert caplog.messages[-1].endswith("training may run out of memory.")
+
+
+def test_devices_that_train_together_choose_one_micro_batch_whatever_each_has_free(card, caplog):
+    job = ["+experiment=pretrain", "trainer=ddp", "trainer.devices=2"]
+    card(count=2)
+    alone = decided(*job)
+    asked = card(count=2, free=24)
+    assert decided(*job, environment={"LOCAL_RANK": "1"}) == decided(*job, environment={"LOCAL_RANK": "0"}) == alone
+    assert asked == [1, 0]  # each process its own: CUDA would make a context on every GPU that is asked
+    assert [message.split(": ")[-1] for message in caplog.messages] == ["training may run out of memory."]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
+@pytest.mark.parametrize("accelerator", ["cuda", "auto"])
+def test_a_gpu_that_lets_no_further_process_in_is_refused_in_one_line(card, kind, accelerator):
+    for error, told in (
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors", "exclusive compute mode"),
+        ("CUDA error: out of memory\nCUDA kernel errors", "other processes have taken all of the GPU's memory"),
+    ):
+        card(error=kind(error))
+        for call in (lambda: decided(f"trainer.accelerator={accelerator}"), lambda: device_called(accelerator, {})):
+            with pytest.raises(UserError, match=told) as refused:
+                call()
+            assert "\n" not in str(refused.value)
+    card(error=kind("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        decided("trainer.accelerator=cuda")
+
+
+def test_a_slice_of_a_card_is_never_taken_for_the_whole_nor_for_several(card):
+    name = "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
+    assert peak_flops(name) is None
+    card(name, free=39.8, total=40)
+    found = decided("+experiment=pretrain", "trainer=small_gpu")
+    assert (found.name, found.peak_flops, found.devices) == (name, None, 1)
+    assert decided("+experiment=pretrain", "trainer=ddp").devices == 1
+    for count, devices in ((1, "2"), (2, "2"), (2, "auto")):
+        card(name, free=39.8, total=40, count=count)
+        with pytest.raises(
+            UserError, match=rf"^trainer\.devices is {devices}; {name} is a slice .* trainer\.devices=1$"
+        ):
+            decided("+experiment=pretrain", "trainer=ddp", f"trainer.devices={devices}")
 
 
 def test_free_memory_is_a_number_of_bytes():

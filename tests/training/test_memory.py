@@ -12,7 +12,7 @@ from cucafera.data.windows import TrainingSteps
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
-from cucafera.training.hardware import USABLE_MEMORY, decide_hardware, memory_of_step
+from cucafera.training.hardware import USABLE_MEMORY, StepMemory, decide_hardware
 from cucafera.training.run_folder import RunFolder
 from tests.conftest import CUCAFERA
 from tests.test_readme import README, load_script
@@ -41,9 +41,8 @@ def test_activation_checkpointing_gives_the_same_gradients_to_the_bit():
 @pytest.mark.parametrize(("precision", "checkpointing"), itertools.product(("bf16", "fp32"), (False, True)))
 def test_the_estimate_of_memory_is_what_a_step_allocates(precision, checkpointing):
     config, windows = composed_config(SHALLOW), 16
-    always, per_token = memory_of_step(config, precision, checkpointing)
     computed = load_script("memory").computed_peak(config, windows, precision, checkpointing)
-    estimate = always + windows * 2048 * per_token
+    estimate = StepMemory(config, precision).at(windows * 2048, checkpointing)
     # With checkpointing, the loss and the layer that is computed again never take their memory at the same time.
     assert 0.93 * computed < estimate < (1.4 if checkpointing else 1.07) * computed
 
@@ -59,11 +58,20 @@ def test_a_step_with_activation_checkpointing_fits_a_small_gpu(model, gigabytes)
 
 def test_devices_that_share_weights_and_moments_need_less_each():
     ddp, fsdp = (composed_config(["+experiment=pretrain", f"trainer={strategy}"]) for strategy in ("ddp", "fsdp"))
-    alone = memory_of_step(ddp, "fp32", False)
-    assert alone == memory_of_step(ddp, "fp32", False, 8) == memory_of_step(fsdp, "fp32", False)
-    together = memory_of_step(fsdp, "fp32", False, 8)
+    alone, together = StepMemory(ddp, "fp32"), StepMemory(fsdp, "fp32", world_size=8)
+    assert alone.always == StepMemory(ddp, "fp32", world_size=8).always == StepMemory(fsdp, "fp32").always
     head = 4 * 65_536 * 768  # whole while it is used
-    assert (alone[0] - together[0], together[1]) == (12 * parameter_count(ddp.model) * 7 // 8 - head, alone[1])
+    assert alone.always - together.always == 12 * parameter_count(ddp.model) * 7 // 8 - head
+    assert alone.per_token(False) == together.per_token(False)
+
+
+@pytest.mark.parametrize(("precision", "residual_precision"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")])
+def test_the_estimate_of_what_a_compiled_layer_keeps_is_what_the_compiler_keeps(precision, residual_precision):
+    config = composed_config(["model=cucafera"])
+    kept = load_script("memory").kept_by_compiled_layer(config, 1, precision, residual_precision)
+    step = StepMemory(config, precision, residual_precision, compiled=True)
+    estimate = step.per_token(checkpointing=False) / (config.model.num_hidden_layers * config.model.hidden_size)
+    assert kept == pytest.approx(estimate, rel=0.02)
 
 
 @pytest.fixture
@@ -75,6 +83,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gigabytes * 1e9),) * 2)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         properties = SimpleNamespace(total_memory=gigabytes * 1e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
@@ -89,8 +99,9 @@ def test_what_is_left_to_the_program_fits_the_gpu(gpu, gigabytes, checkpointing,
     config = composed_config(["+experiment=pretrain", "trainer=small_gpu"])
     hardware = decide_hardware(config)
     assert (hardware.activation_checkpointing, hardware.micro_batch_windows) == (checkpointing, windows)
-    always, per_token = memory_of_step(config, hardware.precision, hardware.activation_checkpointing)
-    assert always + windows * config.sequence_length * per_token < USABLE_MEMORY * gigabytes * 1e9
+    step = StepMemory(config, hardware.precision, hardware.residual_precision, compiled=True)
+    needed = step.at(windows * config.sequence_length, hardware.activation_checkpointing)
+    assert needed < USABLE_MEMORY * gigabytes * 1e9
     assert config.model == CUCAFERA
 
 
