@@ -426,7 +426,7 @@ class StepMemory:
 
     @property
     def always(self) -> int:
-        """Bytes that are needed however few tokens there are, but for a chunk of the loss that is filled.
+        """Bytes that are needed whatever the number of tokens, if they fill a chunk of the loss.
 
         Weights (4 bytes per parameter), gradients and both AdamW moments (12, of those that are trained), the weights
         once more in bf16, the logits of a chunk of the loss, and the gradient of the head before it is added to the
@@ -461,7 +461,9 @@ class StepMemory:
 
     def at(self, tokens: int, checkpointing: bool) -> int:
         """Bytes with so many tokens of a forward pass."""
-        return self.always + tokens * self.per_token(checkpointing)
+        logits = tokens * self.config.model.vocab_size * (2 if self.precision == "bf16" else 4)
+        unfilled = max(0, LOGITS_BYTES["cuda"] - logits)
+        return self.always - unfilled + tokens * self.per_token(checkpointing)
 
     def tokens_in(self, memory_bytes: float, checkpointing: bool) -> int:
         """Tokens of one forward pass that a GPU of so much memory has room for."""

@@ -13,8 +13,6 @@ from cucafera.model.attention import (
     attention_mask,
     block_mask,
     dense_mask,
-    document_attention,
-    document_lengths,
     document_mask,
 )
 

@@ -92,7 +92,8 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "checkpointing", "windows"), [(8, True, 4), (16, False, 2), (24, False, 4), (80, False, 16)]
+    ("gigabytes", "checkpointing", "windows"),
+    [(7, True, 4), (8, False, 1), (16, False, 4), (24, False, 8), (80, False, 32)],
 )
 def test_what_is_left_to_the_program_fits_the_gpu(gpu, gigabytes, checkpointing, windows):
     gpu(gigabytes)
