@@ -46,7 +46,8 @@ class Window(NamedTuple):
     Attributes:
         input_ids: Token ids.
         targets: The next token of each, or IGNORED.
-        documents: Number of the document or conversation that each token belongs to, ascending within the window.
+        documents: Number of the document or conversation that each token belongs to; within the window it goes up by
+            one from each to the next.
     """
 
     input_ids: NDArray[np.int32]
@@ -114,7 +115,7 @@ def batch_of_windows(windows: Sequence[Window], document_masking: bool) -> Batch
     input_ids, targets, documents = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows, strict=True))
     if not document_masking:
         return Batch(input_ids, targets, None, None)
-    counts = 1 + (documents[:, 1:] != documents[:, :-1]).sum(1)
+    counts = documents[:, -1] - documents[:, 0] + 1  # their numbers go up by one
     return Batch(input_ids, targets, documents, tuple(counts.tolist()))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -9,6 +10,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from cucafera.composition import composed_config
 from cucafera.data import windows
+from cucafera.data.conversations import ConversationWindows, TokenizedConversations
 from cucafera.data.packed import PackedDataModule, StreamWindows
 from cucafera.data.tokenizer import DOCUMENT_START_ID
 from cucafera.data.windows import IGNORED, Batch, TrainingSteps, batch_of_windows, free_shared_memory
@@ -49,6 +51,17 @@ def test_documents_are_counted_window_by_window():
     assert all(type(count) is int for count in batch.document_counts)
     assert len(set(batch.document_counts)) > 1
     assert batch_of(5, document_masking=False).document_counts is None
+
+
+def test_the_padding_behind_conversations_is_counted_as_a_document():
+    lengths = [3, 4, 5, 6, 7]
+    ids = np.arange(10, 10 + sum(lengths), dtype=np.uint16)
+    source = ConversationWindows(TokenizedConversations(ids, np.ones(len(ids), bool), np.cumsum(lengths)), 8)
+    batch = batch_of_windows([source.window(number) for number in range(len(source))], document_masking=True)
+    assert batch.document_counts == tuple(len(set(row)) for row in batch.documents.tolist())
+    padded = (batch.targets[:, -1] == IGNORED).tolist()
+    assert sum(batch.document_counts) == source.kept + sum(padded)
+    assert True in padded and False in padded
 
 
 def test_counts_are_split_with_their_windows_and_a_window_that_is_added_is_one_document():
