@@ -350,8 +350,8 @@ class Measurement(NamedTuple):
     @property
     def row(self) -> str:
         """Its name in the table of its setting."""
-        masked = ", documents" if self.setting == "documents" and self.peer in OURS else ""
-        return self.peer + masked + (", compiled" if self.compiled else "")
+        unmasked = self.setting == "documents" and self.peer not in OURS
+        return self.peer + (", compiled" if self.compiled else "") + (" (not masked)" if unmasked else "")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
@@ -474,7 +474,7 @@ class Results:
         for setting, facts in self.settings.items():
             if not self.measurements[setting]:
                 continue
-            masked = "; cucafera and the bare loop mask documents, the peers do not" if setting == "documents" else ""
+            masked = "; not masked: whole windows, by a peer that cannot mask" if setting == "documents" else ""
             lines += ["", f"{setting}: {facts['batch_tokens']:,} tokens a step{masked}", ""]
             lines += [
                 f"{'':32}{'tokens/s':>10}{'quartiles':>21}{'ratio':>7}{'MFU':>8}{'causal':>8}{'memory':>11}{'above':>11}"

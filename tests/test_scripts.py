@@ -88,7 +88,10 @@ def test_the_speed_benchmark_compares_with_the_fastest_of_ours_also_after_half_a
     ]  # fmt: skip
     assert [round(row["ratio"], 2) for row in rows] == [1.0, 0.67, 0.5]
     assert (rows[0]["mfu"], rows[0]["mfu_causal"]) == (0.5, 0.25)
-    assert "the peers do not" in results.report() and "round 2, documents: peer on" in results.report()
+    assert (
+        "documents: 1,000 tokens a step; not masked" in results.report()
+        and "round 2, documents: peer on" in results.report()
+    )
     results.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["settings"]["documents"]["rows"] == rows
 
