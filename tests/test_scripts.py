@@ -1,5 +1,6 @@
 """The scripts around the package, where they can be tested without measuring."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -94,6 +95,29 @@ def test_the_speed_benchmark_compares_with_the_fastest_of_ours_also_after_half_a
     )
     results.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["settings"]["documents"]["rows"] == rows
+
+
+def test_the_speed_benchmark_gives_peers_on_a_gpu_what_fits_and_masks_documents_for_ours_only(monkeypatch):
+    script = load_script("benchmark_training")
+    monkeypatch.setattr(script, "device_of", lambda arguments: "cuda")
+    arguments = argparse.Namespace(model="cucafera", overrides=[], steps=4)
+
+    def windows_at_a_time(setting, peer):
+        config = script.configured(arguments, script.Measurement(setting, peer, True))
+        assert config.data.document_masking == (setting == "documents") and config.trainer.compile is True
+        assert int(config.batch_tokens) == {"windows": 65_536, "documents": 524_288}[setting]
+        return config.trainer.micro_batch_windows
+
+    for setting in script.SETTINGS:
+        assert windows_at_a_time(setting, "cucafera") == (8 if setting == "windows" else "auto")
+        assert windows_at_a_time(setting, "Hugging Face") == 8
+        assert windows_at_a_time(setting, "original") == 4
+    ids = torch.ones(2, 8, dtype=torch.int32)
+    batch = Batch(input_ids=ids, targets=ids, documents=ids)
+    assert script.on_device(batch, torch.device("cpu"), is_ours=True).documents is not None
+    theirs = script.on_device(batch, torch.device("cpu"), is_ours=False)
+    assert theirs.documents is None and theirs.targets.dtype == torch.int64
+    assert script.Measurement("documents", "litgpt", True).row == "litgpt, compiled (not masked)"
 
 
 @pytest.mark.slow
