@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a rented machine may have the sources only
 
 from cucafera.data.files import write_text  # noqa: E402
+from cucafera.training.process import let_threads_wait_briefly  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,8 @@ STEADY_STEPS = (3, 4, 10, 11, 12)
 """Those of the training stage that neither compile nor are profiled."""
 LOSS_TOLERANCE = 0.02
 """Most relative difference of the loss of a run that was killed and resumed from one that was not."""
+START_SECONDS = 15
+"""That a stage takes to import what it needs, whatever its share of the work."""
 GRACE_SECONDS = 3
 """From the request to end until a stage is killed."""
 PACKAGES = ("torch", "triton", "lightning", "hydra-core", "tensorboard", "transformers", "litgpt", "pytest", "datasets")
@@ -208,10 +211,10 @@ def small_depth(bench: Bench, masked: bool) -> "Config":
     """The 245M model's width and heads, with two layers and a small vocabulary."""
     from cucafera.composition import composed_config
 
-    tokens = 128 if bench.small else 512
+    tokens, inner = (64, 512) if bench.small else (512, 2048)
     return composed_config(
         [
-            "model=cucafera", "model.num_hidden_layers=2", "model.vocab_size=1024", "tokenizer.vocab_size=1024",
+            "model=cucafera", f"model.intermediate_size={inner}", "model.num_hidden_layers=2", "model.vocab_size=1024", "tokenizer.vocab_size=1024",
             f"model.max_position_embeddings={tokens}", f"batch_tokens={2 * tokens}", f"budget_tokens={2 * tokens}",
             "schedule.warmup_steps=0", f"data.document_masking={str(masked).lower()}", *data_settings(bench),
         ]
@@ -473,7 +476,7 @@ def generation(bench: Bench) -> None:
     trained = load_trained(str(run))
     model = trained.model.to(device_of(bench))
     prompt = (trained.tokenizer.encode("Hi havia una vegada una vila vora la mar. ") * 128)[:128]
-    tokens = 16 if bench.small else 64
+    tokens = 8 if bench.small else 64
     for batch in (1, 16):
         for _ in range(2):  # the first time is not counted
             started = now(bench)
@@ -590,14 +593,14 @@ def compare(bench: Bench, setting: str, speeds: Mapping[str, float]) -> None:
 
 
 STAGES: dict[str, tuple[Callable[[Bench], None], int]] = {
-    "environment": (environment, 5),
+    "environment": (environment, 3),
     "gradients": (gradients, 14),
-    "training": (training, 28),
-    "tests": (tests, 10),
+    "training": (training, 30),
+    "tests": (tests, 9),
     "resume": (resume, 20),
-    "generation": (generation, 6),
-    "checkpoint": (checkpoint, 5),
-    "benchmark": (benchmark, 30),
+    "generation": (generation, 4),
+    "checkpoint": (checkpoint, 3),
+    "benchmark": (benchmark, 27),
 }
 """Each with its share of the time. Those that others need come first; last, the one that takes what is left."""
 
@@ -605,6 +608,8 @@ STAGES: dict[str, tuple[Callable[[Bench], None], int]] = {
 def run_stage(bench: Bench) -> int:
     """Runs a stage in this process, which is its own. Returns the exit status."""
     bench.write("failed", "it ended without a word")
+    if bench.name != "benchmark":  # which starts each of its peers as a person would
+        let_threads_wait_briefly(os.environ)
     try:
         STAGES[bench.name][0](bench)
     except SkippedError as why:
@@ -654,7 +659,7 @@ def accept(stages: Sequence[Planned], folder: Path, seconds: float, facts: dict[
     with (folder / "acceptance.log").open("a", encoding="utf-8") as log:
         for number, stage in enumerate(stages):
             left = seconds - (time.monotonic() - started)
-            limit = max(1.0, left * stage.share / sum(other.share for other in stages[number:]))
+            limit = limit_of(stages[number:], left)
             print(f"{stage.name:14}{limit:>5.0f} s at most ... ", end="", flush=True)
             log.write(f"\n==== {stage.name}\n")
             log.flush()
@@ -665,6 +670,12 @@ def accept(stages: Sequence[Planned], folder: Path, seconds: float, facts: dict[
             why = f": {result['why']}" if result["why"] else ""
             print(f"{result['status']} after {result['seconds']:.0f} s{why}", flush=True)
     return content
+
+
+def limit_of(stages: Sequence[Planned], left: float) -> float:
+    """Seconds of the first of these stages, when so many are left for all: enough to start, and its share of the rest."""
+    start = min(START_SECONDS, left / (2 * len(stages)))
+    return max(1.0, start + (left - start * len(stages)) * stages[0].share / sum(stage.share for stage in stages))
 
 
 def result_of(stage: Planned, folder: Path, limit: float, log: Any) -> dict[str, Any]:

@@ -70,6 +70,15 @@ def test_a_stage_that_fails_or_overruns_is_named_and_does_not_stop_the_others(sc
     assert "| speed | 3 | 4: below goal |" in page and "say nothing about a GPU" in page
 
 
+def test_time_that_a_stage_leaves_is_for_those_after_it(script):
+    stages = [script.Planned("first", 1, []), script.Planned("second", 3, []), script.Planned("last", 4, [])]
+    assert script.limit_of(stages, 125) == 15 + 80 / 8
+    assert script.limit_of(stages[1:], 100) == 15 + 70 * 3 / 7
+    assert script.limit_of(stages[2:], 60) == 60
+    assert script.limit_of(stages, 24) == 4 + 12 / 8
+    assert script.limit_of(stages, -3) == 1
+
+
 def test_all_that_a_stage_has_started_ends_with_it(script, folder):
     code = "import subprocess; child = subprocess.Popen(['sleep', '600']); bench.tell('child', '', pid=child.pid); "
     content = script.accept(planned(script, folder, parent=code + "time.sleep(600)"), folder, 8, FACTS)
