@@ -214,7 +214,8 @@ def small_depth(bench: Bench, masked: bool) -> "Config":
     tokens, inner = (64, 512) if bench.small else (512, 2048)
     return composed_config(
         [
-            "model=cucafera", f"model.intermediate_size={inner}", "model.num_hidden_layers=2", "model.vocab_size=1024", "tokenizer.vocab_size=1024",
+            "model=cucafera", f"model.intermediate_size={inner}", "model.num_hidden_layers=2",
+            "model.vocab_size=1024", "tokenizer.vocab_size=1024",
             f"model.max_position_embeddings={tokens}", f"batch_tokens={2 * tokens}", f"budget_tokens={2 * tokens}",
             "schedule.warmup_steps=0", f"data.document_masking={str(masked).lower()}", *data_settings(bench),
         ]
@@ -673,7 +674,7 @@ def accept(stages: Sequence[Planned], folder: Path, seconds: float, facts: dict[
 
 
 def limit_of(stages: Sequence[Planned], left: float) -> float:
-    """Seconds of the first of these stages, when so many are left for all: enough to start, and its share of the rest."""
+    """Seconds of the first of these stages, when so many are left for all: to start, and its share of the rest."""
     start = min(START_SECONDS, left / (2 * len(stages)))
     return max(1.0, start + (left - start * len(stages)) * stages[0].share / sum(stage.share for stage in stages))
 
