@@ -3,29 +3,40 @@
     python scripts/benchmark_training.py                            the quickstart's model on a CPU
     python scripts/benchmark_training.py --model cucafera           the 245M model; on a GPU in bf16, on a CPU in fp32
     python scripts/benchmark_training.py --out outputs/training     also outputs/training.json and outputs/training.png
+    python scripts/benchmark_training.py --compiled-only --setting documents --seconds 300
 
     cucafera        the product's training path: Lightning, guards, curves, data loading
     bare loop       the same model in a loop with nothing around it: what Lightning costs
-    original        the original's architecture as a plain loop: attention with its whole matrix, all logits at once
     Hugging Face    LlamaForCausalLM with SDPA attention and its own loss
+    nanochat-like   a plain loop as nanochat's: SDPA, a residual stream in bf16, all logits in fp32
     litgpt          litgpt's GPT
+    original        the original's architecture as a plain loop: attention with its whole matrix, all logits at once
 
-Each of them is measured as it is written, and compiled by torch.compile. A round starts every process once; it takes
-some steps that are not counted, of which the first holds the compilation, and then those that are. So the peers come in
-turn, and a machine that is busy for a while is busy for all.
+The settings, of which --setting chooses:
+    windows         attention over whole windows and a small batch (65,536 tokens a step on a GPU); on a GPU everybody
+                    has 8 windows at a time, which is what those who hold all logits have memory for (original: 4)
+    documents       as the product trains: document masking, 524,288 tokens a step on a GPU, and as many windows at a
+                    time as it chooses itself. Peers have the same batch; they cannot mask documents and do not
+
+Each peer is measured as it is written, and compiled by torch.compile. A round starts every process once; it takes some
+steps that are not counted, of which the first holds the compilation, and then those that are. So the peers come in
+turn, and a machine that is busy for a while is busy for all. FILE.json is written after each measurement: what stops
+this script, a limit of --seconds among it, takes nothing of what was measured before.
 
 Tokens/s is of the median step. MFU counts attention over the whole window (and over its causal half) against the rate
 that this machine reaches in a large matrix product, measured in the same run, or on a GPU also against its data sheet.
-Memory is the most that the process, or the GPU, has held; `above the state` leaves out weights, gradients and moments,
-which are the same for all. A peer that is not installed is named as missing.
+Memory is the most that the process, or the GPU, has held; `above` leaves out weights, gradients and moments, which are
+the same for all. A peer that is not installed is named as missing.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +44,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,39 +52,68 @@ from torch import Tensor, nn
 
 from cucafera.composition import composed_config
 from cucafera.config import Config, ModelConfig
+from cucafera.data.files import write_text
 from cucafera.data.packed import PackedDataModule
 from cucafera.data.windows import Batch
 from cucafera.model.flops import parameter_count, peak_flops, training_flops_per_token
+from cucafera.training.hardware import Hardware, decide_hardware
 from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
 
-PEERS = ("cucafera", "bare loop", "original", "Hugging Face", "litgpt")
+PEERS = ("cucafera", "Hugging Face", "nanochat-like", "litgpt", "original", "bare loop")
 OURS = ("cucafera", "bare loop")
-"""Run in a process that is set up as the product's; the others as a person would start them."""
+"""Run in a process that is set up as the product's, and mask documents; the others as a person would start them."""
+SETTINGS = {
+    "windows": {
+        "cpu": ["data.document_masking=false", "batch_tokens=2048"],
+        "cuda": ["data.document_masking=false", "batch_tokens=65_536", "trainer.micro_batch_windows=8"],
+    },
+    "documents": {
+        "cpu": ["data.document_masking=true", "batch_tokens=4096"],
+        "cuda": ["data.document_masking=true", "batch_tokens=524_288"],
+    },
+}
+"""What the configuration is overridden by, for each device."""
+PEER_WINDOWS = {"original": 4}
+"""Windows at a time on a GPU with 80 GB, for those who hold more than the logits of 8."""
 UNCOUNTED_STEPS = 2
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 STATE_BYTES = 16
 """A parameter's weight, gradient and both moments, in fp32."""
+LEAST_SECONDS = 5
+"""With less left of --seconds, no measurement is begun."""
+MATRIX = "matrix products"
+"""Stands for a peer in the measurement that all MFU is of."""
 Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch of windows on the device."""
 
 
-# The peers. Each returns its module and what computes its loss.
+# The peers. Each returns its module and what computes its loss; only ours is set up for the hardware.
 
 
-def bare_loop(config: ModelConfig) -> tuple[nn.Module, Loss]:
+def bare_loop(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
     """Our own decoder."""
-    from cucafera.model.transformer import Decoder
+    from cucafera.model.attention import document_limit
+    from cucafera.training.module import build_decoder
 
-    model = Decoder(config)
-    return model, lambda batch: model(batch.input_ids, batch.targets, batch.documents) / batch.targets.numel()
+    model, limit = build_decoder(config, hardware), 0
+
+    def loss(batch: Batch) -> Tensor:
+        nonlocal limit
+        limit = document_limit(sum(batch.document_counts or (0,)), limit)
+        nats = model(batch.input_ids, batch.targets, batch.documents, document_limit=limit or None)
+        return nats / batch.targets.numel()
+
+    return model, loss
 
 
-class OriginalBlock(nn.Module):
-    """Attention that makes its whole matrix, keys and values repeated for every head; norms and rotation in parts."""
+class PlainBlock(nn.Module):
+    """Attention and gated MLP. As the original's: attention makes its whole matrix, norms and keys are put together
+    from parts. Or `fused`, as nanochat's: SDPA with fewer keys than queries, one operation a norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, fused: bool) -> None:
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size
+        self.fused = fused
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = width // self.heads
         self.norms = nn.ParameterList([torch.ones(width), torch.ones(width)])
@@ -84,62 +124,79 @@ class OriginalBlock(nn.Module):
         self.up = nn.Linear(width, inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        normed = root_mean_square_norm(x, self.norms[0])
+        normed = root_mean_square_norm(x, self.norms[0], self.fused)
         queries = turned(self.query(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2), cos, sin)
         keys, values = self.key_value(normed).unflatten(-1, (2 * self.groups, -1)).transpose(1, 2).chunk(2, dim=1)
-        keys = turned(keys, cos, sin).repeat_interleave(self.heads // self.groups, dim=1)
-        values = values.repeat_interleave(self.heads // self.groups, dim=1)
-        scores = (queries @ keys.transpose(2, 3)) / math.sqrt(self.head_dim)
-        weights = scores.masked_fill(mask, -math.inf).softmax(-1)
-        x = x + self.out((weights @ values).transpose(1, 2).flatten(2))
-        normed = root_mean_square_norm(x, self.norms[1])
+        keys = turned(keys, cos, sin)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+        else:
+            keys, values = (part.repeat_interleave(self.heads // self.groups, dim=1) for part in (keys, values))
+            scores = (queries @ keys.transpose(2, 3)) / math.sqrt(self.head_dim)
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            mixed = scores.masked_fill(hidden, -math.inf).softmax(-1) @ values
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        normed = root_mean_square_norm(x, self.norms[1], self.fused)
         return x + self.down(F.gelu(self.gate(normed), approximate="tanh") * self.up(normed))
 
 
-def root_mean_square_norm(x: Tensor, gain: Tensor) -> Tensor:
+def root_mean_square_norm(x: Tensor, gain: Tensor, fused: bool) -> Tensor:
     """x over the root of its mean square, times the gain."""
+    if fused:
+        return F.rms_norm(x, gain.shape, gain.to(x.dtype), 1e-5)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * gain
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [B, H, T, d]; the tables are [T, d]."""
+    """Rotary embedding of [B, H, T, d], in its dtype; the tables are [T, d]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-class Original(nn.Module):
-    """The whole of it."""
+class PlainDecoder(nn.Module):
+    """Embedding, blocks and the tied head, in the dtype of the embedding, or of autocast if it is `fused`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, fused: bool) -> None:
         super().__init__()
         from cucafera.model.transformer import rotary_tables
 
+        self.fused = fused
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(OriginalBlock(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(PlainBlock(config, fused) for _ in range(config.num_hidden_layers))
         self.gain = nn.Parameter(torch.ones(config.hidden_size))
         for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
             self.register_buffer(name, torch.cat([table, table], dim=-1), persistent=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """[B, T] ids and targets to the mean loss."""
-        tokens = input_ids.shape[1]
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=input_ids.device).triu(1)
-        x = self.embedding(input_ids)
+        tokens, device = input_ids.shape[1], input_ids.device.type
+        x, cos, sin = self.embedding(input_ids), self.cos[:tokens], self.sin[:tokens]
+        if self.fused and torch.is_autocast_enabled(device):
+            x, cos, sin = (part.to(torch.get_autocast_dtype(device)) for part in (x, cos, sin))
         for block in self.blocks:
-            x = block(x, self.cos[:tokens], self.sin[:tokens], mask)
-        logits = F.linear(root_mean_square_norm(x, self.gain), self.embedding.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            x = block(x, cos, sin)
+        logits = F.linear(root_mean_square_norm(x, self.gain, self.fused), self.embedding.weight)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def original(config: ModelConfig) -> tuple[nn.Module, Loss]:
+def original(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
     """The original's architecture."""
-    model = Original(config)
+    model = PlainDecoder(config, fused=False)
     return model, lambda batch: model(batch.input_ids, batch.targets)
 
 
-def hugging_face(config: ModelConfig) -> tuple[nn.Module, Loss]:
+def nanochat_like(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
+    """nanochat's way, with the same arithmetic as all: gains, GeGLU and a tied head, which nanochat has not."""
+    model = PlainDecoder(config, fused=True)
+    return model, lambda batch: model(batch.input_ids, batch.targets)
+
+
+def hugging_face(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
     """transformers' Llama; it shifts the labels itself."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -148,7 +205,7 @@ def hugging_face(config: ModelConfig) -> tuple[nn.Module, Loss]:
     return model, lambda batch: model(input_ids=batch.input_ids, labels=batch.input_ids, use_cache=False).loss
 
 
-def litgpt(config: ModelConfig) -> tuple[nn.Module, Loss]:
+def litgpt(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
     """litgpt's GPT with the same shape; its head is not tied, which costs memory and no products."""
     from litgpt import GPT
     from litgpt.config import Config as LitConfig
@@ -169,21 +226,21 @@ def litgpt(config: ModelConfig) -> tuple[nn.Module, Loss]:
     return model, loss
 
 
-LOOPS = {"bare loop": bare_loop, "original": original, "Hugging Face": hugging_face, "litgpt": litgpt}
+LOOPS = {
+    "bare loop": bare_loop, "original": original, "Hugging Face": hugging_face, "nanochat-like": nanochat_like,
+    "litgpt": litgpt,
+}  # fmt: skip
 
 
 # One measurement, in a process of its own.
 
 
-def measured(peer: str, config: Config, compiled: bool, steps: int) -> dict[str, Any]:
+def measured(peer: str, config: Config) -> dict[str, Any]:
     """Seconds of each step, the first apart; most memory in use; and of the product, the share of waiting for data."""
     from cucafera.training.callbacks.throughput import peak_memory_bytes
-    from cucafera.training.hardware import decide_hardware
 
     if peer in OURS:
         keep_freed_memory()
-    config.trainer.compile = compiled
-    config.budget_tokens = (UNCOUNTED_STEPS + steps) * int(config.batch_tokens)
     hardware = decide_hardware(config, os.environ)
     device = torch.device(hardware.accelerator)
     data = PackedDataModule(config)
@@ -202,11 +259,12 @@ def measured(peer: str, config: Config, compiled: bool, steps: int) -> dict[str,
         "first_step_seconds": times[0],
         "step_seconds": times[UNCOUNTED_STEPS:],
         "peak_bytes": peak_memory_bytes(device),
+        "micro_batch_windows": hardware.micro_batch_windows,
         "data_wait": waiting,
     }
 
 
-def product(config: Config, hardware: Any, data: PackedDataModule) -> tuple[list[float], float]:
+def product(config: Config, hardware: Hardware, data: PackedDataModule) -> tuple[list[float], float]:
     """The end of each step on the product's training path, and the share of the time spent waiting for data."""
     import lightning.pytorch as pl
 
@@ -232,9 +290,9 @@ def product(config: Config, hardware: Any, data: PackedDataModule) -> tuple[list
     return ends, callbacks.throughput.waiting_seconds / callbacks.throughput.training_seconds
 
 
-def loop(peer: str, config: Config, hardware: Any, data: PackedDataModule, device: torch.device) -> list[float]:
+def loop(peer: str, config: Config, hardware: Hardware, data: PackedDataModule, device: torch.device) -> list[float]:
     """The end of each step of a loop with nothing around it."""
-    model, loss_of = LOOPS[peer](config.model)
+    model, loss_of = LOOPS[peer](config.model, hardware)
     model.to(device)
     if hardware.compile:
         model.compile()
@@ -243,7 +301,7 @@ def loop(peer: str, config: Config, hardware: Any, data: PackedDataModule, devic
     )
     ends = []
     for step in range(config.total_steps):
-        batch = on_device(data.training_steps[step], device)
+        batch = on_device(data.training_steps[step], device, peer in OURS)
         micro_batches = list(batch.split(hardware.micro_batch_windows))
         for micro_batch in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=hardware.precision == "bf16"):
@@ -257,12 +315,12 @@ def loop(peer: str, config: Config, hardware: Any, data: PackedDataModule, devic
     return ends
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, in int64: PyTorch's cross-entropy takes no other targets."""
+def on_device(batch: Batch, device: torch.device, is_ours: bool) -> Batch:
+    """A step's windows on the device; the peers take int64 and no documents."""
+    ids = {} if is_ours else {"dtype": torch.int64}
+    documents = None if batch.documents is None or not is_ours else batch.documents.to(device)
     return batch._replace(
-        input_ids=batch.input_ids.to(device, torch.int64),
-        targets=batch.targets.to(device, torch.int64),
-        documents=None if batch.documents is None else batch.documents.to(device),
+        input_ids=batch.input_ids.to(device, **ids), targets=batch.targets.to(device, **ids), documents=documents
     )
 
 
@@ -290,95 +348,233 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 # All of them, and what they come to.
 
 
-def configured(arguments: argparse.Namespace) -> Config:
-    """The configuration that all measurements share."""
-    on_gpu = torch.cuda.is_available() and not {"trainer=cpu", "trainer.accelerator=cpu"} & set(arguments.overrides)
-    # On a GPU as many windows at a time as the peers, who hold all logits, can be given in 80 GB.
-    size = ["batch_tokens=65_536", "trainer.micro_batch_windows=8"] if on_gpu else ["batch_tokens=2048"]
-    return composed_config(
+class Measurement(NamedTuple):
+    """What one process measures."""
+
+    setting: str
+    peer: str
+    compiled: bool
+
+    @property
+    def row(self) -> str:
+        """Its name in the table of its setting."""
+        unmasked = self.setting == "documents" and self.peer not in OURS
+        return self.peer + (", compiled" if self.compiled else "") + (" (not masked)" if unmasked else "")
+
+
+def device_of(arguments: argparse.Namespace) -> str:
+    """cpu or cuda."""
+    on_cpu = {"trainer=cpu", "trainer.accelerator=cpu"} & set(arguments.overrides)
+    return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+
+
+def configured(arguments: argparse.Namespace, what: Measurement) -> Config:
+    """The configuration of a measurement; those of a setting differ in the windows at a time and the compiler."""
+    device = device_of(arguments)
+    size = list(SETTINGS[what.setting][device])
+    if device == "cuda" and what.peer not in OURS:
+        size.append(f"trainer.micro_batch_windows={PEER_WINDOWS.get(what.peer, 8)}")
+    config = composed_config(
         [
-            f"model={arguments.model}", "tokenizer.vocab_size=1024", "data.document_masking=false", "logger=none",
-            "schedule.warmup_steps=0", "callbacks.validate_every_steps=0", "callbacks.checkpoint_every_steps=0",
-            "callbacks.log_every_steps=10", "budget_tokens=1e9", *size, *arguments.overrides,
+            f"model={arguments.model}", "tokenizer.vocab_size=1024", "logger=none", "schedule.warmup_steps=0",
+            "callbacks.validate_every_steps=0", "callbacks.checkpoint_every_steps=0", "callbacks.log_every_steps=10",
+            "budget_tokens=1e9", *size, *arguments.overrides,
         ]
     )  # fmt: skip
+    config.trainer.compile = what.compiled
+    config.budget_tokens = (UNCOUNTED_STEPS + arguments.steps) * int(config.batch_tokens)
+    return config
 
 
-def run_apart(arguments: argparse.Namespace, peer: str, compiled: bool) -> dict[str, Any] | str:
-    """A measurement in a new process; or what kept it from being made."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", peer, *(["--compiled"] if compiled else [])]
+def measure_apart(what: Measurement, seconds: float | None) -> dict[str, Any] | str:
+    """A measurement in a new process; or what kept it from being made, such as a limit of time."""
+    compiled = "compiled" if what.compiled else "as written"
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", what.setting, what.peer, compiled]
     environment = dict(os.environ)
-    if peer in OURS:
+    if what.peer in OURS:
         let_threads_wait_briefly(environment)
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        last = (result.stderr.strip() or "no word").splitlines()[-1]
+    # A group of its own, so that the processes that compile and read data end with it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, process_group=0
+    )
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return "killed: --seconds were over"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode:
+        last = (errors.strip() or f"ended with {process.returncode} and no word").splitlines()[-1]
         return f"not installed: {last}" if "ModuleNotFoundError" in last else f"failed: {last}"
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
-def report(config: Config, rounds: dict[str, list[dict[str, Any]]], missing: dict[str, str], rate: float) -> str:
-    """The table."""
-    device = "cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu"
-    tokens = int(config.batch_tokens)
-    full = training_flops_per_token(config.model, config.sequence_length)
-    half = training_flops_per_token(config.model, config.sequence_length, causal_half=True)
-    state = STATE_BYTES * parameter_count(config.model)
-    best = max((name for name in rounds if name.startswith("cucafera")), key=lambda name: speed(rounds[name], tokens))
-    lines = [
-        f"{config.name}: {parameter_count(config.model):,} parameters, {tokens:,} tokens a step, on {device}; "
-        f"matrix products reach {rate / 1e12:.2f} TFLOP/s",
-        "",
-        f"{'':24}{'tokens/s':>10}{'quartiles':>19}{'ratio':>8}{'MFU':>8}{'causal':>8}{'memory':>10}{'above':>10}{'first':>9}",
-    ]
-    for name, results in sorted(rounds.items(), key=lambda item: -speed(item[1], tokens)):
-        per_second = speed(results, tokens)
-        low, _, high = statistics.quantiles([tokens / s for r in results for s in r["step_seconds"]], n=4)
-        pairs = zip(rounds[best], results, strict=True)
-        ratio = statistics.median(
-            statistics.median(r["step_seconds"]) / statistics.median(b["step_seconds"]) for b, r in pairs
+class Results:
+    """All that was measured, and not.
+
+    Attributes:
+        setup: Device, model and matrix rate.
+        settings: For each setting, tokens of a step and FLOPs a token.
+        measurements: For each setting and row, what the process of each round found.
+        missing: Rows, or peers, that could not be measured, and why.
+        left_out: What --seconds left no time for.
+    """
+
+    def __init__(self, setup: dict[str, Any], settings: dict[str, dict[str, int]]) -> None:
+        self.setup = setup
+        self.settings = settings
+        self.measurements: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in settings}
+        self.missing: dict[str, str] = {}
+        self.left_out: list[str] = []
+
+    def rows(self, setting: str) -> list[dict[str, Any]]:
+        """The figures of a table, the fastest first."""
+        measured, tokens = self.measurements[setting], self.settings[setting]["batch_tokens"]
+        if not measured:
+            return []
+        medians = {
+            name: [statistics.median(result["step_seconds"]) for result in found] for name, found in measured.items()
+        }
+        ours = [name for name in measured if name.startswith("cucafera")] or list(measured)
+        base = min(ours, key=lambda name: statistics.median(medians[name]))
+        rows = []
+        for name, found in measured.items():
+            speeds = [tokens / seconds for result in found for seconds in result["step_seconds"]]
+            speed = statistics.median(speeds)
+            low, _, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else (speed, speed, speed)
+            pairs = zip(medians[base], medians[name], strict=False)  # the last round may have ended in the middle
+            peak = max(result["peak_bytes"] for result in found)
+            mfu = self.settings[setting]["flops_per_token"] * speed / self.setup["matrix_flops"]
+            causal = self.settings[setting]["causal_flops_per_token"] / self.settings[setting]["flops_per_token"]
+            rows.append(
+                {
+                    "name": name, "tokens_per_second": speed, "quartiles": [low, high], "of": base,
+                    "ratio": statistics.median(mine / theirs for mine, theirs in pairs), "mfu": mfu,
+                    "mfu_causal": causal * mfu, "peak_bytes": peak, "rounds": len(found),
+                    "bytes_above_state": max(0, peak - STATE_BYTES * self.setup["parameters"]),
+                    "micro_batch_windows": found[0]["micro_batch_windows"], "data_wait": found[0]["data_wait"],
+                    "first_step_seconds": found[0]["first_step_seconds"],
+                }
+            )  # fmt: skip
+        return sorted(rows, key=lambda row: -row["tokens_per_second"])
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        content = {
+            **self.setup, "missing": self.missing, "left_out": self.left_out,
+            "settings": {
+                name: {**facts, "rows": self.rows(name), "measurements": self.measurements[name]}
+                for name, facts in self.settings.items()
+            },
+        }  # fmt: skip
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+    def report(self) -> str:
+        """The tables."""
+        setup = self.setup
+        lines = [
+            f"{setup['model']}: {setup['parameters']:,} parameters, on {setup['device']}; matrix products reach "
+            f"{setup['matrix_flops'] / 1e12:.2f} TFLOP/s"
+        ]
+        for setting, facts in self.settings.items():
+            if not self.measurements[setting]:
+                continue
+            masked = "; not masked: whole windows, by a peer that cannot mask" if setting == "documents" else ""
+            lines += ["", f"{setting}: {facts['batch_tokens']:,} tokens a step{masked}", ""]
+            lines += [
+                f"{'':32}{'tokens/s':>10}{'quartiles':>21}{'ratio':>7}{'MFU':>8}{'causal':>8}{'memory':>11}{'above':>11}"
+                f"{'first':>9}"
+            ]
+            for row in self.rows(setting):
+                low, high = row["quartiles"]
+                lines.append(
+                    f"{row['name']:32}{row['tokens_per_second']:>10,.0f}{f'{low:,.0f} to {high:,.0f}':>21}"
+                    f"{row['ratio']:>7.2f}{row['mfu']:>8.1%}{row['mfu_causal']:>8.1%}"
+                    f"{row['peak_bytes'] / 2**30:>7.2f} GiB{row['bytes_above_state'] / 2**30:>7.2f} GiB"
+                    f"{row['first_step_seconds']:>7.1f} s"
+                )
+        lines += ["", *(f"{name:32}{why}" for name, why in self.missing.items())]
+        if self.left_out:
+            lines.append(f"--seconds left out {len(self.left_out)} measurements, from {self.left_out[0]} on")
+        lines += [
+            "ratio: speed over that of the fastest of cucafera in the same table, median of the rounds. MFU: of the",
+            "rate of matrix products, with attention over the whole window, and over its causal half. above: memory",
+            "above weights, gradients and moments. first: the first step, compilation included.",
+        ]
+        for setting, facts in self.settings.items():
+            for row in self.rows(setting):
+                if row["data_wait"] is not None:
+                    peak = peak_flops(setup["device"])
+                    rate = facts["flops_per_token"] * row["tokens_per_second"]
+                    sheet = f", {rate / peak:.1%} of the data sheet's dense bf16 peak" if peak else ""
+                    lines.append(
+                        f"{row['name']} ({setting}): waits for data {row['data_wait']:.2%} of the time{sheet}."
+                    )
+        return "\n".join(lines)
+
+    def draw(self, path: Path) -> None:
+        """A bar a row, with the quartiles of its steps."""
+        from matplotlib.figure import Figure
+
+        rows = [(setting, row) for setting in self.settings for row in reversed(self.rows(setting))]
+        figure = Figure(figsize=(7.2, 0.6 + 0.36 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for setting, row in rows:
+            speed, (low, high) = row["tokens_per_second"], row["quartiles"]
+            colour = "C1" if row["name"].startswith("cucafera") else "C0"
+            axes.barh(
+                f"{row['name']} ({setting})", speed, color=colour, xerr=[[speed - low], [high - speed]], capsize=2
+            )
+        axes.set_xlabel("training speed (tokens per second)")
+        figure.savefig(path, dpi=200)
+
+
+def facts_of(config: Config) -> dict[str, int]:
+    """Tokens of a step and FLOPs a token of a setting."""
+    return {
+        "batch_tokens": int(config.batch_tokens),
+        "flops_per_token": training_flops_per_token(config.model, config.sequence_length),
+        "causal_flops_per_token": training_flops_per_token(config.model, config.sequence_length, causal_half=True),
+    }
+
+
+def measure_all(arguments: argparse.Namespace) -> Results:
+    """Every measurement that there is time for, written as they come."""
+    deadline = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
+    first = {name: configured(arguments, Measurement(name, "cucafera", True)) for name in arguments.setting}
+    setup: dict[str, Any] = {"model": arguments.model, "parameters": parameter_count(first[arguments.setting[0]].model)}
+    results = Results(setup, {name: facts_of(config) for name, config in first.items()})
+    rate = measure_apart(Measurement(arguments.setting[0], MATRIX, False), arguments.seconds)
+    if isinstance(rate, str):
+        sys.exit(f"matrix products could not be measured: {rate}")
+    setup |= rate
+    kinds = (True,) if arguments.compiled_only else (False, True)
+    plan = itertools.product(range(arguments.rounds), arguments.setting, arguments.peer or PEERS, kinds)
+    for number, *rest in plan:
+        what = Measurement(*rest)
+        if what.peer in results.missing or f"{what.row} ({what.setting})" in results.missing:
+            continue
+        seconds = deadline - time.monotonic()
+        called = f"round {number + 1}, {what.setting}: {what.row}"
+        found = (
+            "not begun" if seconds < LEAST_SECONDS else measure_apart(what, None if math.isinf(seconds) else seconds)
         )
-        peak = max(result["peak_bytes"] for result in results)
-        first = results[0]["first_step_seconds"]
-        lines.append(
-            f"{name:24}{per_second:>10,.0f}{f'{low:,.0f} to {high:,.0f}':>19}{1 / ratio:>8.2f}"
-            f"{full * per_second / rate:>8.1%}{half * per_second / rate:>8.1%}{peak / 2**30:>6.2f} GiB"
-            f"{max(0, peak - state) / 2**30:>6.2f} GiB{first:>7.1f} s"
-        )
-    lines += [f"{name:24}{why}" for name, why in missing.items()]
-    wait = statistics.median(result["data_wait"] for result in rounds[best])
-    lines += [
-        "",
-        f"ratio: speed over that of {best}, median of the rounds. MFU: of the rate of matrix products, with",
-        "attention over the whole window, and over its causal half. above: memory above weights, gradients and",
-        f"moments. first: the first step, compilation included. {best} waits for data {wait:.2%} of the time.",
-    ]
-    if device == "cuda" and (peak_rate := peak_flops(torch.cuda.get_device_name())):
-        lines.append(
-            f"{best}: {full * speed(rounds[best], tokens) / peak_rate:.1%} of the data sheet's dense bf16 peak."
-        )
-    return "\n".join(lines)
-
-
-def speed(results: list[dict[str, Any]], tokens: int) -> float:
-    """Tokens/s of the median step of all rounds."""
-    return tokens / statistics.median(seconds for result in results for seconds in result["step_seconds"])
-
-
-def draw(rounds: dict[str, list[dict[str, Any]]], tokens: int, path: Path) -> None:
-    """A bar a peer, with the quartiles of its steps."""
-    from matplotlib.figure import Figure
-
-    names = sorted(rounds, key=lambda name: speed(rounds[name], tokens))
-    figure = Figure(figsize=(6.4, 0.6 + 0.36 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    for name in names:
-        low, median, high = statistics.quantiles([tokens / s for r in rounds[name] for s in r["step_seconds"]], n=4)
-        colour = "C1" if name.startswith("cucafera") else "C0"
-        axes.barh(name, median, color=colour, xerr=[[median - low], [high - median]], capsize=2)
-    axes.set_xlabel("training speed (tokens per second)")
-    figure.savefig(path, dpi=200)
+        if isinstance(found, dict):
+            results.measurements[what.setting].setdefault(what.row, []).append(found)
+            speed = results.settings[what.setting]["batch_tokens"] / statistics.median(found["step_seconds"])
+            print(f"{called:60}{speed:>12,.0f} tokens/s", flush=True)
+        elif found.startswith(("not begun", "killed")):
+            results.left_out.append(called)
+        else:
+            results.missing[what.peer if found.startswith("not installed") else f"{what.row} ({what.setting})"] = found
+            results.measurements[what.setting].pop(what.row, None)
+            print(f"{called:60}{found}", flush=True)
+        if arguments.out:
+            results.write(arguments.out.with_suffix(".json"))
+    return results
 
 
 def main() -> None:
@@ -388,39 +584,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="counted steps of a round")
     parser.add_argument("--peer", action="append", choices=PEERS, help="one to measure; may be repeated; else all")
+    parser.add_argument("--setting", action="append", choices=SETTINGS, help="may be repeated (windows)")
+    parser.add_argument("--compiled-only", action="store_true", help="nobody as written")
+    parser.add_argument("--seconds", type=float, help="begin no measurement after these, and kill one that goes beyond")
     parser.add_argument("--out", type=Path, help="where FILE.json and FILE.png go")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--compiled", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of the configuration, such as batch_tokens=16384")
     arguments = parser.parse_intermixed_args()
-    config = configured(arguments)
+    arguments.setting = list(dict.fromkeys(arguments.setting or ["windows"]))
     if arguments.only:
-        print(json.dumps(measured(arguments.only, config, arguments.compiled, arguments.steps)))
+        setting, peer, compiled = arguments.only
+        if peer == MATRIX:
+            device = torch.device(device_of(arguments))
+            name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+            rate = matrix_rate(device, "bf16" if device.type == "cuda" else "fp32")
+            print(json.dumps({"device": name, "matrix_flops": rate}))
+        else:
+            what = Measurement(setting, peer, compiled == "compiled")
+            print(json.dumps(measured(peer, configured(arguments, what))))
         return
-    rounds: dict[str, list[dict[str, Any]]] = {}
-    missing: dict[str, str] = {}
-    for number in range(arguments.rounds):
-        for peer, compiled in itertools.product(arguments.peer or PEERS, (False, True)):
-            name = f"{peer}, compiled" if compiled else peer
-            if name in missing or peer in missing:
-                continue
-            found = run_apart(arguments, peer, compiled)
-            if isinstance(found, str):
-                missing[peer if found.startswith("not installed") else name] = found
-                rounds.pop(name, None)
-            else:
-                rounds.setdefault(name, []).append(found)
-                seconds = statistics.median(found["step_seconds"])
-                print(f"round {number + 1}: {name:24}{int(config.batch_tokens) / seconds:>10,.0f} tokens/s", flush=True)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
-    rate = matrix_rate(device, "bf16" if device.type == "cuda" else "fp32")
-    print()
-    print(report(config, rounds, missing, rate))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends too
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"rounds": rounds, "missing": missing, "matrix_flops": rate, "batch_tokens": int(config.batch_tokens)}
-        arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        draw(rounds, int(config.batch_tokens), arguments.out.with_suffix(".png"))
+    results = measure_all(arguments)
+    print()
+    print(results.report())
+    if arguments.out and any(results.measurements.values()):
+        try:
+            results.draw(arguments.out.with_suffix(".png"))
+        except ModuleNotFoundError as error:
+            print(f"No picture: {error}")
 
 
 if __name__ == "__main__":

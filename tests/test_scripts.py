@@ -1,7 +1,13 @@
 """The scripts around the package, where they can be tested without measuring."""
 
+import argparse
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +19,124 @@ from cucafera.data.order import permutation
 from cucafera.data.shards import HEADER_BYTES, TokenStream
 from cucafera.data.windows import Batch
 from cucafera.model.flops import parameter_count
-from tests.test_readme import load_script
+from cucafera.training.hardware import decide_hardware
+from tests.test_readme import ROOT, load_script
 
 
-@pytest.mark.parametrize("peer", ["bare loop", "original", "Hugging Face"])
+def wait_until(happened):
+    """Waits for something, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("peer", ["bare loop", "original", "nanochat-like", "Hugging Face"])
 def test_the_peers_of_the_speed_benchmark_are_the_same_model(peer):
-    config = composed_config(["model.vocab_size=320", "model.num_hidden_layers=2"]).model
+    config = composed_config(["model.vocab_size=320", "model.num_hidden_layers=2", "trainer=cpu"])
     torch.manual_seed(0)
-    model, loss_of = load_script("benchmark_training").LOOPS[peer](config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
+    model, loss_of = load_script("benchmark_training").LOOPS[peer](config.model, decide_hardware(config))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config.model)
     ids = torch.randint(10, 320, (2, 65))
-    loss = loss_of(Batch(ids[:, :-1], ids[:, 1:], None, None))
+    loss = loss_of(Batch(input_ids=ids[:, :-1], targets=ids[:, 1:], documents=None, document_counts=None))
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    if peer != "original":  # it is measured only, and keeps PyTorch's larger initial weights
-        assert loss.item() == pytest.approx(math.log(320), rel=0.05)
+    assert loss.item() == pytest.approx(math.log(320), rel=0.05)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_plain_peers_of_the_speed_benchmark_compute_what_the_product_does(fused):
+    script = load_script("benchmark_training")
+    config = composed_config(["model.vocab_size=320", "model.num_hidden_layers=2", "trainer=cpu"])
+    torch.manual_seed(0)
+    ours, loss_of = script.bare_loop(config.model, decide_hardware(config))
+    plain = script.PlainDecoder(config.model, fused)
+    plain.embedding.weight.data = ours.embed_tokens.weight.data
+    for theirs, block in zip(plain.blocks, ours.layers, strict=True):
+        attention, mlp = block.self_attn, block.mlp
+        theirs.query.weight.data = attention.q_proj.weight.data
+        theirs.key_value.weight.data = torch.cat([attention.k_proj.weight.data, attention.v_proj.weight.data])
+        theirs.out.weight.data = attention.o_proj.weight.data
+        theirs.gate.weight.data, theirs.up.weight.data = mlp.gate_proj.weight.data, mlp.up_proj.weight.data
+        theirs.down.weight.data = mlp.down_proj.weight.data
+    ids = torch.randint(10, 320, (2, 65))
+    batch = Batch(input_ids=ids[:, :-1], targets=ids[:, 1:], documents=None, document_counts=None)
+    torch.testing.assert_close(plain(batch.input_ids, batch.targets), loss_of(batch), atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(batch.input_ids, batch.targets).item() == pytest.approx(loss_of(batch).item(), rel=1e-2)
+
+
+def results_of(script, measured):
+    """Results of a setting with 1,000 tokens a step, from the step times of each row."""
+    setup = {"model": "tiny", "parameters": 10, "device": "cpu", "matrix_flops": 1e9}
+    facts = {"batch_tokens": 1000, "flops_per_token": 1e6, "causal_flops_per_token": 5e5}
+    results = script.Results(setup, {"documents": facts})
+    for name, rounds in measured.items():
+        results.measurements["documents"][name] = [
+            {"first_step_seconds": 9.0, "step_seconds": seconds, "peak_bytes": 1000, "micro_batch_windows": 4,
+             "data_wait": 0.01 if name.startswith("cucafera") else None}
+            for seconds in rounds
+        ]  # fmt: skip
+    return results
+
+
+def test_the_speed_benchmark_compares_with_the_fastest_of_ours_also_after_half_a_round(tmp_path):
+    script = load_script("benchmark_training")
+    results = results_of(script, {"peer": [[3.0]], "cucafera, compiled": [[2.0], [2.0]], "cucafera": [[4.0], [4.0]]})
+    results.left_out.append("round 2, documents: peer")
+    rows = results.rows("documents")
+    assert [(row["name"], row["tokens_per_second"]) for row in rows] == [
+        ("cucafera, compiled", 500), ("peer", pytest.approx(1000 / 3)), ("cucafera", 250)
+    ]  # fmt: skip
+    assert [round(row["ratio"], 2) for row in rows] == [1.0, 0.67, 0.5]
+    assert (rows[0]["mfu"], rows[0]["mfu_causal"]) == (0.5, 0.25)
+    assert (
+        "documents: 1,000 tokens a step; not masked" in results.report()
+        and "round 2, documents: peer on" in results.report()
+    )
+    results.write(tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["settings"]["documents"]["rows"] == rows
+
+
+def test_the_speed_benchmark_gives_peers_on_a_gpu_what_fits_and_masks_documents_for_ours_only(monkeypatch):
+    script = load_script("benchmark_training")
+    monkeypatch.setattr(script, "device_of", lambda arguments: "cuda")
+    arguments = argparse.Namespace(model="cucafera", overrides=[], steps=4)
+
+    def windows_at_a_time(setting, peer):
+        config = script.configured(arguments, script.Measurement(setting, peer, True))
+        assert config.data.document_masking == (setting == "documents") and config.trainer.compile is True
+        assert int(config.batch_tokens) == {"windows": 65_536, "documents": 524_288}[setting]
+        return config.trainer.micro_batch_windows
+
+    for setting in script.SETTINGS:
+        assert windows_at_a_time(setting, "cucafera") == (8 if setting == "windows" else "auto")
+        assert windows_at_a_time(setting, "Hugging Face") == 8
+        assert windows_at_a_time(setting, "original") == 4
+    ids = torch.ones(2, 8, dtype=torch.int32)
+    batch = Batch(input_ids=ids, targets=ids, documents=ids, document_counts=(1,) * len(ids))
+    assert script.on_device(batch, torch.device("cpu"), is_ours=True).documents is not None
+    theirs = script.on_device(batch, torch.device("cpu"), is_ours=False)
+    assert theirs.documents is None and theirs.targets.dtype == torch.int64
+    assert script.Measurement("documents", "litgpt", True).row == "litgpt, compiled (not masked)"
+
+
+@pytest.mark.slow
+def test_what_the_speed_benchmark_has_measured_outlives_its_limit_of_time(tmp_path):
+    small = ["model.num_hidden_layers=1", "batch_tokens=256", f"data.prepared_dir={tmp_path}/prepared"]
+    command = ["--rounds", "1", "--steps", "1", "--peer", "bare loop", "--peer", "cucafera", *small]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, ROOT / "scripts" / "benchmark_training.py", *command, "--out", tmp_path / "speed"]
+    process = subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "tokens/s" in process.stdout.readline()  # the first measurement is told
+    wait_until((tmp_path / "speed.json").exists)
+    process.terminate()
+    assert process.wait(60) == 143
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["name"] for row in found["settings"]["windows"]["rows"]] == ["bare loop"]
+
+    ended = subprocess.run([*script, "--seconds", "1"], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1 and "matrix products could not be measured: killed" in ended.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")

@@ -24,6 +24,7 @@ and backward on the CPU, in core milliseconds (medians, mean of two runs; B x T 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,6 +81,19 @@ def document_attention(device_type: str, capability: tuple[int, int], half: bool
     if device_type == "cuda" and half and capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256:
         return "flash"
     return "flex" if device_type == "cuda" and head_dim >= SMALLEST_FLEX_HEAD else "dense"
+
+
+def document_limit(documents: int, before: int = 0) -> int:
+    """Documents to make room for in a micro-batch, for flash attention.
+
+    Another limit is compiled again, so it is kept where it suffices, and else raised to a power of two with half as
+    much to spare.
+
+    Args:
+        documents: That a micro-batch has.
+        before: The limit so far.
+    """
+    return before if documents <= before else 1 << math.ceil(math.log2(1.5 * documents))
 
 
 def document_mask(documents: Tensor, kernel: str, document_limit: int | None) -> Mask:

@@ -10,7 +10,6 @@ pass, every Lightning interval is in steps, and accumulation needs no bookkeepin
 import contextlib
 import dataclasses
 import logging
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from cucafera.config import Config, UserError
+from cucafera.config import Config, ModelConfig, UserError
 from cucafera.data.windows import IGNORED, Batch, WindowDataModule
+from cucafera.model.attention import document_limit
 from cucafera.model.lora import add_adapters
 from cucafera.model.transformer import Decoder
 from cucafera.training.first_steps import FirstSteps
@@ -59,6 +59,22 @@ class StepRecord(NamedTuple):
     applied: bool
 
 
+def build_decoder(config: ModelConfig, hardware: Hardware) -> Decoder:
+    """A decoder to train, set up for a device.
+
+    Raises:
+        UserError: FlashAttention 3 or 4 is wanted and cannot be had.
+    """
+    attention = hardware.document_attention
+    if attention in ("flash3", "flash4"):
+        from cucafera.model.flash_attention import activate_successor
+
+        activate_successor(attention, hardware.name, torch.cuda.get_device_capability())
+        attention = "flash"
+    residual_dtype = torch.bfloat16 if hardware.residual_precision == "bf16" else None
+    return Decoder(config, hardware.activation_checkpointing, attention, residual_dtype)
+
+
 class LanguageModel(pl.LightningModule):
     """Trains a Decoder. Its state dict is that of Hugging Face's LlamaForCausalLM with a tied head, and the adapters.
 
@@ -74,20 +90,9 @@ class LanguageModel(pl.LightningModule):
         self.config = config
         self.micro_batch_windows = hardware.micro_batch_windows
         self.compile_model = hardware.compile
-        attention = hardware.document_attention
-        if attention in ("flash3", "flash4"):
-            from cucafera.model.flash_attention import activate_successor
-
-            activate_successor(attention, hardware.name, torch.cuda.get_device_capability())
-            attention = "flash"
         self.document_limit = 0
         self.gradients_to_check = hardware.compile and config.trainer.check_gradients
-        self.model = Decoder(
-            config.model,
-            hardware.activation_checkpointing,
-            attention,
-            torch.bfloat16 if hardware.residual_precision == "bf16" else None,
-        )
+        self.model = build_decoder(config.model, hardware)
         add_adapters(self.model, config.adapter)
         self.steps_done = 0
         self._unread: list[Tensor] = []
@@ -190,15 +195,10 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def _raise_document_limit(self, micro_batches: Sequence[Batch]) -> None:
-        """Makes room for the documents of micro-batches, for flash attention.
-
-        The limit is a power of two with half as much to spare, and never lowered: a larger one is compiled again.
-        """
-        if self.model.document_attention != "flash":
-            return
-        most = max(sum(micro_batch.document_counts or ()) for micro_batch in micro_batches)
-        if most > self.document_limit:
-            self.document_limit = 1 << math.ceil(math.log2(1.5 * most))
+        """Makes room for the documents of micro-batches, for flash attention."""
+        if self.model.document_attention == "flash":
+            most = max(sum(micro_batch.document_counts or ()) for micro_batch in micro_batches)
+            self.document_limit = document_limit(most, self.document_limit)
 
     def _check_gradients(self, micro_batch: Batch) -> None:
         """Compares the gradients of the compiled model with those of the written one, once. Raises UserError."""
