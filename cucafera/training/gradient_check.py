@@ -20,8 +20,8 @@ CHECKED_TOKENS = 512
 """Tokens of the first window that have targets: enough for every weight to matter, and few logits."""
 MOST_OF_ROUNDING = 4.0
 """The compiled model may be so many times as far from fp32 as the written one is: it rounds elsewhere."""
-ALWAYS_ALLOWED = 0.02
-"""Of the norm of a gradient: where the written model happens to be closer to fp32 than the precision explains."""
+ALWAYS_ALLOWED = {"bf16": 0.02, "fp32": 0.002}
+"""Of the norm of a gradient, by the precision of training: the written model may happen to be close to fp32."""
 
 
 def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: int | None) -> str | None:
@@ -55,6 +55,8 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
         loss: Tensor = model(micro_batch.input_ids, masked, micro_batch.documents, document_limit=document_limit)
         return loss
 
+    half = torch.is_autocast_enabled(input_ids.device.type)
+    allowed = ALWAYS_ALLOWED["bf16" if half else "fp32"]
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     with _as_written(model):
         with _in_fp32(model):
@@ -68,7 +70,7 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
     wrong = [
         (name, distance / norm if norm else float("inf"), explained / norm if norm else 0.0)
         for name, (distance, explained, norm) in zip(names, rows, strict=True)
-        if not distance <= MOST_OF_ROUNDING * explained + ALWAYS_ALLOWED * norm
+        if not distance <= MOST_OF_ROUNDING * explained + allowed * norm
     ]
     if not wrong:
         return None

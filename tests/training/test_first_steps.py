@@ -1,0 +1,159 @@
+"""A run that trains nothing, or not by its gradients, is stopped: with a broken loss, optimizer or compiler."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cucafera.config import EXIT_DIVERGED, UserError
+from cucafera.model import loss as loss_module
+from cucafera.model.transformer import MLP, Decoder
+from cucafera.run import train
+from cucafera.training.callbacks.guards import GuardsError
+from cucafera.training.optimizers import build_optimizer
+from cucafera.training.run_folder import RunFolder
+from tests.test_run import assert_equal, weights
+
+
+def test_a_loss_whose_gradient_is_zero_stops_the_run_in_its_first_step(small_run, monkeypatch):
+    backward = loss_module._LinearCrossEntropy.backward
+
+    def zero_gradient(ctx, *upstream):  # as torch 2.11 compiled what was returned after an in-place update
+        return backward(ctx, *(torch.zeros_like(gradient) for gradient in upstream))
+
+    monkeypatch.setattr(loss_module._LinearCrossEntropy, "backward", staticmethod(zero_gradient))
+    match = r"the gradient of step 1 was exactly zero, at a loss of 5\.\d+: the model is not being trained"
+    with pytest.raises(GuardsError, match=match) as raised:
+        train(small_run("name=run"), [])
+    assert raised.value.exit_code == EXIT_DIVERGED
+    assert torch.__version__ in str(raised.value)
+    assert not RunFolder(Path("outputs/run")).checkpoints.complete()
+
+
+def test_a_weight_without_gradient_is_named_after_three_steps(small_run, monkeypatch):
+    forward = MLP.forward
+
+    def cut_off(mlp, x):
+        mlp.down_proj.weight.requires_grad_(True)
+        return forward(mlp, x).detach() if mlp is first[0] else forward(mlp, x)
+
+    first: list[MLP] = []
+    build = Decoder.__init__
+
+    def remembered(decoder, *arguments, **settings):
+        build(decoder, *arguments, **settings)
+        first[:] = [decoder.layers[0].mlp]
+
+    monkeypatch.setattr(Decoder, "__init__", remembered)
+    monkeypatch.setattr(MLP, "forward", cut_off)
+    match = r"the gradient of layers\.0\.\S+ and 3 others was exactly zero in each of the first 3 steps"
+    with pytest.raises(GuardsError, match=match):
+        train(small_run("name=run"), [])
+
+
+def test_weights_that_no_update_changes_stop_the_run(small_run, monkeypatch):
+    def asleep(model, config):
+        optimizer = build_optimizer(model, config)
+        step = optimizer.step
+
+        def without_effect(closure=None):
+            before = [parameter.detach().clone() for parameter in model.parameters()]
+            step(closure)
+            with torch.no_grad():
+                for parameter, value in zip(model.parameters(), before, strict=True):
+                    parameter.copy_(value)
+
+        optimizer.step = without_effect
+        return optimizer
+
+    monkeypatch.setattr("cucafera.training.module.build_optimizer", asleep)
+    with pytest.raises(GuardsError, match="no weight has changed in the first 3 steps, although every update was"):
+        train(small_run("name=run"), [])
+
+
+def test_log_steps_far_apart_are_early_enough(small_run, monkeypatch):
+    monkeypatch.setattr(MLP, "forward", lambda mlp, x: torch.zeros_like(x))
+    with pytest.raises(GuardsError, match=r"gradient of layers\.0\.\S+ and \d+ others was exactly zero"):
+        train(small_run("name=run", "callbacks.log_every_steps=10", "callbacks.validate_every_steps=0"), [])
+
+
+@pytest.fixture
+def compiled_as(monkeypatch):
+    """Lets the compiled decoder be what a function makes of the written one's result."""
+
+    def install(change) -> None:
+        def compile_module(model, **how):
+            model._compiled_call_impl = lambda *arguments, **settings: change(
+                model, Decoder.forward(model, *arguments, **settings)
+            )
+
+        monkeypatch.setattr(Decoder, "compile", compile_module)
+
+    return install
+
+
+COMPILED = ("name=run", "trainer.compile=true")
+
+
+class NoGradient(torch.autograd.Function):
+    """The same number, without its gradient: what a fault of the compiler looks like."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return torch.zeros_like(upstream)
+
+
+@pytest.mark.parametrize(
+    ("change", "away"),
+    [(lambda model, loss: NoGradient.apply(loss), "100.0%"), (lambda model, loss: 1.1 * loss, r"10\.\d%")],
+    ids=["no gradient", "a tenth too large"],
+)
+def test_a_compiled_model_with_other_gradients_is_not_trained(small_run, compiled_as, change, away):
+    compiled_as(change)
+    match = rf"20 of 20 gradients of the compiled model are not .* is {away} of its size away .*nothing was trained"
+    with pytest.raises(UserError, match=match) as raised:
+        train(small_run(*COMPILED), [])
+    assert "trainer.compile=false" in str(raised.value) and torch.__version__ in str(raised.value)
+    assert not RunFolder(Path("outputs/run")).checkpoints.complete()
+
+
+def test_one_wrong_gradient_is_enough_and_is_named(small_run, compiled_as):
+    def one_wrong(model, loss):
+        weight = model.layers[1].mlp.up_proj.weight
+        return loss + 5 * (weight - weight.detach()).sum() if loss.ndim == 0 else loss
+
+    compiled_as(one_wrong)
+    with pytest.raises(UserError, match=r"1 of 20 gradients .* that of layers\.1\.mlp\.up_proj\.weight is"):
+        train(small_run(*COMPILED), [])
+
+
+def test_the_comparison_can_be_switched_off(small_run, compiled_as):
+    compiled_as(lambda model, loss: 1.1 * loss if loss.ndim == 0 else loss)
+    train(small_run(*COMPILED, "trainer.check_gradients=false"), [])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("documents", ["true", "false"])
+def test_the_comparison_changes_nothing_of_the_run(small_run, compiled_as, precision, documents):
+    compiled_as(lambda model, result: result)
+    settings = (
+        f"trainer.precision={precision}", f"trainer.residual_precision={precision}",
+        f"data.document_masking={documents}", "trainer.compile=true", "trainer.micro_batch_windows=4",
+    )  # fmt: skip
+    train(small_run("name=checked", *settings), [])
+    train(small_run("name=unchecked", *settings, "trainer.check_gradients=false"), [])
+    assert_equal(weights("outputs/checked"), weights("outputs/unchecked"))
+
+
+def test_without_memory_for_the_comparison_the_run_goes_on_and_says_so(small_run, compiled_as, monkeypatch, caplog):
+    def too_much(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    compiled_as(lambda model, result: result)
+    monkeypatch.setattr("cucafera.training.module.compiled_gradient_fault", too_much)
+    train(small_run(*COMPILED), [])
+    assert "too little memory to compare the gradients of the compiled model" in caplog.text
