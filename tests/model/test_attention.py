@@ -9,10 +9,12 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from cucafera.model import attention
 from cucafera.model.attention import (
+    DocumentLengths,
     attend,
     attention_mask,
     block_mask,
     dense_mask,
+    document_attention,
     document_mask,
 )
 
@@ -110,16 +112,47 @@ def test_flex_attention_is_traced_without_graph_breaks() -> None:
     torch.testing.assert_close(result, attend(queries, keys, values, dense_mask(documents)), atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture
+def exact_products():
+    """No TF32 in fp32 products: a run in the same process may have allowed it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=str)
+@pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "tolerance"),
+    [
+        ("flash", torch.bfloat16, 5e-2),
+        ("flex", torch.bfloat16, 5e-2),
+        ("flex", torch.float32, 1e-4),
+        ("dense", torch.float32, 1e-4),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("head_dim", [32, 96, 128])
 def test_attention_within_documents_on_cuda_equals_the_reference(
-    head_dim: int, dtype: torch.dtype, tolerance: float
+    head_dim: int, kernel: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     cuda = torch.device("cuda")
+    if kernel == "flash" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("flash attention needs compute capability 8.0")
     documents = random_documents().to(cuda)
     heads = [head.detach().to(cuda, dtype).requires_grad_() for head in random_heads(head_dim)]
-    mask = attention_mask(TOKENS, 0, documents, None, cuda)
-    assert isinstance(mask, BlockMask)
+    mask = document_mask(documents, kernel, 64)
+    assert type(mask) is {"flash": DocumentLengths, "flex": BlockMask, "dense": Tensor}[kernel]
     assert_same_as_reference(mask, heads, visible_tokens(documents), tolerance)
+
+
+def test_each_device_gets_the_fastest_kernel_that_it_has_for_documents() -> None:
+    h100, t4 = (9, 0), (7, 5)
+    assert document_attention("cuda", h100, half=True, head_dim=96) == "flash"
+    assert document_attention("cuda", h100, half=False, head_dim=96) == "flex"
+    assert document_attention("cuda", t4, half=False, head_dim=96) == "flex"
+    assert document_attention("cuda", h100, half=True, head_dim=12) == "dense"  # flex refuses heads under 16
+    assert document_attention("cuda", h100, half=True, head_dim=8) == "flash"
+    assert document_attention("cpu", (0, 0), half=True, head_dim=96) == "dense"

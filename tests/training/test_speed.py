@@ -95,7 +95,8 @@ def test_a_step_does_not_wait_for_a_gpu(small_run, monkeypatch, compiled):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(LanguageModel, "training_step", watched_step)
-    train(small_run("name=run", "trainer=auto", f"trainer.compile={compiled}"), [])
+    wider = "model.hidden_size=128"  # heads of 32
+    train(small_run("name=run", "trainer=auto", wider, f"trainer.compile={compiled}"), [])
 
 
 def test_a_profile_says_where_the_time_goes(small_run, caplog):
