@@ -142,7 +142,7 @@ def test_what_it_runs_on_a_gpu_is_the_245m_model_at_its_batch(script, folder):
 
     hardware = {"precision": "bf16", "activation_checkpointing": False, "micro_batch_windows": 16}
     script.memory_against_formula(bench, config, hardware, 50.0)
-    assert bench.figures["peak_memory_gib"] == 50 and 30 < bench.figures["computed_memory_gib"] < 70
+    assert bench.figures["peak_memory_gib"] == 50 and 20 < bench.figures["computed_memory_gib"] < 70
 
 
 @pytest.mark.slow
