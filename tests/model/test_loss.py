@@ -134,3 +134,26 @@ def test_traced_without_graph_breaks_it_gives_the_same() -> None:
         strict=True,
     ):
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_cuda_in_bf16_loss_and_gradients_are_those_of_fp32_within_rounding(compiled: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(5000, 96, generator=generator, device="cuda")  # more than one chunk, the last not filled
+    weight = 0.1 * torch.randn(65_536, 96, generator=generator, device="cuda")
+    targets = torch.randint(65_536, (5000,), generator=generator, device="cuda", dtype=torch.int32)
+    targets[::8] = -100
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    expected = F.cross_entropy(exact_hidden @ exact_weight.T, targets.long(), reduction="sum")
+    wanted = torch.autograd.grad(expected, (exact_hidden, exact_weight))
+    del expected
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    function = torch.compile(linear_cross_entropy, fullgraph=True) if compiled else linear_cross_entropy
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = function(hidden, weight, targets)
+    for found, exact in zip(torch.autograd.grad(loss, (hidden, weight)), wanted, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - exact).norm() < 0.01 * exact.norm()
