@@ -99,7 +99,8 @@ def bare_loop(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]
 
     def loss(batch: Batch) -> Tensor:
         nonlocal limit
-        limit = document_limit(sum(batch.document_counts or (0,)), limit)
+        if hardware.document_attention.startswith("flash") and batch.document_counts:
+            limit = document_limit(sum(batch.document_counts), limit)
         nats = model(batch.input_ids, batch.targets, batch.documents, document_limit=limit or None)
         return nats / batch.targets.numel()
 

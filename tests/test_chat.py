@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cucafera import chat
 from cucafera.chat import Chat, Terminal
 from cucafera.config import SamplingConfig, UserError
 from cucafera.data.chat import Message, render_prompt
@@ -276,11 +277,23 @@ def test_one_prompt_is_answered_and_a_base_model_continues(runs):
         ([], "the following arguments are required: RUN"),
     ],
 )
-def test_what_the_user_can_mend_is_told_with_code_2(runs, arguments, message):
-    result = chat_door(runs, *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_what_the_user_can_mend_is_told_with_code_2(runs, arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(sys, "argv", ["chat", *arguments])
+    for output in ("stdout", "stderr"):  # of a program they can be reconfigured
+        monkeypatch.setattr(getattr(sys, output), "reconfigure", lambda **how: None, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        chat.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_a_refusal_of_the_program_is_one_line_without_a_stack_trace(runs):
+    result = chat_door(runs, "outputs/nowhere")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "outputs/nowhere: there is no such run folder or checkpoint\n"
 
 
 def test_lines_from_a_pipe_are_answered_until_they_end(runs):

@@ -140,7 +140,10 @@ def test_what_it_runs_on_a_gpu_is_the_245m_model_at_its_batch(script, folder):
     narrow = script.small_depth(bench, True).model
     assert narrow.hidden_size // narrow.num_attention_heads == 96
 
-    hardware = {"precision": "bf16", "activation_checkpointing": False, "micro_batch_windows": 16}
+    hardware = {
+        "precision": "bf16", "residual_precision": "bf16", "compile": True, "activation_checkpointing": False,
+        "micro_batch_windows": 16,
+    }  # fmt: skip
     script.memory_against_formula(bench, config, hardware, 50.0)
     assert bench.figures["peak_memory_gib"] == 50 and 20 < bench.figures["computed_memory_gib"] < 70
 
