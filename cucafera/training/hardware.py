@@ -276,6 +276,10 @@ def decide_hardware(config: Config, environment: Mapping[str, str] | None = None
     residual_precision = trainer.residual_precision
     if residual_precision == "auto":
         residual_precision = "bf16" if precision == "bf16" and accelerator == "cuda" else "fp32"
+    if residual_precision == "bf16" and precision == "fp32":
+        raise UserError(
+            "trainer.residual_precision is bf16 and training here is in fp32: leave it out, or set trainer.precision=bf16"
+        )
     taken = 0
     if accelerator == "cuda":
         device = min(_local_rank(environment), devices - 1)

@@ -309,3 +309,43 @@ def test_memory_is_limited_by_every_group_around_the_process(tmp_path, controlle
 
 def test_a_system_without_groups_limits_nothing():
     assert list(_left_in_groups(Path("nowhere"), MEMORY_GROUPS)) == []
+
+
+def test_a_residual_stream_in_bf16_needs_layers_in_bf16():
+    fp32 = ["trainer=cpu", "trainer.precision=fp32"]
+    with pytest.raises(UserError, match=r"trainer\.residual_precision is bf16 and training here is in fp32"):
+        decide_hardware(composed_config([*fp32, "trainer.residual_precision=bf16"]))
+    assert decide_hardware(composed_config(fp32)).residual_precision == "fp32"
+    bf16 = ["trainer=cpu", "trainer.precision=bf16", "trainer.residual_precision=bf16"]
+    assert decide_hardware(composed_config(bf16)).residual_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["trainer.document_attention=flash"],
+            r"needs a CUDA GPU of compute capability 8\.0, bf16 and heads of a multiple",
+        ),
+        (["trainer.document_attention=flash3"], r"document_attention=flash3 needs a CUDA GPU"),
+        (["trainer.document_attention=flex"], "needs a CUDA GPU and heads of at least 16"),
+    ],
+)
+def test_a_kernel_that_this_machine_cannot_have_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        decide_hardware(composed_config(["trainer=cpu", *settings]))
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "message"),
+    [
+        ("flash3", (8, 0), r"A100 has compute capability 8\.0, and it needs 9\.0"),
+        ("flash4", (12, 0), r"A100 has compute capability 12\.0, and it needs 9\.0 or 10\.0"),
+        ("flash3", (9, 0), "its kernels, the module flash_attn_interface, cannot be loaded: No module named"),
+    ],
+)
+def test_successors_of_flash_attention_that_cannot_be_had_are_refused_with_the_reason(name, capability, message):
+    from cucafera.model.flash_attention import activate_successor
+
+    with pytest.raises(UserError, match=message):
+        activate_successor(name, "A100", capability)
