@@ -278,7 +278,7 @@ def decide_hardware(config: Config, environment: Mapping[str, str] | None = None
         residual_precision = "bf16" if precision == "bf16" and accelerator == "cuda" else "fp32"
     if residual_precision == "bf16" and precision == "fp32":
         raise UserError(
-            "trainer.residual_precision is bf16 and training here is in fp32: leave it out, or set trainer.precision=bf16"
+            "trainer.residual_precision is bf16 and training here is in fp32: leave it out, or trainer.precision=bf16"
         )
     taken = 0
     if accelerator == "cuda":
