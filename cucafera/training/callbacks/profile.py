@@ -23,7 +23,8 @@ PROFILED_STEPS = 5
 TABLE, TRACE = "profile.txt", "profile.json.gz"
 
 KINDS = (
-    ("attention", r"attention|flash|fmha|flex"),
+    ("attention", r"attention|flash|fmha|flex|varlen"),
+    ("loss", r"cross_entropy"),
     ("matrix products", r"gemm|^aten::(mm|addmm|addmm_|bmm|baddbmm)$|nvjet|cutlass|xmma|splitk|mkldnn"),
     ("optimizer", r"adam|multi_tensor|foreach|lamb_"),
     ("between devices", r"nccl|all_reduce|allreduce|all_gather|reduce_scatter|c10d"),
