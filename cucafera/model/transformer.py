@@ -73,11 +73,11 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm (Zhang & Sennrich, 2019), in fp32 whatever the residual stream is in."""
+    """Root mean square norm (Zhang & Sennrich, 2019), in the dtype of its gain where the residual stream is in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] to fp32 [..., D]."""
-        return super().forward(x.float())
+        """[..., D] to [..., D], in the wider dtype of x and gain."""
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
 
 
 class Attention(nn.Module):
