@@ -48,9 +48,10 @@ FLEX_OPTIONS = {
     "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 8,
     "bwd_num_stages": 2,
 }  # fmt: skip
-"""For heads that flex attention pads to 128. It has no choice of its own for 96: forward it takes blocks of 64 x 64
-with 4 warps, half the warps of what it takes for 128; backward it spills 284 bytes of registers per thread on an H100
-and 876 on an A100. These spill nothing on either, as ptxas counts."""
+"""For heads that flex attention pads to 128, in bf16; in fp32 they would not fit the shared memory. Flex attention has no
+choice of its own for 96: forward it takes blocks of 64 x 64 with 4 warps, half the warps of what it takes for 128;
+backward it spills 284 bytes of registers per thread on an H100 and 876 on an A100. These spill nothing on either, as
+ptxas counts."""
 
 
 class DocumentLengths(NamedTuple):
@@ -148,7 +149,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, DocumentLengths):
         return _attend_end_to_end(queries, keys, values, mask)
     if isinstance(mask, BlockMask):
-        options = FLEX_OPTIONS if 64 < queries.shape[-1] <= 128 else None
+        options = FLEX_OPTIONS if queries.dtype == torch.bfloat16 and 64 < queries.shape[-1] <= 128 else None
         mixed: Tensor = _fused(flex_attention)(
             queries, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options
         )
