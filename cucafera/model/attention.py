@@ -43,15 +43,18 @@ DOCUMENT_ATTENTION = ("flash", "flex", "dense")
 SMALLEST_FLEX_HEAD = 16
 """flex_attention refuses narrower heads on CUDA."""
 
-FLEX_OPTIONS = {
-    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3,
-    "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 8,
-    "bwd_num_stages": 2,
+FLEX_OPTIONS: dict[torch.dtype, dict[str, int]] = {
+    torch.bfloat16: {
+        "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_warps": 8, "fwd_num_stages": 3,
+        "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 8,
+        "bwd_num_stages": 2,
+    },
+    torch.float32: {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_warps": 8, "fwd_num_stages": 1},
 }  # fmt: skip
-"""For heads that flex attention pads to 128, in bf16; in fp32 they would not fit the shared memory. Flex attention has no
-choice of its own for 96: forward it takes blocks of 64 x 64 with 4 warps, half the warps of what it takes for 128;
-backward it spills 284 bytes of registers per thread on an H100 and 876 on an A100. These spill nothing on either, as
-ptxas counts."""
+"""For heads that flex attention pads to 128. It has no choice of its own for heads of 96. In bf16 it would take forward
+blocks of 64 x 64 with 4 warps, half the warps of what it takes for 128, and spill 284 bytes of registers per thread
+backward on an H100 and 876 on an A100. In fp32 it would ask for 182 kB of shared memory forward, of which an A100 has
+167 and a T4 64. These fit, and spill nothing on an H100 and an A100, as ptxas counts."""
 
 
 class DocumentLengths(NamedTuple):
@@ -149,7 +152,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, DocumentLengths):
         return _attend_end_to_end(queries, keys, values, mask)
     if isinstance(mask, BlockMask):
-        options = FLEX_OPTIONS if queries.dtype == torch.bfloat16 and 64 < queries.shape[-1] <= 128 else None
+        options = FLEX_OPTIONS.get(queries.dtype) if 64 < queries.shape[-1] <= 128 else None
         mixed: Tensor = _fused(flex_attention)(
             queries, keys, values, block_mask=mask, enable_gqa=True, kernel_options=options
         )
