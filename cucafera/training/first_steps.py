@@ -18,9 +18,14 @@ class FirstSteps:
 
     Args:
         model: Its weights are as the session begins with them.
+        steps_done: Steps of the run before it.
+
+    Attributes:
+        last_step: The last of the run's steps that are watched.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, steps_done: int) -> None:
+        self.last_step = steps_done + WATCHED_STEPS
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in trained]
         self.parameters = [parameter for _, parameter in trained]

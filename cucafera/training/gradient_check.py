@@ -17,11 +17,14 @@ from cucafera.data.windows import IGNORED, Batch
 from cucafera.model.transformer import Decoder
 
 CHECKED_TOKENS = 512
-"""Tokens of the first window that have targets: enough for every weight to matter, and few logits."""
+"""Tokens of one window that have targets: enough for every weight to matter, and few logits."""
 MOST_OF_ROUNDING = 4.0
 """The compiled model may be so many times as far from fp32 as the written one is: it rounds elsewhere."""
 ALWAYS_ALLOWED = {"bf16": 0.02, "fp32": 0.002}
 """Of the norm of a gradient, by the precision of training: the written model may happen to be close to fp32."""
+NOISE = 1e-5
+"""Of the norm of all gradients together: one that is zero by mathematics, as those of queries and keys are where every
+token is the same, is nothing but rounding, which the order of sums decides."""
 
 
 def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: int | None) -> str | None:
@@ -34,17 +37,18 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
 
     Args:
         model: The decoder, compiled in place, on its device; in the precision that training computes in.
-        micro_batch: The first windows that it will train on, [n, T].
+        micro_batch: The first windows that it will train on, [n, T]; some token has a target.
         document_limit: As for `Decoder.forward`.
 
     Returns:
         A sentence, or None if all is well, or nothing can be said because a gradient in fp32 is not finite.
     """
-    tokens = min(CHECKED_TOKENS, micro_batch.input_ids.shape[1])
-    input_ids, targets = (part[:1, :tokens] for part in (micro_batch.input_ids, micro_batch.targets))
-    documents = None if micro_batch.documents is None else micro_batch.documents[:1, :tokens]
+    row, tokens = _part_with_targets(micro_batch.targets)
+    part = (slice(row, row + 1), slice(tokens))
+    input_ids, targets = micro_batch.input_ids[part], micro_batch.targets[part]
+    documents = None if micro_batch.documents is None else micro_batch.documents[part]
     masked = torch.full_like(micro_batch.targets, IGNORED)
-    masked[:1, :tokens] = targets
+    masked[part] = targets
 
     def written() -> Tensor:
         hidden = model.forward(input_ids, documents=documents)
@@ -67,10 +71,11 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
     rows = torch.stack([found, rounding, norms], dim=1).tolist()
     if not all(torch.isfinite(norms).tolist()):
         return None
+    noise = NOISE * norms.norm().item()
     wrong = [
         (name, distance / norm if norm else float("inf"), explained / norm if norm else 0.0)
         for name, (distance, explained, norm) in zip(names, rows, strict=True)
-        if not distance <= MOST_OF_ROUNDING * explained + allowed * norm
+        if not distance <= MOST_OF_ROUNDING * explained + allowed * norm + noise
     ]
     if not wrong:
         return None
@@ -79,6 +84,16 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
         f"{len(wrong)} of {len(names)} gradients of the compiled model are not those of the model as written: that of "
         f"{name} is {distance:.1%} of its size away from fp32, of which rounding explains {explained:.1%}"
     )
+
+
+def _part_with_targets(targets: Tensor) -> tuple[int, int]:
+    """The window with most targets among its first tokens, and how many tokens of it; all, if none has one there."""
+    tokens = min(CHECKED_TOKENS, targets.shape[1])
+    counts = (targets[:, :tokens] != IGNORED).sum(1)
+    if not counts.any():
+        tokens = targets.shape[1]
+        counts = (targets != IGNORED).sum(1)
+    return int(counts.argmax()), tokens
 
 
 def _gradients(model: Decoder, loss: Callable[[], Tensor]) -> list[Tensor]:

@@ -145,7 +145,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Tells Lightning, whose own loop state is not kept, how many steps the run has taken before."""
-        self.first_steps = FirstSteps(self.model)
+        self.first_steps = FirstSteps(self.model, self.steps_done)
         self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = self.steps_done
         self.other_hooks_done_at = time.perf_counter()
 
@@ -201,8 +201,13 @@ class LanguageModel(pl.LightningModule):
             self.document_limit = document_limit(most, self.document_limit)
 
     def _check_gradients(self, micro_batch: Batch) -> None:
-        """Compares the gradients of the compiled model with those of the written one, once. Raises UserError."""
-        self.gradients_to_check = False
+        """Compares the gradients of the compiled model with those of the written one, once. Raises UserError.
+
+        A micro-batch without any target says nothing: the next step is asked.
+        """
+        self.gradients_to_check = not bool((micro_batch.targets != IGNORED).any())
+        if self.gradients_to_check:
+            return
         if isinstance(self.trainer.strategy, FullySharded):
             return  # its gradients are there only after a whole backward pass; each block is compiled by itself
         try:
@@ -212,8 +217,8 @@ class LanguageModel(pl.LightningModule):
             return
         if fault:
             raise UserError(
-                f"{fault}. Training would be wrong, so nothing was trained. It is a fault of PyTorch "
-                f"{torch.__version__} on this device: train with trainer.compile=false, or with another version "
+                f"{fault}. Training would be wrong, so nothing was trained. The compiler of PyTorch "
+                f"{torch.__version__} is the likely cause: train with trainer.compile=false, or with another version "
                 "(trainer.check_gradients=false trains all the same)"
             )
 

@@ -10,6 +10,8 @@ from cucafera.model import loss as loss_module
 from cucafera.model.transformer import MLP, Decoder
 from cucafera.run import train
 from cucafera.training.callbacks.guards import GuardsError
+from cucafera.training.gradient_check import _part_with_targets
+from cucafera.training.module import LanguageModel
 from cucafera.training.optimizers import build_optimizer
 from cucafera.training.run_folder import RunFolder
 from tests.test_run import assert_equal, weights
@@ -157,3 +159,39 @@ def test_without_memory_for_the_comparison_the_run_goes_on_and_says_so(small_run
     monkeypatch.setattr("cucafera.training.module.compiled_gradient_fault", too_much)
     train(small_run(*COMPILED), [])
     assert "too little memory to compare the gradients of the compiled model" in caplog.text
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_fault(small_run, compiled_as, tmp_path):
+    # Where every token is the same, attention mixes equal values: queries and keys have no gradient but rounding.
+    (tmp_path / "same").mkdir()
+    for number in range(40):
+        (tmp_path / "same" / f"{number}.txt").write_text("=" * 2000 + str(number))
+
+    def summed_otherwise(model, loss):
+        noise = [1e-7 * torch.randn_like(weight) * (weight - weight.detach()) for weight in model.parameters()]
+        return loss + sum(part.sum() for part in noise) if loss.ndim == 0 else loss
+
+    compiled_as(summed_otherwise)
+    small_run()  # makes its own folder the current one
+    settings = ("data.sources.files.path=same", "tokenizer.vocab_size=266", "schedule.warmup_steps=0")
+    train(small_run(*COMPILED, *settings), [])
+
+
+def test_the_comparison_looks_where_targets_are(monkeypatch):
+    targets = torch.full((3, 600), -100)
+    assert _part_with_targets(targets.index_fill(1, torch.tensor([3, 4]), 5)) == (0, 512)
+    targets[2, 550] = 5
+    assert _part_with_targets(targets) == (2, 600)  # behind the first tokens
+    targets[1, 7] = 5
+    assert _part_with_targets(targets) == (1, 512)
+
+
+def test_a_skipped_update_of_an_earlier_session_does_not_end_the_watch(small_run, monkeypatch):
+    horizon = "schedule.horizon_steps=12"
+    step = LanguageModel._is_broken
+    monkeypatch.setattr(LanguageModel, "_is_broken", lambda module, loss, norm: step(module, loss * torch.nan, norm)
+                        if module.steps_done == 2 else step(module, loss, norm))  # fmt: skip
+    train(small_run("name=run", horizon, "budget_tokens=2048"), [])
+    monkeypatch.setattr(MLP, "forward", lambda mlp, x: torch.zeros_like(x))
+    with pytest.raises(GuardsError, match="was exactly zero in each of the first 3 steps"):
+        train(small_run("name=run", horizon), [])

@@ -9,6 +9,7 @@ import torch
 
 from cucafera.config import EXIT_DIVERGED, Config, GuardsConfig, UserError
 from cucafera.training.callbacks.interruption import Interruption
+from cucafera.training.first_steps import FirstSteps
 from cucafera.training.module import LanguageModel, StepRecord, data_module_of
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class Guards(pl.Callback):
         self.left_out_batches = left_out_batches
         self._skipped_in_a_row = 0
         self._first_steps_are_judged = False
+        self._skipped_first = False
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far."""
@@ -128,7 +130,7 @@ class Guards(pl.Callback):
             records = pl_module.read_steps()
             self.latest = records[-1]
             self._judge(trainer, records)
-            self._judge_first_steps(pl_module)
+            self._judge_first_steps(pl_module.first_steps, records)
 
     def _judge(self, trainer: pl.Trainer, records: list[StepRecord]) -> None:
         broken, spikes = [], []
@@ -172,13 +174,13 @@ class Guards(pl.Callback):
             batches = [steps.batch_at(record.step - 1) for record in offending]
             raise RollBack(batches, f"Step {first.step:,} {what}")
 
-    def _judge_first_steps(self, module: LanguageModel) -> None:
-        """Raises GuardsError if they did not train every weight."""
-        first_steps = module.first_steps
+    def _judge_first_steps(self, first_steps: FirstSteps, records: list[StepRecord]) -> None:
+        """Raises GuardsError if the first steps of this session did not train every weight."""
+        self._skipped_first |= any(not record.applied for record in records if record.step <= first_steps.last_step)
         if self._first_steps_are_judged or not first_steps.has_seen_enough:
             return
         self._first_steps_are_judged = True
-        if not self.skipped_updates and (fault := first_steps.fault()):
+        if not self._skipped_first and (fault := first_steps.fault()):
             raise GuardsError(_nothing_is_trained(fault))
 
     def _advice(self, what: str) -> str:
