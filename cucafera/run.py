@@ -143,7 +143,7 @@ def train(config: Config, overrides: list[str]) -> float:
     started = time.monotonic()
     from cucafera.training.hardware import decide_hardware
 
-    hardware = decide_hardware(config, os.environ)  # a missing GPU is told before Lightning's import takes its seconds
+    hardware = decide_hardware(config, os.environ)  # reports a missing GPU before Lightning is imported
 
     import torch
     from lightning.pytorch.utilities import rank_zero_only

@@ -21,7 +21,7 @@ Nothing is downloaded: the embedded corpus is enough. What is needed: the depend
 a C compiler for Triton, 15 GB of disk below --out; `transformers`, `litgpt` and `pytest` if they are there.
 Without a GPU all of this runs small and in fp32, which shows that the script works and nothing about a GPU.
 
-Ends with status 1 if a stage failed or was killed. A missed goal of speed is told as "below goal", and is no failure.
+Ends with status 1 if a stage failed or was killed. A missed goal of speed is reported as "below goal": no failure.
 acceptance.md can be pasted into scripts/PERFORMANCE.md.
 """
 

@@ -128,7 +128,7 @@ def test_what_the_speed_benchmark_has_measured_outlives_its_limit_of_time(tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     script = [sys.executable, ROOT / "scripts" / "benchmark_training.py", *command, "--out", tmp_path / "speed"]
     process = subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True)
-    assert "tokens/s" in process.stdout.readline()  # the first measurement is told
+    assert "tokens/s" in process.stdout.readline()  # the first measurement is printed
     wait_until((tmp_path / "speed.json").exists)
     process.terminate()
     assert process.wait(60) == 143

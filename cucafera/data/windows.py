@@ -35,7 +35,7 @@ IGNORED = -100
 """A target with this value is not trained on; the value is that of torch.nn.functional.cross_entropy."""
 PREFETCHED_BATCHES = 2
 """Batches that a worker process reads ahead: two workers then hold 38 MB of the default 524,288 tokens, and a container
-has 64 MB of shared memory unless it is told otherwise."""
+has 64 MB of shared memory by default."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where workers put their batches on Linux; one that finds no room there ends, and the run with it."""
 

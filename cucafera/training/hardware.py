@@ -54,7 +54,8 @@ class Hardware:
         world_size: Devices of the job.
         precision: fp32 or bf16.
         compile: Whether the model is compiled.
-        document_attention: What computes attention within documents, of `attention.DOCUMENT_ATTENTION`.
+        document_attention: What computes attention within documents: one of `attention.DOCUMENT_ATTENTION`, or flash3
+            or flash4.
         residual_precision: Of the residual stream: fp32 or bf16.
         micro_batch_windows: Windows of one forward pass, all but the last of a step.
         activation_checkpointing: Whether activations are computed again in the backward pass.

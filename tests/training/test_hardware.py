@@ -1,4 +1,4 @@
-"""What the machine at hand has, and what is told of a GPU that cannot be used."""
+"""What the machine at hand has, and the messages about a GPU that cannot be used."""
 
 import warnings
 from pathlib import Path
