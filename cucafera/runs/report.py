@@ -1,0 +1,135 @@
+"""The report of a run: metrics.json, report.md, and the same on the terminal."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from cucafera.config.errors import UserError
+from cucafera.config.registry import OBJECTIVES
+from cucafera.objectives import Objective
+from cucafera.runs.folder import RunFolder
+from cucafera.storage import write_text
+
+
+def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]:
+    """Return the lines of the report: label and value."""
+    objective: Objective = OBJECTIVES.get(metrics["objective"])
+    first, last = metrics["validation"][0], metrics["validation"][-1]
+    speed = f"{count(metrics['tokens_per_second'])} tokens/s on {metrics['device']}, {metrics['precision']}"
+    if metrics["devices"] > 1:
+        speed += f", {metrics['devices']} devices"
+    mfu = "unknown: the peak of this device is not in the table"
+    if metrics["mfu"] is not None:
+        mfu = f"{metrics['mfu']:.1%} (full-attention convention, dense bf16 peak)"
+    parameters = f"{metrics['parameters']:,}"
+    if metrics["adapter_parameters"]:
+        parameters += f"; {metrics['adapter_parameters']:,} of adapters were trained"
+    trained = f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"
+    if metrics["skipped_updates"]:
+        trained += f"; not finite, and so not applied: {metrics['skipped_updates']:,} of the steps"
+    if metrics["skipped_batches"]:
+        trained += f"; left out after rollbacks: {len(metrics['skipped_batches']):,} of the batches"
+    train_loss = "not finite"
+    if metrics["train_loss"] is not None:
+        train_loss = f"{metrics['train_loss']:.3f} {objective.loss_unit}".rstrip()
+    lines = [
+        ("Parameters", parameters),
+        ("Trained on", trained),
+        ("Time", f"{duration(metrics['training_seconds'])} of training"),
+        ("Speed", speed),
+        ("MFU", mfu),
+        ("Waiting for data", f"{metrics['data_wait']:.2%} of the time"),
+        ("Train loss", train_loss),
+    ]
+    for metric in objective.metrics:
+        change = f"{first[metric.name]:{metric.format}} -> {metric.text(last[metric.name])}"
+        if metric.name == objective.primary:
+            change += f" (best {metrics[f'best_{metric.name}']:{metric.format}})"
+        lines.append((metric.label[0].upper() + metric.label[1:], change))
+    lines += objective.summary(metrics)
+    return [*lines, ("Checkpoint", str(folder.checkpoints.complete()[-1].path))]
+
+
+def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
+    """Write metrics.json and report.md into the run folder. Raises UserError if they cannot be written."""
+    report = [f"# {metrics['name']}", ""]
+    report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary(metrics, folder)), ""]
+    report += ["## Validation", "", *validation_table(metrics)]
+    report += ["", "## Samples", "", *as_quoted_samples(metrics)]
+    report += ["## Next", "", *(f"    {command}" for _, command in next_commands(folder)), ""]
+    try:
+        write_text(folder.report, "\n".join(report))
+        write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {folder.path}: {error.strerror or error}. The run itself is complete and "
+            "saved: free some space, and run the same command again to write it"
+        ) from error
+
+
+def validation_table(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a Markdown table of all validations, from a run's metrics."""
+    names = [metric.name for metric in OBJECTIVES.get(metrics["objective"]).metrics]
+    return [
+        f"| step | tokens | {' | '.join(names)} |",
+        "|---:|---:|" + "---:|" * len(names),
+        *(
+            f"| {record['step']:,} | {record['tokens']:,} | {' | '.join(f'{record[name]:.4f}' for name in names)} |"
+            for record in metrics["validation"]
+        ),
+    ]
+
+
+def as_quoted_samples(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the samples in Markdown, an empty one after each."""
+    objective: Objective = OBJECTIVES.get(metrics["objective"])
+    lines = []
+    for sample in metrics["samples"]:
+        text = objective.sample_markdown(sample["prompt"], continuation_of(sample))
+        lines += ["> " + text.replace("\n", "\n> "), ""]
+    return lines
+
+
+def terminal_report(metrics: dict[str, Any], folder: RunFolder) -> str:
+    """Return the report for the terminal."""
+    objective: Objective = OBJECTIVES.get(metrics["objective"])
+    lines = summary(metrics, folder)
+    width = max(len(label) for label, _ in lines)
+    terminal = ["", *(f"  {label:<{width}}  {value}" for label, value in lines), ""]
+    for sample in metrics["samples"]:
+        text = objective.sample_text(sample["prompt"], continuation_of(sample))
+        terminal += [*(f"  {line}" for line in text), ""]
+    terminal += [f"  Report: {folder.report}", *(f"  {label}: {command}" for label, command in next_commands(folder))]
+    return "\n".join(terminal)
+
+
+def next_commands(folder: RunFolder) -> list[tuple[str, str]]:
+    """Return the next commands to type, each with a label."""
+    run = shlex.quote(str(folder.path))
+    return [
+        ("Curves", f"tensorboard --logdir {shlex.quote(str(folder.path.parent))}"),
+        ("Talk", f"python -m cucafera.chat {run}"),
+        ("Measure", f"python -m cucafera.evaluate {run}"),
+        ("Share", f"python -m cucafera.export {run} --to hf {shlex.quote(str(folder.path / 'hf'))}"),
+    ]
+
+
+def continuation_of(sample: dict[str, str]) -> str:
+    """Return the generated text; an ellipsis marks one that was cut at the length limit."""
+    return sample["continuation"] + ("" if sample["finish_reason"] == "stop" else " …")
+
+
+def count(number: float) -> str:
+    """Return a large number in three digits and a letter: 1.64M, 45.2k."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return hours, minutes and seconds, short enough for a line."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
