@@ -1,0 +1,1 @@
+"""The configuration: its schema, its rules, and the way from a command line to it."""
