@@ -1,11 +1,10 @@
-"""Parameter groups and the optimizer."""
+"""Parameter groups of an optimizer: which parameters are decayed, and whose learning rate depends on the width."""
 
 from typing import Any
 
 import torch
 
-from cucafera.config import OptimizerConfig
-from cucafera.model.scaling import learning_rate_ratio
+from cucafera.model.mup import learning_rate_ratio
 from cucafera.model.transformer import Decoder
 
 GROUP_NAMES = {
@@ -36,22 +35,3 @@ def parameter_groups(model: Decoder, weight_decay: float) -> list[dict[str, Any]
         if ratio != 1.0:
             groups[-1]["lr_ratio"] = ratio
     return groups
-
-
-def build_optimizer(model: Decoder, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2017), in one fused kernel for each group of parameters.
-
-    The learning rate is set before each step, from the schedule.
-    """
-    first, second = config.betas
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(first, second), eps=config.eps, fused=True
-    )
-    set_learning_rate(optimizer, config.lr)
-    return optimizer
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Sets the learning rate of each group to its share: all of it, unless the group has a ratio of its own."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)

@@ -1,0 +1,150 @@
+"""Objectives: one module per choice of `objective=NAME`, registered by name.
+
+An objective owns what is learned from the data: how sources become windows, the loss as a sum and the number of units
+that it is a sum over, what validation measures and which measure is the one to compare by, and how a prompt is framed.
+Training, validation, samples, reports, sweeps and the model card ask it. To add one, write a module with an `Objective`
+and decorate it with `@OBJECTIVES.register`; nothing else changes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cucafera.config.registry import OBJECTIVES, Judge
+from cucafera.config.schema import Config, ObjectiveConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cucafera.data.run_data import RunData
+    from cucafera.data.tokenizer import Tokenizer
+    from cucafera.data.windows import Batch
+    from cucafera.model.transformer import Decoder
+    from cucafera.objectives._metrics import ValidationMetrics
+
+
+class MetricSpec(NamedTuple):
+    """One measure of a validation.
+
+    Attributes:
+        name: Its key in metrics.json and in the curves, as val/NAME.
+        label: Its name in a sentence.
+        unit: For reports; empty if the label says it.
+        direction: `lower` or `higher`: which values are better.
+        format: Of a value in a report, as for `format`.
+        negligible: A difference too small to matter when runs are compared.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    direction: str = "lower"
+    format: str = ".3f"
+    negligible: float = 0.0
+
+    def better(self, value: float, other: float) -> bool:
+        """True if a value is better than another."""
+        return value < other if self.direction == "lower" else value > other
+
+    def best(self, values: Sequence[float]) -> float:
+        """The best of some values."""
+        return min(values) if self.direction == "lower" else max(values)
+
+    def cost(self, value: float) -> float:
+        """The value, negated if higher is better: what a search minimizes."""
+        return value if self.direction == "lower" else -value
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:{self.format}} {self.unit}".rstrip()
+
+
+class Objective(ABC):
+    """One choice of objective.
+
+    Attributes:
+        name: The choice in the configuration.
+        config: Dataclass of its settings.
+        chats: True if the trained model answers messages framed in ChatML; False if it continues text.
+        metrics: What validation measures, in the order of reports. Training curves and guards are about the loss, which
+            is not one of them unless it is named here.
+        primary: Name of the metric to compare runs and checkpoints by.
+        loss_unit: Unit of the training loss, for reports.
+        stop_id: The token that ends what the model writes in answer to a prompt.
+    """
+
+    name: str
+    config: type[ObjectiveConfig] = ObjectiveConfig
+    chats: bool
+    metrics: tuple[MetricSpec, ...]
+    primary: str
+    loss_unit: str = ""
+    stop_id: int
+
+    def problems(self, config: Config, judge: Judge) -> Iterator[str]:
+        """Yield a sentence for each combination of values that the objective cannot work with."""
+        yield from ()
+
+    @abstractmethod
+    def open_data(self, config: Config) -> "RunData[Any]":
+        """Return the run's tokenizer and windows; makes and keeps what is not prepared yet.
+
+        Raises:
+            UserError: The data cannot be read, or is too little for one window.
+        """
+
+    @abstractmethod
+    def loss(self, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
+        """Return the loss of a micro-batch: a scalar, summed over its units."""
+
+    @abstractmethod
+    def units(self, batch: "Batch") -> "Tensor":
+        """Return the number of units of a batch, a scalar integer: what the step's loss is divided by."""
+
+    @abstractmethod
+    def validation_metrics(self, tokenizer: "Tokenizer", vocab_size: int) -> "ValidationMetrics":
+        """Return an accumulator of what validation measures; its `compute` has the names of `metrics`."""
+
+    @abstractmethod
+    def prompt_ids(self, tokenizer: "Tokenizer", prompt: str) -> list[int]:
+        """Return the tokens that stand before what the model writes in answer to a prompt."""
+
+    def metric(self, name: str) -> MetricSpec:
+        """The metric of a name."""
+        return next(metric for metric in self.metrics if metric.name == name)
+
+    @property
+    def comparison_metrics(self) -> list[str]:
+        """Names of the metrics to compare runs by: the validation loss, if there is one, and the primary metric."""
+        return [metric.name for metric in self.metrics if metric.name in ("loss", self.primary)]
+
+    @property
+    def primary_metric(self) -> MetricSpec:
+        """The metric to compare runs and checkpoints by."""
+        return self.metric(self.primary)
+
+    def sample_markdown(self, prompt: str, continuation: str) -> str:
+        """Return a prompt in bold, and what the model wrote."""
+        return f"**{prompt}**" + ("\n\n" if self.chats else "") + continuation
+
+    def sample_text(self, prompt: str, continuation: str) -> list[str]:
+        """Return the lines of a prompt and what the model wrote, for the terminal."""
+        return [f"> {prompt}", continuation] if self.chats else [f"«{prompt}{continuation}»"]
+
+    def summary(self, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """Return lines of the report that only this objective has: label and value, from a run's metrics.json."""
+        return []
+
+
+def objective_of(config: Config | Mapping[str, Any]) -> Objective:
+    """Return the objective of a run.
+
+    Args:
+        config: Its configuration, or that as nested dictionaries.
+
+    Raises:
+        UserError: It is not registered here.
+    """
+    name = config.objective.name if isinstance(config, Config) else config["objective"]["name"]
+    objective: Objective = OBJECTIVES.get(name)
+    return objective
