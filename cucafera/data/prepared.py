@@ -1,9 +1,8 @@
-"""Prepared data: folders that are made once, whole or not at all, and shared by every run that needs the same."""
+"""Prepared data: folders that are created once, atomically, and shared by every run that needs the same content."""
 
+import contextlib
 import errno
-import fcntl
 import logging
-import os
 import shutil
 import sys
 import time
@@ -13,36 +12,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cucafera.config import UserError
-from cucafera.data.files import PARTIAL, NotAsWrittenError, descriptor_of, read_sealed
+from cucafera.config.errors import UserError
+from cucafera.storage import PARTIAL, ChecksumError, read_json_with_checksum
 
 log = logging.getLogger(__name__)
 
 SUMMARY = "prepared.json"
-"""Written last: a prepared folder that has it is whole."""
+"""The file that is written last: a prepared folder that has it is complete."""
 
 SECONDS_BETWEEN_LINES = 10
 
 
 class PreparedDataError(UserError):
-    """Prepared data that is not there, damaged, or made for something else."""
+    """Prepared data that is missing, damaged, or made for something else."""
 
 
 def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[str, Any]:
-    """Makes a folder, unless it is there. Of several programs that want the same one makes it, and the others wait.
+    """Create a folder unless it exists. Of several processes that need it, one creates it while the others wait.
 
     Args:
-        name: What it is made of: a source's key in the configuration, or `tokenizer`, for messages.
-        folder: Is made.
-        fill: Fills the folder that it is given, with SUMMARY as the last file. What it leaves when it fails is removed.
+        name: The source's key in the configuration, or `tokenizer`, for messages.
+        folder: The folder to create.
+        fill: Fills the folder at the path that it is called with, SUMMARY last. If it fails, that folder is removed.
 
     Returns:
         The content of SUMMARY.
 
     Raises:
-        UserError: the folder cannot be written, or what `fill` raises.
+        UserError: the folder cannot be written, or `fill` raised it.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     try:
@@ -50,8 +50,8 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
         with _lock(folder.with_name(folder.name + ".lock")):
             if not (folder / SUMMARY).exists():
                 if folder.exists():
-                    raise PreparedDataError(f"{folder} is not whole: it has no {SUMMARY}. {start_again(folder)}")
-                if partial.exists():  # of a run that was killed
+                    raise PreparedDataError(f"{folder} is incomplete: it has no {SUMMARY}. {start_again(folder)}")
+                if partial.exists():  # left by a process that was killed
                     shutil.rmtree(partial)
                 try:
                     fill(partial)
@@ -64,29 +64,29 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
         raise _cannot_write(folder, error) from error
     except BrokenProcessPool as error:
         raise PreparedDataError(
-            f"{name}: a process that tokenizes was killed, perhaps for want of memory. "
+            f"{name}: a process that tokenizes was killed, possibly because memory ran out. "
             "Set data.processes to a smaller number and start again"
         ) from error
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """The content of SUMMARY in a folder that was made. Raises PreparedDataError if it is not there, or damaged."""
+    """Return the content of SUMMARY of a prepared folder. Raises PreparedDataError if it is missing or damaged."""
     try:
-        return read_sealed(folder / SUMMARY)
+        return read_json_with_checksum(folder / SUMMARY)
     except FileNotFoundError as error:
         raise PreparedDataError(f"{folder} holds no prepared data: it has no {SUMMARY}") from error
-    except NotAsWrittenError as error:
+    except ChecksumError as error:
         raise damaged(folder / SUMMARY, str(error)) from error
 
 
 def start_again(folder: Path) -> str:
-    """What to do about prepared data that cannot be used."""
+    """Return the advice for prepared data that cannot be used."""
     owner = folder.parent if (folder.parent / SUMMARY).exists() else folder
     return f"Delete the folder {owner}: it is prepared again at the next start"
 
 
 def damaged(path: Path, problem: str) -> PreparedDataError:
-    """The error that a prepared file is not what was written."""
+    """Return the error of a damaged prepared file."""
     return PreparedDataError(f"{path} is damaged: {problem}. {start_again(path.parent)}")
 
 
@@ -98,25 +98,25 @@ def _cannot_write(folder: Path, error: OSError) -> PreparedDataError:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process of this machine at a time."""
-    descriptor = descriptor_of(path, os.O_RDWR)
+    """Hold a lock between processes; it is released when its owner dies. A symlink at `path` is not followed."""
+    lock = FileLock(path, fallback_to_soft=False)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("Another process is preparing %s: waiting for it", path.with_suffix(""))
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Another process is preparing %s: waiting for it", path.with_suffix(""))
+        lock.acquire()
+    try:
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 class PreparationProgress:
-    """A bar on a terminal; elsewhere a line now and then. Both on stderr.
+    """Progress on stderr: a bar on a terminal, elsewhere a line every few seconds.
 
     Args:
-        title: What is being done.
-        total_bytes: Bytes of input in all; None where nobody knows.
+        title: The name of the work.
+        total_bytes: Bytes of input in total; None if unknown.
     """
 
     def __init__(self, title: str, total_bytes: int | None) -> None:
@@ -136,7 +136,13 @@ class PreparationProgress:
             self._line()
 
     def advance(self, input_bytes: int, text_bytes: int, tokens: int) -> None:
-        """Counts input that was read, and what became of it."""
+        """Count input that was read.
+
+        Args:
+            input_bytes: Bytes of the files, as stored.
+            text_bytes: Bytes of the texts in them, in UTF-8.
+            tokens: Tokens of those texts.
+        """
         self._tokens += tokens
         self._text_bytes += text_bytes
         self._bar.set_postfix_str(self._figures(), refresh=False)
@@ -151,4 +157,5 @@ class PreparationProgress:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        print(f"{self._title}: {self._figures()}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+            print(f"{self._title}: {self._figures()}", file=sys.stderr)

@@ -1,7 +1,6 @@
-"""Text to token ids and back: byte-level BPE with the control tokens at ids 0..9.
+"""The tokenizer: byte-level BPE with the control tokens at ids 0..9.
 
-Text never yields a control token, whatever it spells: those are placed by the code that frames documents and
-conversations, and nowhere else.
+Text never yields a control token, whatever it spells: only the code that frames documents and conversations adds them.
 """
 
 import hashlib
@@ -18,27 +17,22 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from cucafera.config import MAX_VOCABULARY, SPECIAL_TOKENS, UserError
-from cucafera.data.files import write_text
-
-DOCUMENT_START_ID = SPECIAL_TOKENS.index("</s>")
-"""Stands in front of each document."""
-PAD_ID = SPECIAL_TOKENS.index("<pad>")
-IM_START_ID = SPECIAL_TOKENS.index("<im_start>")
-IM_END_ID = SPECIAL_TOKENS.index("<im_end>")
+from cucafera.config.errors import UserError
+from cucafera.config.tokens import DOCUMENT_START_ID, MAX_VOCABULARY, SPECIAL_TOKENS
+from cucafera.storage import write_text
 
 WORD = re.compile(r"\s*+(?:\S++(?:[^\S \t\r\n]\s*+)?+)++|\s++")
 """Parts of a text that can be encoded one by one. They end where a space, tab or line end follows a visible character:
-no match of the GPT-2 pattern reaches across such a place. (Other whitespace does not count, since Python and the
-pattern disagree on U+001C to U+001F.)"""
+no match of the GPT-2 pattern reaches across such a position, so no merge does. (Other whitespace does not count, since
+Python and the pattern disagree on U+001C to U+001F. Quantifiers are possessive: no backtracking on long texts.)"""
 
-REMEMBERED_CHARACTERS = 4_000_000
-"""Words whose ids are remembered, in characters: about 100 MB of memory."""
+CACHED_CHARACTERS = 4_000_000
+"""Size of the word cache, in characters of its words: about 100 MB of memory."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 PROBE = "".join(map(chr, range(0x800))) + " \u2013 \uff5e\n\n \U0001f600\U00100000 l'aigua freda  "
-"""Characters of one to four UTF-8 bytes, and whitespace wherever a tokenizer may be tempted to change it."""
+"""A text that a tokenizer must reproduce: characters of one to four UTF-8 bytes, and all kinds of whitespace."""
 
 
 class TokenizerError(UserError):
@@ -46,7 +40,7 @@ class TokenizerError(UserError):
 
 
 class NotUsableError(TokenizerError):
-    """A tokenizer of a kind that this package does not know."""
+    """A tokenizer of a kind that this package does not support."""
 
 
 class Tokenizer:
@@ -54,22 +48,22 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         inner.encode_special_tokens = True  # text that spells a control token is ordinary text
-        inner.post_processor = None  # control tokens are placed by whoever frames a text, here and nowhere else
+        inner.post_processor = None  # control tokens are added by the code that frames a text
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self._bytes = _bytes_of_tokens(inner)
-        self._ids_of_word: dict[str, bytes] = {}
-        self._remembered_characters = 0
+        self._word_cache: dict[str, bytes] = {}
+        self._cached_characters = 0
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
-        """Trains a tokenizer; the same texts give the same tokenizer.
+        """Train a tokenizer; the same texts give the same tokenizer.
 
         Args:
             texts: The corpus.
             vocab_size: Entries, control tokens and bytes included; fewer when the texts repeat too little.
-            show_progress: Draw progress bars.
+            show_progress: Show progress bars.
         """
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,10 +79,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
-        """Reads a tokenizer.json.
+        """Return the tokenizer of a tokenizer.json.
 
         Raises:
-            TokenizerError: there is no such file, or it holds no byte-level BPE with this package's control tokens.
+            TokenizerError: There is no such file, or it holds no byte-level BPE with this package's control tokens.
         """
         try:
             content = Path(path).read_bytes()
@@ -109,11 +103,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Tokenizer":
-        """Makes one of what a tokenizer.json holds.
+        """Return the tokenizer of the content of a tokenizer.json.
 
         Raises:
-            NotUsableError: it holds another kind of tokenizer; the message is a clause that says what is in the way.
-            TokenizerError: it holds no tokenizer.
+            NotUsableError: It is another kind of tokenizer; the message is a clause with the reason.
+            TokenizerError: It is no tokenizer.
         """
         try:
             inner = tokenizers.Tokenizer.from_buffer(content)
@@ -125,14 +119,14 @@ class Tokenizer:
 
     @classmethod
     def from_merges(cls, tokens: Sequence[str], merges: Sequence[str]) -> "Tokenizer":
-        """The tokenizer with these `tokens` and `merges`.
+        """Return the tokenizer with these `tokens` and `merges`.
 
         Raises:
-            TokenizerError: they are no byte-level BPE with this package's control tokens.
+            TokenizerError: They are no byte-level BPE with this package's control tokens.
         """
         pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
         try:
-            model = models.BPE({token: place for place, token in enumerate(tokens)}, pairs)
+            model = models.BPE({token: number for number, token in enumerate(tokens)}, pairs)
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"the tokenizer cannot be used: {error}") from error
         inner = tokenizers.Tokenizer(model)
@@ -144,12 +138,12 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, path: Path | str, begins_documents: bool = False) -> None:
-        """Writes a tokenizer.json, which appears at once and whole.
+        """Write a tokenizer.json atomically.
 
         Args:
-            path: Where.
-            begins_documents: Have other libraries put the document-start token in front of each text, as their
-                `add_special_tokens` asks for; here that is done by whoever frames a text.
+            path: The file.
+            begins_documents: Let other libraries put the document-start token before each text, if their
+                `add_special_tokens` is true. This package never asks the tokenizer for it.
         """
         written = tokenizers.Tokenizer.from_str(self._inner.to_str())
         if begins_documents:
@@ -160,7 +154,7 @@ class Tokenizer:
         write_text(Path(path), written.to_str(pretty=True))
 
     def __reduce__(self) -> tuple[Callable[[str], "Tokenizer"], tuple[str]]:
-        """Processes that tokenize get it as JSON (the library's own pickling forgets how text is protected)."""
+        # As JSON: the library's own pickling loses encode_special_tokens, and text could spell control tokens.
         return _from_json, (self._inner.to_str(),)
 
     @property
@@ -170,24 +164,24 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hexadecimal of everything that decides which ids a text gets."""
+        """SHA-256, in hexadecimal, of everything that decides the ids of a text."""
         canonical = json.dumps([self.tokens, self.merges, self.ignores_merges])
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     @property
     def tokens(self) -> list[str]:
-        """The entries in the order of their ids; a byte is written as the character that GPT-2 gives it."""
+        """The entries in the order of their ids, with bytes as GPT-2's characters for them."""
         return _tokens(self._inner)
 
     @property
     def merges(self) -> list[str]:
-        """Pairs of entries that become one, the first ones first, each as two entries with a space between them."""
+        """Pairs of entries that become one, by priority, each as two entries with a space between them."""
         merges = self._described_model["merges"]
         return [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
 
     @property
     def ignores_merges(self) -> bool:
-        """Whether a word that is an entry becomes that entry, even if no merges lead to it."""
+        """True if a word that is an entry becomes that entry even if no merges lead to it."""
         return bool(self._described_model.get("ignore_merges"))
 
     @property
@@ -196,36 +190,35 @@ class Tokenizer:
         return described
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; never a control token."""
+        """Return the ids of a text; never a control token."""
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
-        """The ids of each text.
-
-        Words that were met before are looked up, which is more than twice as fast as encoding all of them. A text of
-        any length takes little memory, where the library's encoding of it takes fifty times its size.
-        """
-        if self._remembered_characters > REMEMBERED_CHARACTERS:
-            self._ids_of_word.clear()  # frequent words are back at once
-            self._remembered_characters = 0
+        """Return the ids of each text, uint16."""
+        # Words repeat, so most are looked up: from a file to shards, this is 1.7 times as fast on one core as the
+        # library's faster call on texts in memory, and 1.1 times on two (scripts/benchmark_data.py tokenize). And a
+        # text of any length takes little memory, where the library's encoding takes fifty times its size.
+        if self._cached_characters > CACHED_CHARACTERS:
+            self._word_cache.clear()  # cheaper than an LRU: frequent words are back with the next texts
+            self._cached_characters = 0
         words = [WORD.findall(text) for text in texts]
-        self._remember(list(set(chain.from_iterable(words)).difference(self._ids_of_word)))
-        ids = [bytearray().join(map(self._ids_of_word.__getitem__, parts)) for parts in words]
+        self._add_to_cache(list(set(chain.from_iterable(words)).difference(self._word_cache)))
+        # The cache holds ids as bytes: joining bytes is one call of C per text, joining lists or arrays is not.
+        ids = [bytearray().join(map(self._word_cache.__getitem__, parts)) for parts in words]
         return [np.frombuffer(content, dtype=np.uint16) for content in ids]
 
-    def _remember(self, words: list[str]) -> None:
-        """Encodes new words."""
+    def _add_to_cache(self, words: list[str]) -> None:
         encodings = self._inner.encode_batch_fast(words, add_special_tokens=False)
         for word, encoding in zip(words, encodings, strict=True):
-            self._ids_of_word[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
-        self._remembered_characters += sum(map(len, words))
+            self._word_cache[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
+        self._cached_characters += sum(map(len, words))
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
-        """The text of ids: the exact inverse of `encode`.
+        """Return the text of ids: the exact inverse of `encode`.
 
         Args:
-            ids: Token ids. One behind the vocabulary, and bytes that are no UTF-8, show as U+FFFD.
+            ids: Token ids. Those beyond the vocabulary, and bytes that are not UTF-8, show as U+FFFD.
             skip_control: Leave control tokens out instead of showing their names.
         """
         first = len(SPECIAL_TOKENS) if skip_control else 0
@@ -233,11 +226,11 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes that an id stands for, perhaps a part of a character; for a control token, its name."""
+        """Return the bytes of a token, which may be a part of a character; for a control token, its name."""
         return self._bytes[token] if token < len(self._bytes) else REPLACEMENT
 
     def token_bytes(self) -> NDArray[np.int64]:
-        """UTF-8 bytes that each token stands for, [vocab_size]; 0 for control tokens. The denominator of bpb."""
+        """Return the UTF-8 bytes per token, [vocab_size]; 0 for control tokens. The denominator of bpb."""
         lengths = np.array([len(content) for content in self._bytes], dtype=np.int64)
         lengths[: len(SPECIAL_TOKENS)] = 0
         return lengths
@@ -248,23 +241,23 @@ def _from_json(content: str) -> Tokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte behind each character of a byte-level vocabulary: GPT-2 writes unprintable bytes as U+0100 and up."""
+    """Return the byte of each character of a byte-level vocabulary: GPT-2 writes unprintable bytes as U+0100 and up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
 
 
 BYTE_OF_CHARACTER = _byte_of_character()
 
 
 def _tokens(inner: tokenizers.Tokenizer) -> list[str]:
-    """The vocabulary in the order of its ids."""
+    """Return the vocabulary in the order of its ids."""
     vocabulary = inner.get_vocab()
     return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def _bytes_of_tokens(inner: tokenizers.Tokenizer) -> list[bytes]:
-    """The bytes that each id stands for; for a control token, its name."""
+    """Return the bytes of each token; for a control token, its name."""
     names = [name.encode() for name in SPECIAL_TOKENS]
     return names + [
         bytes(BYTE_OF_CHARACTER[character] for character in token) for token in _tokens(inner)[len(names) :]
@@ -272,7 +265,7 @@ def _bytes_of_tokens(inner: tokenizers.Tokenizer) -> list[bytes]:
 
 
 def _problem(inner: tokenizers.Tokenizer) -> str | None:
-    """Why this tokenizer cannot be used, or None."""
+    """Return the reason why a tokenizer cannot be used, or None."""
     described = json.loads(inner.to_str())
     if problem := _vocabulary_problem(inner.get_vocab(), described) or _pattern_problem(described):
         return problem

@@ -1,4 +1,4 @@
-"""Conversations as others write them: from the columns of a row to messages.
+"""Conversation formats: from the columns of a row to messages.
 
 | format                | columns                                                              |
 |-----------------------|----------------------------------------------------------------------|
@@ -8,15 +8,15 @@
 | Alpaca                | instruction, input (may be empty), output                            |
 | question and answer   | question, answer                                                     |
 
-A column `system` or `system_prompt` beside them, if it holds text, becomes the first message. The configuration may
+A column `system` or `system_prompt` next to them, if it holds text, becomes the first message. The configuration may
 name other columns.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from cucafera.config import SourceConfig
-from cucafera.data.chat import ConversationError, Message, check_conversation
+from cucafera.config.schema import ColumnsConfig
+from cucafera.data.chatml import ConversationError, Message, check_conversation
 
 MESSAGES = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt")
@@ -28,17 +28,19 @@ ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names."""
 
 
-def conversation_of_row(row: Mapping[str, Any], source: SourceConfig) -> list[Message]:
-    """The conversation that a row holds.
+def conversation_of_row(row: Mapping[str, Any], columns: ColumnsConfig) -> list[Message]:
+    """Return the conversation in a row; system messages without text are left out.
 
-    System messages without text are left out.
+    Args:
+        row: Values by column.
+        columns: Columns that the configuration names; the others are found by their usual names.
 
     Raises:
-        ConversationError: no format is recognized by the columns, or what they hold is no conversation.
+        ConversationError: No format is recognized by the columns, or their values are no conversation.
     """
-    messages = _messages_column(row, source)
-    conversation = _messages(row[messages], messages) if messages is not None else _prompt_and_answer(row, source)
-    system = _column(row, source.system_column, SYSTEM)
+    messages = _messages_column(row, columns)
+    conversation = _messages(row[messages], messages) if messages is not None else _prompt_and_answer(row, columns)
+    system = _column(row, columns.system, SYSTEM)
     if system is not None and row[system]:
         if any(message.role == "system" for message in conversation):
             raise ConversationError(f"it has a system message in the column {system} and another among its messages")
@@ -48,48 +50,49 @@ def conversation_of_row(row: Mapping[str, Any], source: SourceConfig) -> list[Me
     return conversation
 
 
-def _messages_column(row: Mapping[str, Any], source: SourceConfig) -> str | None:
-    """The column of messages, or None if the conversation is a prompt and an answer."""
-    if source.prompt_column is not None or source.answer_column is not None:
+def _messages_column(row: Mapping[str, Any], columns: ColumnsConfig) -> str | None:
+    """Return the column of messages, or None if the conversation is a prompt and an answer."""
+    if columns.prompt is not None or columns.answer is not None:
         return None
-    column = _column(row, source.messages_column, MESSAGES)
-    unfilled = source.messages_column is None and column is not None and row[column] is None
-    return None if unfilled and _column(row, None, PROMPT) is not None else column
+    column = _column(row, columns.messages, MESSAGES)
+    is_null = columns.messages is None and column is not None and row[column] is None
+    return None if is_null and _column(row, None, PROMPT) is not None else column
 
 
-def _prompt_and_answer(row: Mapping[str, Any], source: SourceConfig) -> list[Message]:
-    prompt = _column(row, source.prompt_column, PROMPT)
-    answer = _column(row, source.answer_column, ANSWER)
+def _prompt_and_answer(row: Mapping[str, Any], columns: ColumnsConfig) -> list[Message]:
+    prompt = _column(row, columns.prompt, PROMPT)
+    answer = _column(row, columns.answer, ANSWER)
     if prompt is None or answer is None:
         raise ConversationError(
             f"no conversation is recognized in the columns {', '.join(map(str, row)) or '(none)'}: name them with "
-            "messages_column, or with prompt_column and answer_column (of data.sources.NAME)"
+            "columns.messages, or with columns.prompt and columns.answer (of data.sources.NAME)"
         )
     question = _turns(row[prompt], prompt, "user")
-    extra = _column(row, source.input_column, INPUT)
+    extra = _column(row, columns.input, INPUT)
     if extra is not None and row[extra]:
         if not question or question[-1].role != "user":
-            raise ConversationError(f"{extra} belongs to what the user says last in {prompt}, and the user does not")
+            raise ConversationError(f"{extra} belongs to a last message of the user in {prompt}, and there is none")
         question[-1] = Message("user", f"{question[-1].content}\n\n{_text(row[extra], extra)}")
     return question + _turns(row[answer], answer, "assistant")
 
 
 def _column(row: Mapping[str, Any], named: str | None, known: tuple[str, ...]) -> str | None:
-    """The column that the configuration names, or else the first known one that holds something, or is there."""
+    """Return the column that the configuration names, or else the first known one, if possible one that is not null."""
     if named is None:
-        there = [column for column in known if column in row]
-        return next((column for column in there if row[column] is not None), there[0] if there else None)
+        present = [column for column in known if column in row]
+        return next((column for column in present if row[column] is not None), present[0] if present else None)
     if named not in row:
         raise ConversationError(f"no column {named!r}; it has {', '.join(map(str, row)) or 'none'}")
     return named
 
 
 def _turns(value: Any, column: str, role: str) -> list[Message]:
-    """A column that holds one text, or messages."""
+    """Return the messages of a column that holds one text, or messages."""
     return _messages(value, column) if isinstance(value, list) else [Message(role, _text(value, column))]
 
 
 def _messages(value: Any, column: str) -> list[Message]:
+    # Datasets give a list of objects as an object of lists.
     if isinstance(value, dict) and value and all(isinstance(part, list) for part in value.values()):
         if len({len(part) for part in value.values()}) > 1:
             raise ConversationError(f"{column} has lists of different lengths: {', '.join(map(str, value))}")
@@ -101,38 +104,38 @@ def _messages(value: Any, column: str) -> list[Message]:
     return [_message(part, f"message {number} of {column}") for number, part in enumerate(value, 1)]
 
 
-def _message(value: Any, place: str) -> Message:
+def _message(value: Any, position: str) -> Message:
     if not isinstance(value, dict):
-        raise ConversationError(f"{place} is {_kind(value)}, not an object with role and content")
+        raise ConversationError(f"{position} is {_kind(value)}, not an object with role and content")
     for role_key, content_key in (("role", "content"), ("from", "value")):
         # Parquet gives each message the keys of all, null where it has none.
         if {role_key, content_key} <= value.keys() and (value[role_key], value[content_key]) != (None, None):
-            role, content = _text(value[role_key], f"the role of {place}"), value[content_key]
+            role, content = _text(value[role_key], f"the role of {position}"), value[content_key]
             if isinstance(content, list):
-                content = _joined(content, place)
-            return Message(ROLE_OF_SPEAKER.get(role, role), _text(content, place))
-    raise ConversationError(f"{place} has {', '.join(map(str, value)) or 'nothing'}, not role and content")
+                content = _join_parts(content, position)
+            return Message(ROLE_OF_SPEAKER.get(role, role), _text(content, position))
+    raise ConversationError(f"{position} has {', '.join(map(str, value)) or 'nothing'}, not role and content")
 
 
-def _joined(parts: list[Any], place: str) -> str:
-    """OpenAI's contents in parts, all of them text."""
+def _join_parts(parts: list[Any], position: str) -> str:
+    """Return OpenAI's content in parts, all of them text."""
     if not all(isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in parts):
-        raise ConversationError(f"{place} has parts that are not text")
-    return "".join(_text(part["text"], place) for part in parts)
+        raise ConversationError(f"{position} has parts that are not text")
+    return "".join(_text(part["text"], position) for part in parts)
 
 
-def _text(value: Any, place: str) -> str:
+def _text(value: Any, position: str) -> str:
     if not isinstance(value, str):
-        raise ConversationError(f"{place} is {_kind(value)}, not a text")
+        raise ConversationError(f"{position} is {_kind(value)}, not a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ConversationError(f"{place} holds half of a surrogate pair, which no UTF-8 text can hold") from error
+        raise ConversationError(f"{position} holds half of a surrogate pair, which UTF-8 cannot encode") from error
     return value
 
 
 def _kind(value: Any) -> str:
-    """The kind of a value in JSON's words."""
+    """Return the kind of a value in JSON's words."""
     if value is None:
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
@@ -140,7 +143,7 @@ def _kind(value: Any) -> str:
 
 
 def is_repetitive(conversation: list[Message], times: int) -> bool:
-    """Whether some run of five words occurs so many times in one of the assistant's answers."""
+    """True if one of the assistant's answers has the same five words in a row `times` times or more."""
     for message in conversation:
         if message.role != "assistant":
             continue

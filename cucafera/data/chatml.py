@@ -1,13 +1,13 @@
-"""ChatML: conversations to token ids and a mask of what is trained. The only place where control tokens frame text.
+"""ChatML: conversations to token ids and a loss mask. Only this module frames messages with control tokens.
 
     <im_start>role
     content<im_end>
     <im_start>assistant
     ...
 
-The framing tokens are placed as ids, and contents are encoded as ordinary text: one that spells `<im_end>` stays text.
-Whitespace around a content is not part of it: no merge of the tokenizer can then reach from the line end before it into
-it, whether it is encoded apart, as here, or together with its frame, as by transformers.
+The framing tokens are added as ids, and contents are encoded as ordinary text: one that spells `<im_end>` stays text.
+Contents are stripped: no merge of the tokenizer can then reach from the line end before a content into it, whether it
+is encoded separately, as by this module, or together with its frame, as by transformers.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cucafera.config import SPECIAL_TOKENS, UserError
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, PAD_ID, Tokenizer
+from cucafera.config.errors import UserError
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, PAD_ID, SPECIAL_TOKENS
+from cucafera.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 
 
 def _chat_template(answer: str) -> str:
-    """The rendering below as a Jinja template, with what the assistant says written as given."""
+    """Return the rendering below as a Jinja template, with the given template of the assistant's messages."""
     return (
         "{% for message in messages %}"
         "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
@@ -42,24 +43,24 @@ CHAT_TEMPLATE = _chat_template(
     "{% generation %}" + CONTENT + "{% endgeneration %}"
     "{% else %}" + CONTENT + "{% endif %}"
 )
-"""The same rendering as a Jinja template for transformers, whose `{% generation %}` marks what is trained.
+"""The same rendering as a Jinja template for transformers, with its `{% generation %}` around trained tokens.
 
-transformers tokenizes the rendered text, so there, and not here, a content that spells a control token becomes one.
+transformers tokenizes the rendered text, so with it a content that spells a control token becomes one.
 """
 
 PLAIN_CHAT_TEMPLATE = _chat_template(CONTENT)
-"""The same for programs that do not know `{% generation %}`, such as llama.cpp."""
+"""The same for programs without `{% generation %}`, such as llama.cpp."""
 
 STOP_IDS = (IM_END_ID, IM_START_ID, DOCUMENT_START_ID)
-"""What ends an answer: a model that has learned little may begin another turn or document instead of ending its own."""
+"""Tokens that end an answer: after little training a model may start a new turn or document without <im_end>."""
 
 
 def tokenizer_description(end_id: int, context: int | None = None) -> dict[str, Any]:
-    """What transformers needs to know beside tokenizer.json, as tokenizer_config.json holds it.
+    """Return the content of tokenizer_config.json, which transformers needs in addition to tokenizer.json.
 
     Args:
-        end_id: The token that ends what the model writes.
-        context: Tokens of the longest text; None: not said.
+        end_id: The model's end-of-sequence token.
+        context: Tokens of the longest text; None: left out.
     """
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -74,11 +75,11 @@ def tokenizer_description(end_id: int, context: int | None = None) -> dict[str, 
 
 
 class ConversationError(UserError):
-    """Messages that cannot be rendered or trained on."""
+    """Messages that cannot be trained on."""
 
 
 class Message(NamedTuple):
-    """One turn: role is system, user or assistant."""
+    """One message; the role is system, user or assistant."""
 
     role: str
     content: str
@@ -88,11 +89,11 @@ Conversation = Sequence[Message]
 
 
 class Rendered(NamedTuple):
-    """A conversation as the model sees it.
+    """A conversation as token ids.
 
     Attributes:
         ids: Token ids [n].
-        trained: [n], true for the assistant's contents and the <im_end> that closes each.
+        trained: The loss mask [n], true for the assistant's contents and the <im_end> after each.
     """
 
     ids: NDArray[np.uint16]
@@ -100,7 +101,7 @@ class Rendered(NamedTuple):
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Refuses what cannot be trained on. Raises ConversationError."""
+    """Raise ConversationError if a conversation cannot be trained on."""
     if not conversation:
         raise ConversationError("the conversation has no messages")
     for number, message in enumerate(conversation, 1):
@@ -109,11 +110,11 @@ def check_conversation(conversation: Conversation) -> None:
         if not message.content.strip():
             raise ConversationError(f"message {number}, of the {message.role}, is empty")
     if all(message.role != "assistant" for message in conversation):
-        raise ConversationError("the assistant says nothing in it, so there is nothing to train on")
+        raise ConversationError("it has no message of the assistant, so there is nothing to train on")
 
 
 def render(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[Rendered]:
-    """Ids and mask of each conversation, all encoded together, which is faster."""
+    """Return ids and loss mask of each conversation; encoding all contents in one call is faster."""
     contents = [message.content.strip() for conversation in conversations for message in conversation]
     encoded = iter(tokenizer.encode_batch(contents))
     framing = _Framing(tokenizer)
@@ -121,14 +122,14 @@ def render(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[
 
 
 def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a conversation, followed by the opening of the assistant's next answer."""
+    """Return the ids of a conversation, followed by the opening of the assistant's next answer."""
     rendered = render([conversation], tokenizer)[0].ids
     prompt: list[int] = np.concatenate([rendered, _Framing(tokenizer).opening("assistant")]).tolist()
     return prompt
 
 
 class _Framing:
-    """The tokens around a content. Their texts are encoded apart, so that no merge reaches into the content."""
+    """The tokens around a content, encoded separately, so that no merge reaches into the content."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._line_end = np.array(tokenizer.encode("\n"), dtype=np.uint16)
