@@ -1,23 +1,24 @@
-"""Causal attention within documents, by the kernel that suits the device. All give the same numbers.
+"""Causal attention within documents, with a kernel chosen by device. All kernels compute the same function.
 
 B batch, T new tokens, S tokens so far (T of them new), H heads, K key/value heads, d head dim
 
-| what is asked         | CPU                       | CUDA                                            |
-|-----------------------|---------------------------|-------------------------------------------------|
-| causal                | SDPA, is_causal           | SDPA, is_causal                                 |
-| causal, in documents  | SDPA, mask [B, 1, T, T]   | variable-length flash attention, flex attention |
-| one token of a cache  | SDPA, heads as queries    | SDPA, heads as queries                          |
-| more, or padded texts | SDPA, mask [(B, 1,) T, S] | SDPA, mask [(B, 1,) T, S]                       |
+| case                     | CPU                       | CUDA                                            |
+|--------------------------|---------------------------|-------------------------------------------------|
+| causal                   | SDPA, is_causal           | SDPA, is_causal                                 |
+| causal, in documents     | SDPA, mask [B, 1, T, T]   | variable-length flash attention, flex attention |
+| decode step (KV cache)   | SDPA, heads as queries    | SDPA, heads as queries                          |
+| prefill after a cache,   | SDPA, mask [(B, 1,) T, S] | SDPA, mask [(B, 1,) T, S]                       |
+| or with padding          |                           |                                                 |
 
-Within documents on CUDA it is one of `DOCUMENT_ATTENTION`: flash attention computes heads of 96 as they are, where flex
-attention pads them to 128; flex attention also takes fp32; the dense mask takes everything.
+Within documents on CUDA the kernel is one of `DOCUMENT_ATTENTION`: flash attention computes heads of 96 as they are,
+where flex attention pads them to 128; flex attention also computes in fp32; SDPA with a dense mask supports everything.
 
-SDPA with a mask computes the masked half as well, so queries go in blocks that are given no keys after them. Forward
-and backward on the CPU, in core milliseconds (medians, mean of two runs; B x T = 4,096):
+SDPA with a mask computes the masked half as well, so queries are computed in blocks without the keys after them.
+Forward and backward on the CPU, in core milliseconds (medians, mean of two runs; B x T = 4,096):
 
 | T, d      | is_causal | mask, at once | mask, in blocks of 256 |
 |-----------|-----------|---------------|------------------------|
-| 256, 32   |        48 |            51 |           the same one |
+| 256, 32   |        48 |            51 |       (a single block) |
 | 512, 32   |        93 |           101 |                     76 |
 | 1,024, 96 |       440 |           634 |                    404 |
 | 2,048, 96 |       737 |         1,267 |                    770 |
@@ -34,13 +35,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 QUERY_BLOCK = 256
-"""Queries of one call of SDPA with a mask: 128 gains 8% at T = 512 and nothing beyond; 512 is slower."""
+"""Queries per call of SDPA with a mask: 128 is 8% faster at T = 512 and no faster beyond; 512 is slower."""
 
 DOCUMENT_ATTENTION = ("flash", "flex", "dense")
-"""What computes attention within documents: `torch.nn.attention.varlen` (CUDA from compute capability 8.0, bf16),
+"""Kernels for attention within documents: `torch.nn.attention.varlen` (CUDA from compute capability 8.0, bf16),
 `torch.nn.attention.flex_attention` (compiled, on CUDA for its backward pass), or SDPA with a mask."""
 
-SMALLEST_FLEX_HEAD = 16
+MIN_FLEX_HEAD_DIM = 16
 """flex_attention refuses narrower heads on CUDA."""
 
 FLEX_OPTIONS: dict[torch.dtype, dict[str, int]] = {
@@ -51,77 +52,78 @@ FLEX_OPTIONS: dict[torch.dtype, dict[str, int]] = {
     },
     torch.float32: {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_warps": 8, "fwd_num_stages": 1},
 }  # fmt: skip
-"""For heads that flex attention pads to 128. It has no choice of its own for heads of 96. In bf16 it would take forward
-blocks of 64 x 64 with 4 warps, half the warps of what it takes for 128, and spill 284 bytes of registers per thread
-backward on an H100 and 876 on an A100. In fp32 it would ask for 182 kB of shared memory forward, of which an A100 has
-167 and a T4 64. These fit, and spill nothing on an H100 and an A100, as ptxas counts."""
+"""Block sizes for heads that flex attention pads to 128, for which it has no tuned configuration. Its defaults in bf16
+are forward blocks of 64 x 64 with 4 warps, half of what it uses for 128, and spill 284 bytes of registers per thread
+backward on an H100 and 876 on an A100. In fp32 they need 182 kB of shared memory forward, of which an A100 has 167 and
+a T4 64. These fit, and spill nothing on an H100 and an A100 (register counts by ptxas)."""
 
 
-class DocumentLengths(NamedTuple):
-    """The mask of flash attention: where documents begin and end in a micro-batch of B windows, end to end.
+class DocumentOffsets(NamedTuple):
+    """The mask of variable-length flash attention: the documents of B windows that are concatenated.
 
     Attributes:
-        cumulative: Tokens before each document, int32 [limit + 1]; B * T behind the last one.
-        longest: T, tokens that no document exceeds.
+        cu_seqlens: Cumulative sequence lengths: tokens before each document, int32 [limit + 1]; B * T after the last.
+        max_seqlen: T, an upper bound on the length of a document.
     """
 
-    cumulative: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
-Mask = Tensor | BlockMask | DocumentLengths | None
-"""What `attend` needs to know of who sees whom; None: every token sees itself and all before it."""
+Mask = Tensor | BlockMask | DocumentOffsets | None
+"""Which keys each query attends to, for `attend`; None: plain causal attention."""
 
 
-def document_attention(device_type: str, capability: tuple[int, int], half: bool, head_dim: int) -> str:
-    """The fastest of `DOCUMENT_ATTENTION` that a device, precision and head can have.
+def fastest_document_attention(device_type: str, capability: tuple[int, int], half: bool, head_dim: int) -> str:
+    """Return the fastest of `DOCUMENT_ATTENTION` that a device, precision and head dim support.
 
     Args:
         device_type: cpu or cuda.
-        capability: Of a CUDA device.
-        half: Whether training computes in bf16.
+        capability: Compute capability of a CUDA device.
+        half: True if training computes in bf16.
         head_dim: d.
     """
+    # The kernels of FlashAttention 2: Ampere or newer, 16-bit, head dims that are multiples of 8 up to 256.
     if device_type == "cuda" and half and capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= 256:
         return "flash"
-    return "flex" if device_type == "cuda" and head_dim >= SMALLEST_FLEX_HEAD else "dense"
+    return "flex" if device_type == "cuda" and head_dim >= MIN_FLEX_HEAD_DIM else "dense"
 
 
 def document_limit(documents: int, before: int = 0) -> int:
-    """Documents to make room for in a micro-batch, for flash attention.
+    """Return the most documents that flash attention is to allow for in a micro-batch.
 
-    Another limit is compiled again, so it is kept where it suffices, and else raised to a power of two with half as
-    much to spare.
+    The limit is a shape in the compiled graph, and a new one recompiles. So it stays where it suffices, and else grows
+    to a power of two that leaves a margin of half.
 
     Args:
-        documents: That a micro-batch has.
+        documents: Number of documents in a micro-batch.
         before: The limit so far.
     """
     return before if documents <= before else 1 << math.ceil(math.log2(1.5 * documents))
 
 
 def document_mask(documents: Tensor, kernel: str, document_limit: int | None) -> Mask:
-    """The mask of attention within documents, for one of `DOCUMENT_ATTENTION`.
+    """Return the mask of attention within documents, for one of `DOCUMENT_ATTENTION`.
 
     Args:
         documents: Document number of each token [B, T], int32.
-        kernel: Which.
-        document_limit: For flash: documents that there may be in the B windows.
+        kernel: One of `DOCUMENT_ATTENTION`.
+        document_limit: For flash: the most documents in all B windows together.
     """
     if kernel == "flash":
         assert document_limit is not None
-        return document_lengths(documents, document_limit)
+        return document_offsets(documents, document_limit)
     return block_mask(documents) if kernel == "flex" else dense_mask(documents)
 
 
 def attention_mask(tokens: int, past: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
-    """The mask of one forward pass of texts of one document each, made once and shared by all layers.
+    """Return the mask of one forward pass over texts of one document each, computed once for all layers.
 
     Args:
         tokens: T, new tokens.
         past: Tokens before them in the cache (S - T).
-        padding: How many tokens at the beginning of each text nobody sees but padding itself, [B]; None: there is none.
-        device: Where attention will run.
+        padding: Number of left padding tokens of each text, [B], which only padding attends to; None: no padding.
+        device: Device of the attention.
 
     Returns:
         A mask for `attend`.
@@ -129,7 +131,7 @@ def attention_mask(tokens: int, past: int, padding: Tensor | None, device: torch
     if padding is not None:
         keys = torch.arange(past + tokens, device=device)
         queries = keys[past:, None]
-        # Padding sees itself: a row without any key would be NaN.
+        # Padding attends to itself: the softmax of a row without any key would be NaN.
         visible = (keys >= padding[:, None, None]) | (keys == queries)
         mask: Tensor = (visible & (keys <= queries))[:, None]
         return mask
@@ -139,18 +141,18 @@ def attention_mask(tokens: int, past: int, padding: Tensor | None, device: torch
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-    """softmax(queries @ keys.T / sqrt(d)) @ values over what the mask lets each query see.
+    """Return softmax(queries @ keys.T / sqrt(d)) @ values over the keys that the mask allows each query.
 
     Args:
         queries: [B, H, T, d].
-        keys, values: [B, K, S, d]; K divides H, and each of them serves H / K heads in a row.
+        keys, values: [B, K, S, d]; K divides H, and each key head serves H / K consecutive query heads.
         mask: From `attention_mask`.
 
     Returns:
         [B, H, T, d].
     """
-    if isinstance(mask, DocumentLengths):
-        return _attend_end_to_end(queries, keys, values, mask)
+    if isinstance(mask, DocumentOffsets):
+        return _attend_varlen(queries, keys, values, mask)
     if isinstance(mask, BlockMask):
         options = FLEX_OPTIONS.get(queries.dtype) if 64 < queries.shape[-1] <= 128 else None
         mixed: Tensor = _fused(flex_attention)(
@@ -158,25 +160,29 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
         )
         return mixed
     if mask is None and queries.shape[2] == 1:
-        return _attend_with_one(queries, keys, values)
+        return _attend_decode_step(queries, keys, values)
     if mask is None:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
     return _attend_in_blocks(queries, keys, values, mask)
 
 
-def _attend_end_to_end(queries: Tensor, keys: Tensor, values: Tensor, lengths: DocumentLengths) -> Tensor:
-    """`attend` by flash attention, for which the windows stand end to end: [B * T, heads, d]."""
-    from cucafera.model.flash_attention import attend_within_documents  # loads parts of the compiler
+def _attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, offsets: DocumentOffsets) -> Tensor:
+    """`attend` with variable-length flash attention, which takes the windows concatenated: [B * T, heads, d]."""
+    from cucafera.model.flash_attention import attend_within_documents  # imports parts of the compiler
 
     batch, _, tokens, _ = queries.shape
     queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (queries, keys, values))
-    mixed = attend_within_documents(queries, keys, values, lengths.cumulative, lengths.longest)
+    mixed = attend_within_documents(queries, keys, values, offsets.cu_seqlens, offsets.max_seqlen)
     windows: Tensor = mixed.unflatten(0, (batch, tokens))
     return windows.transpose(1, 2)
 
 
-def _attend_with_one(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`attend` of one new token that sees all keys. The heads that share keys are the queries of one head."""
+def _attend_decode_step(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`attend` of one new token, which attends to all keys.
+
+    The H / K heads that share keys become the queries of one head, so that keys are not repeated in memory: 1.5 times
+    the tokens per second of a tiny model on a CPU, together with `linear.linear`.
+    """
     batch, heads, _, head_dim = queries.shape
     grouped = queries.view(batch, keys.shape[1], heads // keys.shape[1], head_dim)
     mixed: Tensor = F.scaled_dot_product_attention(grouped, keys, values)
@@ -184,47 +190,49 @@ def _attend_with_one(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _attend_in_blocks(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """`attend` with a dense mask; no block of queries is given keys that come after all of it."""
+    """`attend` with a dense mask, in blocks of queries, each without the keys after its last query."""
     tokens, past = queries.shape[2], keys.shape[2] - queries.shape[2]
     mixed = []
     for start in range(0, tokens, QUERY_BLOCK):
         end = min(start + QUERY_BLOCK, tokens)
-        seen = past + end
+        visible = past + end
         mixed.append(
             F.scaled_dot_product_attention(
                 queries[:, :, start:end],
-                keys[:, :, :seen],
-                values[:, :, :seen],
-                attn_mask=mask[..., start:end, :seen],
+                keys[:, :, :visible],
+                values[:, :, :visible],
+                attn_mask=mask[..., start:end, :visible],
                 enable_gqa=True,
             )
         )
     return torch.cat(mixed, dim=2)
 
 
-def document_lengths(documents: Tensor, document_limit: int) -> DocumentLengths:
-    """The mask of flash attention, made on the device and of one size, so that nothing waits and nothing is recompiled.
+def document_offsets(documents: Tensor, document_limit: int) -> DocumentOffsets:
+    """Return the mask of flash attention, computed on the device.
 
     Args:
         documents: Document number of each token [B, T], int32.
-        document_limit: Documents that there may be in all windows together; more are an index out of range.
+        document_limit: The most documents in all windows together; more are an index out of range.
     """
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
-    places = torch.arange(begins.numel(), dtype=torch.int32, device=documents.device)
-    # Every token writes where its document begins, to the place of that document: always the same value.
-    number, begin = begins.cumsum(0) - 1, torch.where(begins, places, 0).cummax(0).values
-    no_tokens = torch.full((document_limit,), begins.numel(), dtype=torch.int32, device=documents.device)
-    cumulative = F.pad(no_tokens.scatter(0, number, begin), (0, 1), value=begins.numel())
-    return DocumentLengths(cumulative, documents.shape[1])
+    # The number of documents is known only on the device: `nonzero` would wait for it, and its result would have a
+    # shape that changes, which recompiles. So the result has a fixed size, and unused entries are empty documents.
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).flatten()
+    positions = torch.arange(starts.numel(), dtype=torch.int32, device=documents.device)
+    # Every token writes the start of its document to the entry of that document: always the same value.
+    number, start = starts.cumsum(0) - 1, torch.where(starts, positions, 0).cummax(0).values
+    empty = torch.full((document_limit,), starts.numel(), dtype=torch.int32, device=documents.device)
+    cu_seqlens = F.pad(empty.scatter(0, number, start), (0, 1), value=starts.numel())
+    return DocumentOffsets(cu_seqlens, documents.shape[1])
 
 
 def dense_mask(documents: Tensor) -> Tensor:
-    """True where a token sees another, [B, 1, T, T], from document numbers [B, T]."""
+    """Return a mask [B, 1, T, T], True where a query attends to a key, from document numbers [B, T]."""
     return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
 def block_mask(documents: Tensor) -> BlockMask:
-    """The same as `dense_mask`, as a table of the blocks of 128 x 128 tokens that are not wholly masked."""
+    """Return `dense_mask` as a table of the blocks of 128 x 128 tokens that are not masked completely."""
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents[batch, query] == documents[batch, key])
@@ -235,11 +243,11 @@ def block_mask(documents: Tensor) -> BlockMask:
 
 
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled form of a function that would otherwise hold [T, T] matrices."""
+    """Return a function compiled: eager flex attention would hold [T, T] matrices."""
     return function if torch.compiler.is_compiling() else _compiled(function)
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Made when it is needed: torch.compile loads the compiler, which takes two seconds.
+    # On first use: torch.compile imports the compiler, which takes two seconds.
     return torch.compile(function)

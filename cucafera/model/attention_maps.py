@@ -1,4 +1,4 @@
-"""What each head looks at: the attention probabilities, which no kernel keeps.
+"""Attention probabilities of each head, which no attention kernel returns.
 
 L layers, H heads, K key/value heads, T tokens, d head dim
 """
@@ -11,27 +11,27 @@ from cucafera.model.transformer import Attention, Block, Decoder, rotate
 
 @torch.no_grad()
 def attention_probabilities(model: Decoder, input_ids: Tensor) -> Tensor:
-    """softmax(queries @ keys.T / sqrt(d)) of every layer and head, on one text that sees all that is before.
+    """Return softmax(queries @ keys.T / sqrt(d)) of every layer and head, for causal attention over one text.
 
     Args:
         model: The decoder.
         input_ids: [T] int64.
 
     Returns:
-        fp32 [L, H, T, T]: how much of each key (last) is in what each query gets. Rows sum to 1, and no key is after
-        its query.
+        fp32 [L, H, T, T]: the weight of each key (last dimension) for each query. Rows sum to 1, and keys after their
+        query have weight 0.
     """
     cos, sin = model.cos[: len(input_ids)], model.sin[: len(input_ids)]
     x = model.embed_tokens(input_ids[None])
     maps = []
     for layer in model.layers:
         assert isinstance(layer, Block)
-        maps.append(_of_layer(layer.self_attn, layer.input_layernorm(x), cos, sin))
+        maps.append(_layer_probabilities(layer.self_attn, layer.input_layernorm(x), cos, sin))
         x = layer(x, cos, sin, None, None)
     return torch.stack(maps)
 
 
-def _of_layer(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _layer_probabilities(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[1, T, D] to [H, T, T]."""
     projected = (
         projection(x).unflatten(-1, (-1, attention.head_dim)) for projection in (attention.q_proj, attention.k_proj)

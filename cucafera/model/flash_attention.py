@@ -1,4 +1,4 @@
-"""Variable-length flash attention (Dao, 2023): documents end to end, without padding and without a mask in memory.
+"""Variable-length flash attention (Dao, 2023, FlashAttention-2): concatenated documents, no padding, no mask in memory.
 
 N tokens of all windows, H heads, K key/value heads, d head dim
 """
@@ -11,30 +11,30 @@ from torch import Tensor
 from torch.nn.attention import activate_flash_attention_impl
 from torch.nn.attention.varlen import varlen_attn
 
-from cucafera.config import UserError
+from cucafera.config.errors import UserError
 
 CAUSAL = (-1, 0)
-"""Keys to the left and right of its own position that a query sees: all, and none."""
+"""Window to the left and right of a query: unlimited, and none."""
 
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""torch 2.11 takes fewer key/value heads as they are; later ones ask for a word."""
+"""torch 2.11 infers grouped-query attention from the shapes; later versions require the argument."""
 
-SUCCESSORS = {"flash3": ("FA3", "flash_attn_interface", (9,)), "flash4": ("FA4", "flash_attn.cute", (9, 10))}
-"""FlashAttention 3 and 4: name in PyTorch, module with the kernels, and the major compute capabilities of these.
-PyTorch brings FlashAttention 2."""
+IMPLEMENTATIONS = {"flash3": ("FA3", "flash_attn_interface", (9,)), "flash4": ("FA4", "flash_attn.cute", (9, 10))}
+"""FlashAttention 3 (Shah et al., 2024) and 4: name in PyTorch, module with the kernels, and the major compute
+capabilities that they support. FlashAttention 2 comes with PyTorch."""
 
 
-def activate_successor(name: str, device_name: str, capability: tuple[int, int]) -> None:
-    """Let PyTorch call FlashAttention 3 or 4 in place of 2, in this process.
+def activate_flash_attention(name: str, device_name: str, capability: tuple[int, int]) -> None:
+    """Make PyTorch call FlashAttention 3 or 4 instead of 2, in this process.
 
     Args:
         name: flash3 or flash4.
         device_name, capability: Of the GPU.
 
     Raises:
-        UserError: the GPU is not one that it is for, it is not installed, or this PyTorch cannot call it.
+        UserError: the GPU is not supported, the package is not installed, or this PyTorch cannot call it.
     """
-    official_name, module, capabilities = SUCCESSORS[name]
+    official_name, module, capabilities = IMPLEMENTATIONS[name]
     setting = f"trainer.document_attention={name}"
     if capability[0] not in capabilities:
         needed = " or ".join(f"{major}.0" for major in capabilities)
@@ -50,19 +50,21 @@ def activate_successor(name: str, device_name: str, capability: tuple[int, int])
         raise UserError(f"{setting}: its kernels, the module {module}, cannot be loaded: {error}") from error
 
 
-def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, cumulative: Tensor, longest: int) -> Tensor:
-    """Causal attention within each document.
+def attend_within_documents(
+    queries: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """Compute causal attention within each document.
 
     Args:
         queries: [N, H, d], bf16, on CUDA.
         keys, values: [N, K, d].
-        cumulative: Tokens before each document, int32, N at the end; repeated numbers are documents without tokens.
-        longest: Tokens that no document exceeds.
+        cu_seqlens: Tokens before each document, int32, N at the end; repeated values are empty documents.
+        max_seqlen: Upper bound on the length of a document.
 
     Returns:
         [N, H, d].
     """
-    lengths = (cumulative, cumulative, longest, longest)
-    mixed = varlen_attn(queries, keys, values, *lengths, window_size=CAUSAL, **GROUPED)
+    offsets = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)  # of queries and of keys
+    mixed = varlen_attn(queries, keys, values, *offsets, window_size=CAUSAL, **GROUPED)
     assert isinstance(mixed, Tensor)
     return mixed

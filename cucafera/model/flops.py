@@ -1,11 +1,11 @@
-"""Parameters, floating point operations a token, and the peaks of devices: what MFU is made of.
+"""Parameter counts, floating point operations per token, and the peaks of devices, for the model FLOPs utilization.
 
-Nothing here imports torch: tables and --help need these numbers too.
+This module does not import torch, so that tables and --help can use it.
 
     L layers, D hidden, F intermediate, V vocabulary, T sequence length, r rank of adapters
 """
 
-from cucafera.config import AdapterConfig, ModelConfig
+from cucafera.config.schema import AdapterConfig, ModelConfig
 
 PEAK_FLOPS = {
     "A10": 125e12,
@@ -26,12 +26,12 @@ PEAK_FLOPS = {
 }
 """Dense bf16 peak in FLOP/s, without sparsity and with fp32 accumulation, from NVIDIA's data sheets.
 
-The names are whole, because a part would take one GPU for another: an L40 for an L4, or a slice of an A100 for it all.
+Names are compared in full, because a part would match another GPU: an L40 an L4, or a MIG slice the full card.
 """
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of each linear layer of a block, by name."""
+    """Return outputs and inputs of each linear layer of a block, by name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     key_value = config.num_key_value_heads * (hidden // config.num_attention_heads)
     return {
@@ -46,19 +46,19 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def matrix_parameter_count(config: ModelConfig) -> int:
-    """Parameters that take part in matrix products: all but the gains. The tied embedding counts once, as the head."""
+    """Return the number of parameters in matrix products: all but the gains; the tied embedding counts once."""
     block = sum(outputs * inputs for outputs, inputs in layer_shapes(config).values())
     return config.vocab_size * config.hidden_size + config.num_hidden_layers * block
 
 
 def adapter_parameter_count(config: ModelConfig, adapter: AdapterConfig) -> int:
-    """Parameters of low-rank adapters: r * (outputs + inputs) of each layer that has one."""
+    """Return the number of parameters of low-rank adapters: r * (outputs + inputs) per adapted layer."""
     shapes = layer_shapes(config)
     return config.num_hidden_layers * sum(adapter.rank * sum(shapes[name]) for name in adapter.modules)
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters of the decoder, the tied embedding counted once."""
+    """Return the number of parameters of the decoder; the tied embedding counts once."""
     gains = (2 * config.num_hidden_layers + 1) * config.hidden_size
     return matrix_parameter_count(config) + gains
 
@@ -66,21 +66,21 @@ def parameter_count(config: ModelConfig) -> int:
 def training_flops_per_token(
     config: ModelConfig, sequence_length: int, adapter: AdapterConfig | None = None, causal_half: bool = False
 ) -> int:
-    """Floating point operations that one training token costs, forward and backward, without any recomputation.
+    """Return the floating point operations per training token, forward and backward, without recomputation.
 
     6 * matrix parameters + 12 * L * D * T (Chowdhery et al., 2022, PaLM, appendix B; the same as nanoGPT's
-    `estimate_mfu`). The second term counts attention over the whole window. This is the usual convention, although a
-    causal model needs only half of it. Beside adapters the matrices are frozen, and 4 of the 6 remain: no gradient of
-    the weights is computed.
+    `estimate_mfu`). The second term counts attention over the full window. This is the usual convention, although a
+    causal model needs only half of it. With adapters the matrices are frozen, and 4 of the 6 remain: no gradients of
+    the weights are computed.
 
     Args:
         config: The model.
         sequence_length: T, tokens of one window.
-        adapter: The adapters that are trained; None or rank 0: all weights are.
+        adapter: The adapters that are trained; None or rank 0: all weights are trained.
         causal_half: Count only the half of the attention matrix that a causal model needs.
 
     Returns:
-        FLOPs a token; documents that mask each other are not taken into account.
+        FLOPs per token, as if each window were one document.
     """
     attention = 12 * config.num_hidden_layers * config.hidden_size * sequence_length
     matrices = 6 * matrix_parameter_count(config)
@@ -90,9 +90,9 @@ def training_flops_per_token(
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU in FLOP/s, or None for a device that is not in the table.
+    """Return the dense bf16 peak of a GPU in FLOP/s, or None for a device that is not in the table.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` gives it.
+        device_name: From `torch.cuda.get_device_name`.
     """
     return PEAK_FLOPS.get(device_name.removeprefix("NVIDIA "))

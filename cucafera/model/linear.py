@@ -1,4 +1,4 @@
-"""The matrix products of linear layers.
+"""Linear layers without bias, and their matrix products.
 
 N rows, I inputs, O outputs
 """
@@ -9,34 +9,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST_SHARED_WEIGHT = 1 << 20
-"""Elements: below it, a second thread is woken for longer than it reads."""
+MIN_PARALLEL_ELEMENTS = 1 << 20
+"""Of a weight: below it, waking a second thread takes longer than reading its half."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T: [..., I] to [..., O].
+    """Return x @ weight.T: [..., I] to [..., O].
 
-    One row in fp32 on a CPU, which is what writing a text token by token asks for, is bound by reading the weight, and
-    PyTorch reads it with one thread. As a batch of products, each with its share of the outputs, all threads read:
-    measured 12 GB/s and 19 GB/s of the weights of the 245M model, with two threads.
+    A decode step on a CPU multiplies one row in fp32, which is bound by reading the weight, and PyTorch reads it with
+    one thread. As a batch of products, one per thread with its share of the outputs, all threads read: with two
+    threads, 19 GB/s instead of 12 GB/s of the weights of the 245M model.
     """
     one_row = x.numel() == x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if not one_row or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight)
     outputs, inputs = weight.shape
     threads = torch.get_num_threads()
-    if threads == 1 or outputs % threads or weight.numel() < SMALLEST_SHARED_WEIGHT:
+    if threads == 1 or outputs % threads or weight.numel() < MIN_PARALLEL_ELEMENTS:
         return F.linear(x, weight)
     rows = x.reshape(1, 1, inputs).expand(threads, 1, inputs)
     shares = weight.view(threads, outputs // threads, inputs).transpose(1, 2)
     return torch.bmm(rows, shares).view(*x.shape[:-1], outputs)
 
 
-def linears(x: Tensor, layers: Sequence["Linear"]) -> tuple[Tensor, ...]:
-    """What each of several linear layers makes of the same input: [..., I] to [..., O] of each.
+def fused_projections(x: Tensor, layers: Sequence["Linear"]) -> tuple[Tensor, ...]:
+    """Apply several linear layers to the same input: [..., I] to [..., O] of each.
 
-    Compiled, it is one product with all their weights side by side, forward and backward: fewer and larger ones, which
-    small models need most. Written out, copying the weights together would cost more than it gains.
+    Compiled, they are one product with the concatenated weights, forward and backward: fewer and larger kernels, which
+    matters most for small models. In eager mode, concatenating the weights costs as much as it saves.
     """
     if not torch.compiler.is_compiling() or any(type(layer) is not Linear for layer in layers):
         return tuple(layer(x) for layer in layers)

@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., 2021, LoRA): y = x W' + (alpha / r) (x A') B', where only A and B are trained.
+"""Low-rank adapters (Hu et al., 2021, LoRA): y = x W^T + (alpha / r) (x A^T) B^T, where only A and B are trained.
 
 I inputs, O outputs, r rank
 """
@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cucafera.config import AdapterConfig
+from cucafera.config.schema import AdapterConfig
 from cucafera.model.linear import Linear
 from cucafera.model.transformer import Decoder
 
 
-class AdaptedLinear(Linear):
-    """A linear layer with an adapter beside its frozen weight.
+class LoRALinear(Linear):
+    """A linear layer with a frozen weight and an adapter.
 
-    `lora_A` [r, I] is drawn like the weights of nn.Linear and `lora_B` [O, r] is zero, so at first it changes nothing.
+    `lora_A` [r, I] is initialized like nn.Linear and `lora_B` [O, r] to zero, so that the initial adapter is zero.
     """
 
     def __init__(self, linear: Linear, rank: int, alpha: float) -> None:
-        with torch.device("meta"):  # without drawing weights that are replaced at once
+        with torch.device("meta"):  # no initialization of weights that are replaced in the next line
             super().__init__(linear.in_features, linear.out_features)
         self.weight = linear.weight
         self.weight.requires_grad_(False)
@@ -38,22 +38,22 @@ class AdaptedLinear(Linear):
 
 
 def add_adapters(model: Decoder, config: AdapterConfig) -> None:
-    """Freezes a decoder and gives the linear layers that the configuration names an adapter; rank 0 changes nothing."""
+    """Freeze a decoder and add adapters to the linear layers that the configuration names; nothing for rank 0."""
     if not config.rank:
         return
     model.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if name in config.modules and isinstance(child, Linear):
-                setattr(module, name, AdaptedLinear(child, config.rank, config.alpha))
+                setattr(module, name, LoRALinear(child, config.rank, config.alpha))
 
 
 def merged_weights(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The plain weights that compute the same: W + (alpha / r) B A, in the dtype of W.
+    """Return the weights with adapters merged: W + (alpha / r) B A, computed in fp32, in the dtype of W.
 
     Args:
         state_dict: Weights, with or without adapters.
-        config: Fields of the AdapterConfig that they were trained with.
+        config: Fields of the AdapterConfig used in training.
     """
     merged = {name: value for name, value in state_dict.items() if not name.endswith((".lora_A", ".lora_B"))}
     for name in state_dict:

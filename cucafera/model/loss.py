@@ -1,10 +1,15 @@
-"""Cross-entropy of a linear head that never holds all the logits.
+"""Fused linear cross-entropy: the loss of a linear head without holding all logits.
 
 N tokens, C tokens of one chunk, D hidden, V vocabulary
 
-The loss and both of its gradients are computed together, chunk by chunk, by one custom operator. The compiler does not
-look into it: it would keep the logits of all chunks, and on torch 2.11 an in-place update of what an autograd.Function
-returns makes every gradient zero without a word (pytorch#180642).
+The loss and both of its gradients are computed together, chunk by chunk, in one custom operator. It is opaque to the
+compiler, which would keep the logits of all chunks; and on torch 2.11 an in-place update of what an autograd.Function
+returns silently makes every gradient zero (pytorch#180642).
+
+Related work: Liger Kernel (Hsu et al., 2024) also computes gradients in the forward pass, but in chunks of 512 tokens,
+so that it reads and writes the fp32 gradient of the head 64 times for 32,768 tokens, 26 GB against 3.2 GB in chunks of
+4,096. Cut Cross-Entropy (Wijmans et al., 2024) keeps no logits at all and recomputes them in the backward pass, which
+is one more product with the head.
 """
 
 from collections.abc import Callable
@@ -14,51 +19,52 @@ import torch
 from torch import Tensor
 
 LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}
-"""Of one chunk, by device. On the CPU, in fp32, that is 512 tokens of a vocabulary of 65,536, as fast as 1,024 and 6%
-to 15% faster than 256 and 128; and all tokens of a small one. On CUDA it is 4,096 tokens in bf16: a chunk reads and
-writes the fp32 gradient of the head once, 0.4 GB, so smaller chunks move more. CUDA is not measured."""
+"""Bytes of the logits of one chunk, by device. On the CPU, in fp32, that is 512 tokens of a vocabulary of 65,536, as
+fast as 1,024 and 6% to 15% faster than 256 and 128. On CUDA it is 4,096 tokens in bf16: each chunk reads and writes the
+fp32 gradient of the head once, 0.4 GB, so smaller chunks move more bytes. The value for CUDA is not measured."""
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Sum over the valid targets of the cross-entropy of softmax(hidden @ weight.T), in nats.
+    """Return the cross-entropy of softmax(hidden @ weight.T) summed over the valid targets, in nats.
 
     Equal to `F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum")`, but only the logits of one chunk
-    exist at a time, because the gradients are made in the forward pass. Under autocast the matrix products run in its
-    dtype; softmax, the sum and the gradient of the weight are in fp32.
+    exist at a time, because the gradients are computed in the forward pass. Under autocast the matrix products run in
+    its dtype; softmax, the sum and the gradient of the weight are in fp32.
 
     Args:
         hidden: [N, D].
         weight: [V, D].
         targets: Token ids [N], int32 or int64.
-        ignore_index: Targets of this value count nothing and give no gradient.
-        chunk_tokens: C; None: by the device and the vocabulary.
+        ignore_index: Targets with this value add no loss and no gradient.
+        chunk_tokens: C; None: by device and vocabulary.
 
     Returns:
         An fp32 scalar; 0 if no target is valid.
     """
     dtype = _dtype(hidden, weight)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        # Cast here, the hidden states are cast where they are made, and their gradient where it is used.
+        # Cast outside of the operator, so that the compiler fuses the casts of the hidden states and of their gradient
+        # into the kernels before and after it.
         hidden = hidden.to(dtype)
         chunk_tokens = chunk_tokens or _chunk_tokens(hidden.device.type, dtype, len(weight))
         arguments = (hidden, weight, targets, ignore_index, chunk_tokens)
         return _LinearCrossEntropy.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
-    return linear_scores(hidden, weight, targets, ignore_index, chunk_tokens)[0]
+    return linear_loss_and_accuracy(hidden, weight, targets, ignore_index, chunk_tokens)[0]
 
 
-def linear_scores(
+def linear_loss_and_accuracy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What validation measures, again without all the logits at once; no gradients.
+    """Return summed loss and number of correct predictions, without holding all logits and without gradients.
 
     Args:
         hidden, weight, targets, ignore_index, chunk_tokens: As for `linear_cross_entropy`.
 
     Returns:
-        The cross-entropy summed over the valid targets, an fp32 scalar; and how many of them are the likeliest token,
-        an int64 scalar.
+        The cross-entropy summed over the valid targets in nats, an fp32 scalar; and the number of valid targets that
+        are the top-1 prediction, an int64 scalar.
     """
     chunk_tokens = chunk_tokens or _chunk_tokens(weight.device.type, torch.float32, len(weight))
     weight = weight.to(_dtype(hidden, weight))
@@ -73,29 +79,29 @@ def linear_scores(
     return loss, correct
 
 
-def token_scores(
+def per_token_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same token by token, for evaluation.
+    """Return loss and correctness of each token, for evaluation; no gradients.
 
     Args:
         hidden, weight, chunk_tokens: As for `linear_cross_entropy`.
-        targets: Token ids [N], int64; all of them count.
+        targets: Token ids [N], int64, all of them valid.
 
     Returns:
-        The cross-entropy of each target in nats, fp32 [N]; and whether it is the likeliest token, bool [N].
+        The cross-entropy of each target in nats, fp32 [N]; and True where it is the top-1 prediction, bool [N].
     """
-    nats, likeliest = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
+    nats, correct = [hidden.new_empty(0, dtype=torch.float32)], [targets.new_empty(0, dtype=torch.bool)]
     chunk_tokens = chunk_tokens or _chunk_tokens(weight.device.type, torch.float32, len(weight))
     for chunk, chunk_targets in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         logits = (chunk @ weight.T).float()
         nats.append(logits.logsumexp(1) - logits.gather(1, chunk_targets[:, None])[:, 0])
-        likeliest.append(logits.argmax(1) == chunk_targets)
-    return torch.cat(nats), torch.cat(likeliest)
+        correct.append(logits.argmax(1) == chunk_targets)
+    return torch.cat(nats), torch.cat(correct)
 
 
 def _chunk_tokens(device_type: str, dtype: torch.dtype, vocabulary: int) -> int:
-    """C, for logits that are kept in a dtype."""
+    """Return C for matrix products in a dtype."""
     return max(
         1,
         LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"])
@@ -104,19 +110,26 @@ def _chunk_tokens(device_type: str, dtype: torch.dtype, vocabulary: int) -> int:
 
 
 def _dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the matrix products: autocast's, or that of the weight."""
+    """Return the dtype of the matrix products: autocast's, or that of the weight."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The operator below with its gradients, which the backward pass only scales."""
+    """The operator below as a differentiable function.
+
+    Its forward pass computes the gradients too, and the backward pass only multiplies them by the gradient of the
+    loss. This is exact, because the loss is the last function before a scalar: its gradients depend on the rest of the
+    graph by that one factor.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int
     ) -> Tensor:
-        # Beside adapters the weight is frozen: a third of the work is not needed.
+        # The backward pass would need the logits, N x V: 4 GB in bf16 for 32,768 tokens and 65,536 entries. With the
+        # gradients computed now, each chunk of logits is freed after use, and [N, D] and [V, D] are saved instead.
+        # With adapters the weight is frozen, and its gradient, a third of the work, is not computed.
         loss: Tensor
         loss, hidden_gradient, weight_gradient = _loss_and_gradients(
             hidden, weight, targets, ignore_index, chunk_tokens, ctx.needs_input_grad[1]
@@ -128,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        # In place, for memory. A second backward pass meets autograd's version check and raises.
+        # In place, to save memory. A second backward pass would scale twice; autograd's version check raises instead.
         trained = weight_gradient.mul_(upstream[0]) if ctx.weight_is_trained else None
         return hidden_gradient.mul_(upstream[0]), trained, None, None, None
 
@@ -137,24 +150,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, chunk_tokens: int, weight_is_trained: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed cross-entropy and its gradients.
+    """Return the summed cross-entropy and its gradients.
 
     Args:
         hidden: [N, D], in the dtype of the matrix products.
         weight: [V, D], cast to it.
         targets, ignore_index, chunk_tokens: As for `linear_cross_entropy`.
-        weight_is_trained: Whether its gradient is wanted.
+        weight_is_trained: True if the gradient of the weight is needed.
 
     Returns:
         The loss, an fp32 scalar; the gradient of `hidden`, in its dtype; and that of `weight`, in the weight's dtype,
-        added up in fp32; empty if it is not wanted.
+        accumulated in fp32, empty if it is not needed.
     """
     matrix = weight.to(hidden.dtype)
+    # Contiguous whatever the layout of `hidden`, as register_fake declares it to the compiler.
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     weight_gradient = weight.new_zeros(weight.shape if weight_is_trained else (0,), dtype=torch.float32)
     nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     in_place = _cross_entropy_in_place(hidden.device)
-    # One buffer for the logits of all chunks: the CPU would have to fetch fresh pages for each.
+    # One buffer for the logits of all chunks: the CPU would fault in new pages for each.
     buffer = hidden.new_empty(
         min(chunk_tokens, len(hidden)), len(weight), dtype=_logits_dtype(hidden.device.type, hidden.dtype)
     )
@@ -162,12 +176,12 @@ def _loss_and_gradients(
         rows = slice(start, start + chunk_tokens)
         chunk = hidden[rows]
         logits = buffer[: len(chunk)]
-        _write_product(logits, chunk, matrix.T)
-        in_place(logits, targets[rows], nats[rows], ignore_index)
+        _matmul_into(logits, chunk, matrix.T)
+        in_place(logits, targets[rows], nats[rows], ignore_index)  # from here on, `logits` holds its gradient
         logits_gradient = logits.to(hidden.dtype)
         torch.mm(logits_gradient, matrix, out=hidden_gradient[rows])
         if weight_is_trained:
-            _add_product(weight_gradient, logits_gradient.T, chunk)
+            _addmm_into(weight_gradient, logits_gradient.T, chunk)
     return nats.sum(), hidden_gradient, weight_gradient.to(weight.dtype)
 
 
@@ -183,10 +197,10 @@ def _(
 
 
 def workspace_bytes(hidden: Tensor, weight: Tensor, chunk_tokens: int, device_type: str) -> int:
-    """Memory that the operator takes at its peak on a device, beside what it is given and returns.
+    """Return the peak memory of the operator on a device, in addition to its arguments and results.
 
     Args:
-        hidden, weight, chunk_tokens: What the operator is given; only shapes and dtypes matter.
+        hidden, weight, chunk_tokens: Arguments of the operator; only shapes and dtypes matter.
         device_type: cpu or cuda.
     """
     logits = min(chunk_tokens, len(hidden)) * len(weight)
@@ -197,20 +211,23 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, chunk_tokens: int, device_ty
 
 
 def _logits_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
-    """The kernel of CUDA computes in fp32 from bf16 in registers; operation by operation, each would be rounded."""
+    """Return the dtype of the logits: bf16 on CUDA, whose kernel computes in fp32 in registers, else fp32.
+
+    Without that kernel, every operation would round its result to bf16.
+    """
     return dtype if device_type == "cuda" else torch.float32
 
 
 def _cross_entropy_in_place(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, int], None]:
     if device.type == "cuda":
-        from cucafera.model.loss_kernel import cross_entropy_in_place  # Triton is there with CUDA only
+        from cucafera.model.loss_kernel import cross_entropy_in_place  # Triton is installed with CUDA builds only
 
         return cross_entropy_in_place
-    return _cross_entropy_in_parts
+    return _eager_cross_entropy_in_place
 
 
-def _cross_entropy_in_parts(logits: Tensor, targets: Tensor, nats: Tensor, ignore_index: int) -> None:
-    """What the kernel for CUDA does (see `loss_kernel.cross_entropy_in_place`), by PyTorch's operations, in fp32."""
+def _eager_cross_entropy_in_place(logits: Tensor, targets: Tensor, nats: Tensor, ignore_index: int) -> None:
+    """Compute what `loss_kernel.cross_entropy_in_place` does, with PyTorch operations in fp32."""
     valid = (targets != ignore_index)[:, None]
     index = torch.where(valid[:, 0], targets, 0).long()[:, None]
     largest = logits.amax(1, keepdim=True)
@@ -223,19 +240,19 @@ def _cross_entropy_in_parts(logits: Tensor, targets: Tensor, nats: Tensor, ignor
     exponentials.mul_(counts / total).scatter_add_(1, index, -counts)
 
 
-def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left @ right, where out may be in fp32 and the product in bf16."""
+def _matmul_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write left @ right to out, which may be in fp32 where the product is in bf16."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     else:
         out.copy_(left @ right)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right, where out is in fp32 and the factors may be in bf16."""
+def _addmm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to out, which is in fp32 where the factors may be in bf16."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
     elif out.is_cuda:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)  # without a bf16 product in between
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)  # accumulates in fp32: no bf16 product is rounded
     else:
         out.add_(left @ right)

@@ -1,4 +1,4 @@
-"""The decoder. The same function as Hugging Face's LlamaForCausalLM with a tied head, and the same parameter names.
+"""The decoder: the function and the parameter names of Hugging Face's LlamaForCausalLM with a tied head.
 
 B batch, T time, D hidden, H heads, K key/value heads, F intermediate, V vocabulary, d head dim
 """
@@ -12,28 +12,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cucafera.config import ModelConfig
+from cucafera.config.schema import ModelConfig
 from cucafera.model.attention import Mask, attend, attention_mask, document_mask
-from cucafera.model.linear import Linear, linear, linears
-from cucafera.model.loss import linear_cross_entropy, linear_scores
-from cucafera.model.scaling import initial_scale
+from cucafera.model.linear import Linear, fused_projections, linear
+from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy
+from cucafera.model.mup import initial_scale
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens before; generation has the real one."""
+    """Keys and values of earlier tokens; `generation.cache` implements it."""
 
     length: int
-    """Tokens in it; `update` of the last layer adds the new ones."""
+    """Cached tokens; `update` of the last layer adds the new ones."""
     padding: Tensor | None
-    """How many tokens at the beginning of each text are padding, [B]; None: there is none."""
+    """Number of left padding tokens of each text, [B]; None: no padding."""
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends keys and values [B, K, T, d] of new tokens; returns those of all tokens so far, [B, K, S, d]."""
+        """Append keys and values [B, K, T, d] of new tokens; return those of all tokens so far, [B, K, S, d]."""
         ...
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles (Su et al., 2021, RoFormer), each [max_position_embeddings, d / 2]."""
+    """Return cosines and sines of the rotary angles (Su et al., 2021), each [max_position_embeddings, d / 2]."""
     head_dim = config.hidden_size // config.num_attention_heads
     frequencies = config.rope_theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), frequencies)
@@ -41,7 +41,7 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + d/2]) by its position's angle, in fp32.
+    """Rotate each pair (x[i], x[i + d/2]) by the angle of its position, in fp32.
 
     Args:
         x: Queries or keys [B, T, heads, d].
@@ -56,24 +56,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def positions_within(documents: Tensor) -> Tensor:
-    """Position of each token within its own document, from document numbers [B, T]: [B, T] int64."""
-    places = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(1).values
+    """Return the position of each token within its own document, from document numbers [B, T]: [B, T] int64."""
+    positions = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
+    starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return positions - torch.where(starts, positions, 0).cummax(1).values
 
 
 def activation(name: str, x: Tensor) -> Tensor:
-    """The gate's activation, by its Hugging Face name."""
+    """Apply the gate's activation, by its Hugging Face name."""
     if name == "silu":
         return F.silu(x)
     if name == "gelu_pytorch_tanh" and torch.compiler.is_compiling():
-        # The same: (1 + tanh(u)) / 2 is sigmoid(2 u). Compiled for a CPU, forward and backward take 0.7 of the time.
+        # Equivalent: (1 + tanh(u)) / 2 = sigmoid(2 u). Compiled for a CPU, forward and backward take 0.7 of the time.
         return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
 
 
+class Embedding(nn.Embedding):
+    """An embedding that draws no weights on the meta device: there, `normal_` imports torch._dynamo, one CPU second."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as nn.Embedding does, unless they have no memory."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm (Zhang & Sennrich, 2019), in the dtype of its gain where the residual stream is in bf16."""
+    """Root mean square norm (Zhang & Sennrich, 2019), computed in fp32 also where the residual stream is in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D], in the wider dtype of x and gain."""
@@ -94,8 +103,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask, cache: Cache | None) -> Tensor:
-        """Mixes tokens: [B, T, D] to [B, T, D]."""
-        projected = linears(x, (self.q_proj, self.k_proj, self.v_proj))
+        """[B, T, D] to [B, T, D]."""
+        projected = fused_projections(x, (self.q_proj, self.k_proj, self.v_proj))
         queries, keys, values = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         queries, keys = (rotate(heads, cos, sin).transpose(1, 2) for heads in (queries, keys))
         values = values.transpose(1, 2)
@@ -118,13 +127,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D], through [B, T, F]."""
-        gate, up = linears(x, (self.gate_proj, self.up_proj))
+        gate, up = fused_projections(x, (self.gate_proj, self.up_proj))
         output: Tensor = self.down_proj(activation(self.hidden_act, gate) * up)
         return output
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside the residual stream."""
+    """Attention and MLP, each applied to the normed residual stream and added to it (pre-norm)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -143,16 +152,16 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """The language model: token ids to hidden states, logits or loss.
 
-    Held as `model` by another module, its state dict has the keys of LlamaForCausalLM with a tied head. Initial
-    weights are drawn from torch's global generator: N(0, initializer_range), gains 1; with a base_hidden_size, some of
-    them scaled by the width (scaling.py).
+    As the attribute `model` of another module, its state dict has the keys of LlamaForCausalLM with a tied head.
+    Initial weights are drawn from torch's global generator: N(0, initializer_range), gains 1; with a base_hidden_size,
+    some are scaled by the width (mup.py). On the meta device nothing is drawn or computed; see `make_rotary_tables`.
 
     Args:
-        config: Its shape.
-        activation_checkpointing: In training, keep of each layer only what enters it, and compute the rest again in the
-            backward pass (Chen et al., 2016). The numbers are the same.
-        document_attention: What computes attention within documents; see `attention.DOCUMENT_ATTENTION`.
-        residual_dtype: Of the residual stream; None: that of the embedding.
+        config: Shape of the model.
+        activation_checkpointing: In training, keep only the input of each layer, and recompute its activations in the
+            backward pass (Chen et al., 2016). The results are identical.
+        document_attention: Kernel for attention within documents; one of `attention.DOCUMENT_ATTENTION`.
+        residual_dtype: Dtype of the residual stream; None: that of the embedding.
     """
 
     cos: Tensor
@@ -170,9 +179,11 @@ class Decoder(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.document_attention = document_attention
         self.residual_dtype = residual_dtype
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.embed_tokens.weight.is_meta:  # `arange` and `normal_` would import torch._dynamo: over a CPU second
+            return
         self.make_rotary_tables()
         for name, parameter in self.named_parameters():
             scale = initial_scale(name, config)
@@ -182,8 +193,8 @@ class Decoder(nn.Module):
                 nn.init.constant_(parameter, scale)
 
     @classmethod
-    def holding(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "Decoder":
-        """A decoder to use, not to train, with these weights by their names here; none are drawn or copied."""
+    def from_weights(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> "Decoder":
+        """Return a decoder for inference with these weights by parameter name, without initializing or copying any."""
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights, assign=True)
@@ -191,7 +202,7 @@ class Decoder(nn.Module):
         return model.eval().requires_grad_(False)
 
     def make_rotary_tables(self) -> None:
-        """Computes the tables, which no checkpoint holds: needed again for a decoder that was made without memory."""
+        """Compute the rotary tables, which are in no checkpoint; call it again after building on the meta device."""
         cos, sin = rotary_tables(self.config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -204,16 +215,15 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         document_limit: int | None = None,
     ) -> Tensor:
-        """Hidden states, or the loss when there are targets.
+        """Return hidden states, or the loss if there are targets.
 
         Args:
             input_ids: [B, T], int32 or int64.
-            targets: [B, T], int32 or int64, the token after each; -100: none.
-            documents: Document number of each token within its window, [B, T] int32; tokens see only their own
-                document, which begins at position 0. None: they see the whole window. Not together with a cache.
-            cache: Keys and values of the tokens before `input_ids`; the new ones are added.
-            document_limit: Documents that there may be in all windows together, for flash attention. Compiled, another
-                limit is another graph.
+            targets: [B, T], int32 or int64, the next token of each; -100: no target.
+            documents: Document number of each token within its window, [B, T] int32; tokens attend within their own
+                document, whose positions start at 0. None: each window is one document. Not together with a cache.
+            cache: KV cache of the tokens before `input_ids`; the new ones are added.
+            document_limit: The most documents in all windows together, for flash attention. A new value recompiles.
 
         Returns:
             Normed hidden states [B, T, D]; with targets, the cross-entropy in nats summed over the valid targets, an
@@ -226,8 +236,9 @@ class Decoder(nn.Module):
         if documents is not None:
             positions = positions_within(documents)
         elif padding is not None:
-            places = torch.arange(past, past + tokens, device=input_ids.device)
-            positions = (places - padding[:, None]).clamp(0, len(self.cos) - 1)  # a text that is full is not read on
+            columns = torch.arange(past, past + tokens, device=input_ids.device)
+            # Padding has no position, and a finished text in a batch may be past the last one: neither is used.
+            positions = (columns - padding[:, None]).clamp(0, len(self.cos) - 1)
         cos, sin = self.cos[positions], self.sin[positions]
         mask: Mask
         if documents is not None:
@@ -238,7 +249,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(input_ids).to(self.residual_dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                # Nothing in a layer is random, so there is no state of a generator to bring back.
+                # Layers have no dropout, so there is no random state to restore.
                 x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, cos, sin, mask, cache)
@@ -247,26 +258,26 @@ class Decoder(nn.Module):
             return hidden
         return linear_cross_entropy(hidden.flatten(0, 1), self.embed_tokens.weight, targets.flatten())
 
-    def scores(
+    def loss_and_accuracy(
         self,
         input_ids: Tensor,
         targets: Tensor,
         documents: Tensor | None = None,
         document_limit: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What validation measures; no gradients.
+        """Return summed loss and number of correct predictions; no gradients.
 
         Args:
             input_ids, targets, documents, document_limit: As for `forward`.
 
         Returns:
-            The cross-entropy in nats summed over the valid targets, an fp32 scalar; and how many of them are the
-            likeliest token, an int64 scalar.
+            The cross-entropy in nats summed over the valid targets, an fp32 scalar; and the number of valid targets
+            that are the top-1 prediction, an int64 scalar.
         """
         hidden = self(input_ids, documents=documents, document_limit=document_limit)
-        wanted = targets != -100
-        return linear_scores(hidden[wanted], self.embed_tokens.weight, targets[wanted])
+        valid = targets != -100
+        return linear_loss_and_accuracy(hidden[valid], self.embed_tokens.weight, targets[valid])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the next token: [..., D] to [..., V]."""
+        """Return the logits of the next token: [..., D] to [..., V]."""
         return linear(hidden, self.embed_tokens.weight)

@@ -1,4 +1,4 @@
-"""How large numbers are in each layer: gradients, and the residual stream. What explodes or dies away shows there.
+"""Gradient norms and activation scales of each layer, which show exploding and vanishing values.
 
 T time, D hidden, L layers
 """
@@ -10,20 +10,20 @@ from cucafera.model.attention import dense_mask
 from cucafera.model.transformer import Decoder, positions_within
 
 EMBEDDING = "embedding"
-"""What stands before the first layer, among the names of layers."""
+"""Name of the embedding among the names of layers."""
 
 
 def layer_names(model: Decoder) -> list[str]:
-    """The embedding and the number of each layer, 00 being the first, as the weights are numbered."""
+    """Return `embedding` and the number of each layer from 00 on, as in the names of weights."""
     return [EMBEDDING, *(f"{number:02}" for number in range(len(model.layers)))]
 
 
 def gradient_norms(model: Decoder) -> dict[str, Tensor]:
-    """Norm of the gradient of the embedding, which is the head too, and of each layer.
+    """Return the norm of the gradient of the embedding, which is the head too, and of each layer.
 
     Returns:
-        A scalar a name of `layer_names`, on the device, which is not waited for; nothing for a layer that is not
-        trained.
+        A scalar per name of `layer_names`, on the device, without waiting for it; layers that are not trained are
+        missing.
     """
     norms = {}
     for name, layer in zip(layer_names(model), [model.embed_tokens, *model.layers], strict=True):
@@ -34,11 +34,11 @@ def gradient_norms(model: Decoder) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def activation_scales(model: Decoder, input_ids: Tensor, documents: Tensor | None) -> dict[str, Tensor]:
-    """Root mean square of the residual stream behind the embedding and behind each layer.
+def activation_rms(model: Decoder, input_ids: Tensor, documents: Tensor | None) -> dict[str, Tensor]:
+    """Return the root mean square of the residual stream after the embedding and after each layer.
 
-    The layers are called one by one, whether or not the whole is compiled, and without flex attention, which would be
-    compiled for this alone.
+    The layers are called one by one, also where the model is compiled, and with a dense mask, because flex attention
+    would be compiled for this alone.
 
     Args:
         model: The decoder.
@@ -46,7 +46,7 @@ def activation_scales(model: Decoder, input_ids: Tensor, documents: Tensor | Non
         documents: Document number of each token, [B, T] int32, or None; see `Decoder.forward`.
 
     Returns:
-        An fp32 scalar a name of `layer_names`, on the device.
+        An fp32 scalar per name of `layer_names`, on the device.
     """
     positions = slice(input_ids.shape[1]) if documents is None else positions_within(documents)
     cos, sin = model.cos[positions], model.sin[positions]

@@ -1,9 +1,9 @@
-"""Scaling by width: a learning rate that was found on a narrow model holds on a wide one.
+"""muP: scaling by width, so that a learning rate found on a narrow model holds on a wide one.
 
 The maximal update parametrization for Adam with a tied head (Yang et al., 2022, Tensor Programs V, table 8) multiplies
-what some parameters give in the forward pass. Adam does not see the scale of a gradient, so a multiplier c of a
-parameter is the same as c times its initial value and c times its learning rate (ibid., appendix J). Here every
-multiplier is folded in that way, and the model is a plain Llama at every moment.
+the output of some parameters in the forward pass. Adam does not depend on the scale of a gradient, so a multiplier c
+of a parameter is equivalent to c times its initial value and c times its learning rate (ibid., appendix J). Every
+multiplier is folded in that way, and the model stays a plain Llama.
 
     m  hidden_size / base_hidden_size
 
@@ -13,23 +13,23 @@ multiplier is folded in that way, and the model is a plain Llama at every moment
     gain of the final norm                1 / m           1 / m           the multiplier 1 / m of the logits
     other gains, adapters                 1               1
 
-Attention's logits are divided by the root of the head width, where the paper divides by the width itself: that is the
-same as long as heads of one width grow in number.
+Attention logits are divided by the square root of the head dim, where the paper divides by the head dim: that is
+equivalent as long as the head dim is constant and the number of heads grows.
 """
 
-from cucafera.config import ADAPTED_MODULES, ModelConfig
+from cucafera.config.schema import ADAPTED_MODULES, ModelConfig
 
 FINAL_GAIN = "norm.weight"
 BLOCK_MATRICES = tuple(f".{name}.weight" for name in ADAPTED_MODULES)
 
 
 def width_ratio(config: ModelConfig) -> float:
-    """m: how many times wider than the base; 1 without one."""
+    """Return m, or 1 without a base."""
     return 1.0 if config.base_hidden_size is None else config.hidden_size / config.base_hidden_size
 
 
 def initial_scale(name: str, config: ModelConfig) -> float:
-    """What the initial value of a parameter, N(0, initializer_range) or a gain of 1, is multiplied by.
+    """Return the factor of a parameter's initial value, which is N(0, initializer_range) or a gain of 1.
 
     Args:
         name: Its name in the Decoder.
@@ -41,7 +41,7 @@ def initial_scale(name: str, config: ModelConfig) -> float:
 
 
 def learning_rate_ratio(name: str, config: ModelConfig) -> float:
-    """The learning rate of a parameter as a fraction of that of the embedding.
+    """Return the learning rate of a parameter as a fraction of that of the embedding.
 
     Args:
         name: Its name in the Decoder.
