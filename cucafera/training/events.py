@@ -1,4 +1,9 @@
-"""TensorBoard events that survive a full disk, and stand in the curves once."""
+"""TensorBoard events that survive a full disk and a kill, without duplicate points in a curve.
+
+Lightning's TensorBoardLogger writes through torch's SummaryWriter. The thread below it that writes the file dies at the
+first failed write, drops its queue, and raises the error at the next event, which would end training. This module
+replaces that file: EventLogger -> EventSummaryWriter -> EventWriter -> EventFile -> BufferedAppendFile.
+"""
 
 import logging
 import os
@@ -14,96 +19,96 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from cucafera.data.files import append
+from cucafera.runs.folder import EVENTS
+from cucafera.storage import append
 
 log = logging.getLogger(__name__)
 
-EVENTS = "events.out.tfevents."
 DECLARATIONS = EVENTS + "0000000000.declarations"
-"""The file of what each session of a run declares anew; its name stands before those of the curves."""
+"""The file with the declarations of the current session; its name sorts before those of the curves."""
 FLUSH_SECONDS = 30
-"""Events are flushed that often, at the next one."""
+"""Events are flushed with the first one after this time."""
 
 
-class PatientFile:
-    """A file that is only appended to. What the disk does not take is kept in memory and tried again.
+class BufferedAppendFile:
+    """A file to append to, with a buffer and retries: what cannot be written stays in memory until the next flush.
 
-    What is on the disk is always a whole number of flushes: of one that failed midway nothing stays.
+    Flushes are atomic: one that fails midway leaves nothing on the disk, so the file never ends in a partial record.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._pending = bytearray()
-        self._told = False
+        self._failure_reported = False
 
     def write(self, content: bytes) -> None:
-        """Keeps the content until the next flush."""
+        """Buffer the content until the next flush."""
         self._pending += content
 
     def flush(self) -> None:
-        """Brings all content onto the disk, or says once that it has to wait."""
+        """Append the buffer to the file and sync it; report the first failure of a series, and keep the buffer."""
         try:
             append(self.path, bytes(self._pending))
         except OSError as error:
-            if not self._told:
+            if not self._failure_reported:
                 log.error("%s cannot be written: %s. The curves wait in memory", self.path, error.strerror or error)
-            self._told = True
+            self._failure_reported = True
             return
         self._pending.clear()
-        self._told = False
+        self._failure_reported = False
 
     def close(self) -> None:
-        """Flushes; what the disk does not take now is lost, and that is told."""
+        """Flush for the last time, and report what is lost if that fails."""
         self.flush()
         if self._pending:
             log.error("%s: the curves since it could last be written are lost", self.path)
 
 
 class EventFile:
-    """What torch's FileWriter expects of an event file, on a PatientFile.
+    """An event file with the interface that torch's FileWriter expects, on a BufferedAppendFile.
 
     Args:
-        folder: Where the file goes.
-        name: Its name, in place of an earlier file's; None: one that stands behind those of all earlier files.
+        folder: Folder of the file.
+        name: Name of the file, which replaces an existing one; None: a name that sorts after all earlier files.
     """
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / (name or f"{EVENTS}{_stamp_after(folder)}.{os.getpid()}")
         path.unlink(missing_ok=True)
-        self._file = PatientFile(path)
+        self._file = BufferedAppendFile(path)
         self._records = RecordWriter(self._file)
         self._folder = folder
         self._flushed_at = 0.0
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def get_logdir(self) -> str:
-        """The folder."""
+        """Return the folder."""
         return str(self._folder)
 
     def add_event(self, event: Any) -> None:
-        """Adds an event."""
+        """Add an event."""
         self._records.write(event.SerializeToString())
         if time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Brings the events onto the disk."""
+        """Write the buffered events."""
         self._file.flush()
         self._flushed_at = time.monotonic()
 
     def close(self) -> None:
-        """Flushes for the last time."""
+        """Flush for the last time."""
         self._file.close()
 
     def reopen(self) -> None:
-        """Nothing to do: the file is opened for each flush."""
+        """Do nothing: the file is opened for each flush."""
 
 
 def _stamp_after(folder: Path) -> str:
-    """The time in seconds and nanoseconds, but later than that of any file in the folder.
+    """Return the time in seconds and nanoseconds, or one just after the latest file in the folder.
 
-    TensorBoard reads them in the order of their names, and the clock of the machine that goes on may be behind.
+    TensorBoard reads files in the order of their names, and a run may be resumed on a machine whose clock is behind.
     """
     stamp = time.time_ns()
     for path in folder.glob(EVENTS + "*"):
@@ -132,7 +137,7 @@ class EventSummaryWriter(SummaryWriter):
             writer = self.file_writer = EventWriter(Path(self.log_dir))
             self.all_writers = {writer.event_writer.get_logdir(): writer}
             if self.purge_step is not None:
-                # TensorBoard drops what earlier files hold from this step on.
+                # SessionLog.START makes TensorBoard drop the points of earlier files from this step on.
                 start = SessionLog(status=SessionLog.START)
                 writer.add_event(Event(step=self.purge_step, session_log=start))
                 self.purge_step = None
@@ -140,11 +145,11 @@ class EventSummaryWriter(SummaryWriter):
 
 
 class EventLogger(TensorBoardLogger):
-    """TensorBoard events, and nothing else, in the run folder.
+    """Lightning's logger of TensorBoard events in the run folder, without its file of hyperparameters.
 
     Args:
         folder: The run folder.
-        first_step: Where the run goes on from: what a killed process wrote after it does not count.
+        first_step: Step that the run resumes from: points that a killed process wrote after it are dropped.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -156,20 +161,21 @@ class EventLogger(TensorBoardLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
-        """The writer of this process; a dummy in all but the first of a job."""
+        """The writer of this process; a dummy in all but the first process of a job."""
         if self._experiment is None:
             self._experiment = EventSummaryWriter(
                 str(self._folder),
-                # Also for a run that begins: without its data server, TensorBoard heeds only the second start of a run.
+                # For a new run too: without its data server, TensorBoard ignores the first start of a run, and so would
+                # ignore that of the first resume.
                 purge_step=self._first_step + 1,
             )
         return self._experiment
 
     def declare(self, *summaries: Summary) -> None:
-        """Writes what belongs to this session, and takes the place of what the session before has declared.
+        """Write the declarations of this session, which replace those of the previous session.
 
         TensorBoard keeps the first hyperparameters and the first end that it finds in a run, so those of a session
-        that did not go to its end, or had another budget, must not be there any more.
+        that was stopped, or had another budget, must be removed. They are in a file of their own for that.
         """
         if self._declarations is None:
             self._declarations = EventFile(self._folder, DECLARATIONS)
@@ -178,12 +184,12 @@ class EventLogger(TensorBoardLogger):
         self._declarations.flush()
 
     def save(self) -> None:
-        """Flushes; Lightning would add a second file of hyperparameters beside config.yaml."""
+        """Flush; Lightning's method would also write hparams.yaml, a second copy of config.yaml."""
         self.experiment.flush()
         if self._declarations is not None:
             self._declarations.flush()
 
 
 def event_logger(trainer: pl.Trainer) -> EventLogger | None:
-    """The logger of a run's curves; None in all but the first process of a job, and where none are written."""
+    """Return the logger of a run's curves; None in all but the first process of a job, and where none are written."""
     return trainer.logger if isinstance(trainer.logger, EventLogger) and trainer.is_global_zero else None

@@ -1,27 +1,27 @@
-"""Watch whether the first steps of a session train anything: a fault must not pass for training."""
+"""Check that the first steps of a session train every weight, since a fault may leave the loss plausible."""
 
 import torch
 from torch import Tensor, nn
 
-from cucafera.training.sharding import whole
+from cucafera.training.sharding import full_tensor
 
 WATCHED_STEPS = 3
-"""The first gradient of a LoRA matrix is zero as long as the other one is; of no weight are three in a row."""
+"""The gradient of lora_A is zero in the first step, while lora_B is zero. No weight has zero gradients for three."""
 SAMPLED_ELEMENTS = 256
-"""Of each weight that is looked at for a change."""
-SMALLEST_LEARNING_RATE = 1e-7
-"""Below it, weights in fp32 need not move."""
+"""Elements per weight that are compared before and after."""
+MIN_LEARNING_RATE = 1e-7
+"""Below it, updates may be lost to fp32 rounding, so that unchanged weights are no fault."""
 
 
 class FirstSteps:
-    """Collects on the device, in the first steps, what says whether weights are trained; reads nothing from it.
+    """Collect evidence on the device that weights are trained, without waiting for the device until `fault` is called.
 
     Args:
-        model: Its weights are as the session begins with them.
-        steps_done: Steps of the run before it.
+        model: The model with the weights at the start of the session.
+        steps_done: Steps of the run before the session.
 
     Attributes:
-        last_step: The last of the run's steps that are watched.
+        last_step: Number of the last step that is watched.
     """
 
     def __init__(self, model: nn.Module, steps_done: int) -> None:
@@ -36,22 +36,22 @@ class FirstSteps:
 
     @property
     def has_seen_enough(self) -> bool:
-        """Whether `fault` may be asked."""
+        """True when `fault` can be called."""
         return self.watched >= WATCHED_STEPS
 
     def watch(self, learning_rate: float) -> None:
-        """Look at the gradients of a step, before they are applied; every process of the job calls it."""
+        """Record which gradients of a step are zero, before they are applied; every process of the job calls it."""
         self.watched += 1
         self._learning_rate = max(self._learning_rate, learning_rate)
         zero = torch.zeros((), device=self.parameters[0].device)
-        norms = [zero if weight.grad is None else whole(weight.grad.norm()) for weight in self.parameters]
+        norms = [zero if weight.grad is None else full_tensor(weight.grad.norm()) for weight in self.parameters]
         is_zero = torch.stack(norms) == 0
         self._always_zero = is_zero if self._always_zero is None else self._always_zero & is_zero
 
     def fault(self) -> str | None:
-        """Say what was not trained in the steps that were watched; waits for the device. None if all was.
+        """Return which weights were not trained in the watched steps, or None; waits for the device.
 
-        Call it when the update of each of them was applied.
+        The update of every watched step must have been applied.
         """
         assert self._always_zero is not None
         untrained = [name for name, zero in zip(self.names, self._always_zero.tolist(), strict=True) if zero]
@@ -61,12 +61,12 @@ class FirstSteps:
         changed = torch.stack(
             [(_sample(weight) != before).any() for weight, before in zip(self.parameters, self._before, strict=True)]
         )
-        if self._learning_rate >= SMALLEST_LEARNING_RATE and not changed.any():
+        if self._learning_rate >= MIN_LEARNING_RATE and not changed.any():
             return f"no weight has changed in the first {self.watched} steps, although every update was applied"
         return None
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """A copy of the first elements that this device has."""
+    """Return a copy of the first elements on this device."""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.detach().flatten()[:SAMPLED_ELEMENTS].clone()

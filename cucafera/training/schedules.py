@@ -1,22 +1,22 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs to know the step and nothing else."""
+"""Learning-rate schedules as pure functions of the step, so that a resumed run needs only the step."""
 
 import math
 
-from cucafera.config import ScheduleConfig
+from cucafera.config.schema import ScheduleConfig
 
 
 def lr_ratio(step: int, schedule: ScheduleConfig, horizon_steps: int) -> float:
-    """The learning rate of a step as a fraction of the peak.
+    """Return the learning rate of a step as a fraction of the peak.
 
     Args:
         step: The step about to be taken, from 0.
-        schedule: Shape and warm-up.
+        schedule: Name, warm-up and decay.
         horizon_steps: Step at which the schedule ends; later steps keep the final ratio.
 
     Returns:
-        A fraction in (0, 1]: linear warm-up that reaches the peak at step `warmup_steps`, then
+        A fraction in [0, 1]: linear warm-up that reaches the peak at step `warmup_steps`, then
         cosine: half a cosine down to `final_lr_ratio` at the horizon (Loshchilov & Hutter, 2016, without restarts);
-        wsd: the peak, then a line down to `final_lr_ratio` over the last `decay_fraction` (Hu et al., 2024, MiniCPM);
+        wsd: the peak, then linear decay to `final_lr_ratio` over the last `decay_fraction` (Hu et al., 2024, MiniCPM);
         constant: the peak.
     """
     if step < schedule.warmup_steps:

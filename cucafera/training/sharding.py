@@ -1,7 +1,7 @@
-"""Fully sharded data parallelism (FSDP2): of each weight, gradient and moment, every device holds a share.
+"""Fully sharded data parallelism (FSDP2): each device holds a shard of every weight, gradient and moment.
 
-A layer's weights are whole on a device only while it computes with them. What leaves the devices is whole: checkpoints
-are those of a run on one device.
+The weights of a block are gathered on a device only while it computes with them (Zhao et al., 2023). Checkpoints hold
+full tensors, gathered in the first process, so that they are the same as those of a run on one device.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,17 +22,17 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from cucafera.model.transformer import Decoder
 
 BF16_BLOCKS = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-"""Beside autocast: a block's weights travel in bf16, and its gradients in fp32. Its inputs stay as they are: residual
-stream and angles of the rotary embedding are in fp32, as on one device."""
+"""In addition to autocast: the weights of a block are gathered in bf16, and its gradients are reduced in fp32. Its
+inputs are not cast: residual stream and rotary tables keep their precision, as on one device."""
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which each device holds a share; every process of the job calls it. Others are as they are."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor, in a collective that every process calls; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class FullySharded(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with the files of every other strategy: whole, and by way of the CheckpointIO.
+    """Lightning's strategy for FSDP2, with the checkpoints of every other strategy: full tensors, through CheckpointIO.
 
     Args:
         world_size: Devices of the job.
@@ -42,79 +42,85 @@ class FullySharded(ModelParallelStrategy):
         super().__init__(data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def shard(self, model: Decoder) -> None:
-        """Leaves each device its share of a decoder that is the same on all of them.
+        """Shard a decoder that has the same weights on every device.
 
-        Embedding, which is the head too, and final norm are one unit, and stay in fp32; each block is another.
+        Each block is one unit. The rest, the tied embedding and the final norm, is another, which stays in fp32.
         """
         mesh = self.device_mesh["data_parallel"]
-        blocks = BF16_BLOCKS if self.precision_plugin.precision == "bf16-mixed" else MixedPrecisionPolicy()
+        policy = BF16_BLOCKS if self.precision_plugin.precision == "bf16-mixed" else MixedPrecisionPolicy()
         for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=blocks)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
-        register_fsdp_forward_method(model, "scores")
+        # FSDP2 gathers weights in the hooks of `forward`; validation enters the model by another method.
+        register_fsdp_forward_method(model, "loss_and_accuracy")
         if self.root_device.type == "cpu":
-            for part in _sharded_parts(model):
-                part.set_force_sum_reduction_for_comms(True)  # the gloo of older PyTorch knows no mean
+            for unit in _units(model):
+                unit.set_force_sum_reduction_for_comms(True)  # gloo has no mean in older PyTorch
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Within it, gradients are added up on their device, whole, and not yet over the devices."""
+        """Accumulate unsharded gradients locally within the context, without a reduction over devices.
+
+        Gradient accumulation needs one reduction per step, not per micro-batch. The cost is memory: each device holds
+        full gradients until then (see `memory.StepMemory`).
+        """
         assert self.model is not None
-        parts = _sharded_parts(self.model)
-        for part in parts:
-            part.set_requires_gradient_sync(False, recurse=False)
+        units = _units(self.model)
+        for unit in units:
+            unit.set_requires_gradient_sync(False, recurse=False)
         try:
             yield
         finally:
-            for part in parts:
-                part.set_requires_gradient_sync(True, recurse=False)
+            for unit in units:
+                unit.set_requires_gradient_sync(True, recurse=False)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state with whole tensors in main memory, in the first process; in others without tensors."""
+        """Return the state with full tensors in main memory in the first process; in others without tensors."""
         state = ParallelStrategy.optimizer_state(self, optimizer)
 
         def gathered(tensor: Tensor) -> Tensor | None:
-            tensor = whole(tensor)  # every process takes part
+            tensor = full_tensor(tensor)  # a collective
             return tensor.cpu() if self.is_global_zero else None
 
         return _with_each_tensor(state, gathered)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning loads the optimizer by the method below."""
+        """True: Lightning calls `load_optimizer_state_dict` below."""
         return True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As every other strategy: the first process writes."""
+        """Save as every other strategy: the first process writes."""
         ParallelStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """As every other strategy: each process has the whole of it."""
+        """Load as every other strategy: each process gets the full checkpoint."""
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes its share of each weight."""
-        shares = {name: self._share_of(weight) for name, weight in checkpoint["state_dict"].items()}
-        ParallelStrategy.load_model_state_dict(self, {"state_dict": shares}, strict)
+        """Load this device's shard of each weight."""
+        shards = {name: self._shard_of(weight) for name, weight in checkpoint["state_dict"].items()}
+        ParallelStrategy.load_model_state_dict(self, {"state_dict": shards}, strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Takes its share of each moment."""
-        shares = [_with_each_tensor(state, self._share_of) for state in checkpoint["optimizer_states"]]
-        ParallelStrategy.load_optimizer_state_dict(self, {"optimizer_states": shares})
+        """Load this device's shard of each moment."""
+        shards = [_with_each_tensor(state, self._shard_of) for state in checkpoint["optimizer_states"]]
+        ParallelStrategy.load_optimizer_state_dict(self, {"optimizer_states": shards})
 
-    def _share_of(self, tensor: Tensor) -> Tensor:
-        if not tensor.ndim:  # the optimizer's count of steps
+    def _shard_of(self, tensor: Tensor) -> Tensor:
+        if not tensor.ndim:  # the step count of the optimizer
             return tensor
-        share = distribute_tensor(tensor, self.device_mesh["data_parallel"], [Shard(0)], src_data_rank=None)
-        return share.clone()  # or it would keep all of the tensor in memory
+        # Every process has read the checkpoint: with src_data_rank=None each slices its own copy, without a broadcast.
+        shard = distribute_tensor(tensor, self.device_mesh["data_parallel"], [Shard(0)], src_data_rank=None)
+        return shard.clone()  # a slice would keep the full tensor in memory
 
 
-def _sharded_parts(model: torch.nn.Module) -> list[FSDPModule]:
+def _units(model: torch.nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _with_each_tensor(state: dict[str, Any], change: Callable[[Tensor], Tensor | None]) -> dict[str, Any]:
-    """The state of an optimizer, with what a function makes of each of its tensors."""
+    """Return the state of an optimizer with a function applied to each of its tensors."""
     changed = {
         index: {name: change(tensor) for name, tensor in moments.items()} for index, moments in state["state"].items()
     }

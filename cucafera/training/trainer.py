@@ -5,7 +5,7 @@ import logging
 import math
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,33 +14,33 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from cucafera.config import Config, UserError
+from cucafera.config.errors import UserError
+from cucafera.config.schema import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
+from cucafera.runs.folder import RunFolder
 from cucafera.training.callbacks.checkpoints import Checkpoints
+from cucafera.training.callbacks.dashboard_layout import DashboardLayout
 from cucafera.training.callbacks.guards import Guards
-from cucafera.training.callbacks.histograms import Histograms
 from cucafera.training.callbacks.hyperparameters import Hyperparameters
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.callbacks.layers import Layers
-from cucafera.training.callbacks.layout import Layout
-from cucafera.training.callbacks.plan import Plan
 from cucafera.training.callbacks.profile import Profile
-from cucafera.training.callbacks.progress import Progress, count
+from cucafera.training.callbacks.progress import Progress
 from cucafera.training.callbacks.reference import ReferenceCurve
 from cucafera.training.callbacks.samples import Samples
 from cucafera.training.callbacks.system import System
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.callbacks.validation import Validation
-from cucafera.training.checkpoint_files import CheckpointWriter
+from cucafera.training.checkpoint_writer import CheckpointWriter
 from cucafera.training.events import EventLogger
-from cucafera.training.hardware import Hardware, free_memory_bytes
+from cucafera.training.hardware import Hardware
+from cucafera.training.memory import free_memory_bytes
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import RunFolder
 from cucafera.training.sharding import FullySharded
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
-SHARES = {"ddp": "the whole model", "fsdp": "a share of the model"}
-"""What a device holds, by trainer.strategy."""
+SHARES = {"ddp": "the full model", "fsdp": "a shard of the model"}
+"""What each device holds, by trainer.strategy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Callbacks:
 
     Attributes:
         profile: The profiler, if one is wanted.
-        dashboard: Those that write nothing but TensorBoard events; none where no events are written.
+        dashboard: Those that write only TensorBoard events; none if no events are written.
     """
 
     profile: tuple[pl.Callback, ...]
@@ -63,7 +63,7 @@ class Callbacks:
     progress: Progress
 
     def in_order(self) -> list[pl.Callback]:
-        """Signals and guards first, lest something broken be written; then what is measured, before it is saved."""
+        """Return the callbacks: signals and guards before anything is written, validation before checkpoints."""
         callbacks: list[pl.Callback] = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -71,7 +71,7 @@ class Callbacks:
         return callbacks
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back what a checkpoint knows of the run, without training on."""
+        """Load the callbacks' state from a checkpoint, without training."""
         for callback in self.in_order():
             if callback.state_key in checkpoint["callbacks"]:
                 callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
@@ -82,22 +82,24 @@ def build_callbacks(
     hardware: Hardware,
     folder: RunFolder,
     resumed: dict[str, Any] | None,
-    left_out_batches: list[int],
+    skipped_batches: list[int],
     interruption: Interruption,
     overrides: Sequence[str],
+    changes: Mapping[str, tuple[Any, Any]],
 ) -> Callbacks:
-    """The callbacks, which know of each other what they need.
+    """Return the callbacks, each with references to those that it reads.
 
     Args:
         config: The run.
         hardware: Where it trains.
         folder: Its folder.
-        resumed: The checkpoint that it goes on from, if any.
-        left_out_batches: Numbers of the batches that rollbacks have left out.
-        interruption: What answers signals.
+        resumed: The checkpoint that it resumes from, if any.
+        skipped_batches: Numbers of the batches that rollbacks skip.
+        interruption: The signal handler.
         overrides: The command line.
+        changes: Keys that differ from the defaults, with the default and the value of the run.
     """
-    guards = Guards(config, interruption, left_out_batches)
+    guards = Guards(config, interruption, skipped_batches)
     throughput = Throughput(config, hardware, guards)
     validation = Validation(config)
     settings = config.callbacks
@@ -110,7 +112,7 @@ def build_callbacks(
         guards=guards,
         throughput=throughput,
         validation=validation,
-        dashboard=_dashboard(config, hardware, overrides, guards, throughput, validation),
+        dashboard=_dashboard(config, hardware, overrides, changes, guards, throughput, validation),
         samples=Samples(config, validation),
         checkpoints=Checkpoints(config, folder, writer, interruption, validation),
         progress=Progress(config, throughput, validation),
@@ -121,6 +123,7 @@ def _dashboard(
     config: Config,
     hardware: Hardware,
     overrides: Sequence[str],
+    changes: Mapping[str, tuple[Any, Any]],
     guards: Guards,
     throughput: Throughput,
     validation: Validation,
@@ -129,27 +132,25 @@ def _dashboard(
         return ()
     settings = config.callbacks
     always = (
-        Layout(hardware),
-        System(config, hardware, overrides),
-        Plan(config),
+        DashboardLayout(hardware),
+        System(hardware, overrides, changes),
         Layers(config, guards, validation),
         Hyperparameters(config, overrides, throughput, validation),
     )
     reference = (ReferenceCurve(config),) if settings.reference_curve else ()
-    histograms = (Histograms(config),) if settings.histogram_every_steps else ()
-    return (*always, *reference, *histograms)
+    return (*always, *reference)
 
 
 def build_trainer(
     config: Config, hardware: Hardware, folder: RunFolder, callbacks: Callbacks, first_step: int
 ) -> pl.Trainer:
-    """The Trainer of a run that begins at `first_step`.
+    """Return the Trainer of a run that starts or resumes at `first_step`.
 
-    One Lightning epoch holds all the steps that are left; validation, checkpoints and clipping are our own.
-    Raises UserError if the devices are others than those that torchrun or a SLURM job has processes for.
+    One Lightning epoch holds all remaining steps; validation, checkpoints and gradient clipping are our own. Raises
+    UserError if the number of devices is not that of the processes that torchrun or SLURM has started.
     """
     for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)  # the plan and the report say what they would
+        logging.getLogger(library).setLevel(logging.WARNING)  # the plan and the report replace their messages
     # Reading is measured, and one file at a time is fast enough; see Throughput's speed/data_wait.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 with torch 2.13
@@ -171,6 +172,7 @@ def build_trainer(
         enable_checkpointing=False,
         log_every_n_steps=1,
         enable_model_summary=False,
+        enable_progress_bar=False,
         use_distributed_sampler=False,
         plugins=plugins,
         default_root_dir=folder.path,
@@ -186,13 +188,13 @@ def _strategy(config: Config, hardware: Hardware) -> Strategy | str:
 
 
 def _started_by(devices: int, num_nodes: int) -> ClusterEnvironment | None:
-    """What has started the processes of this job, one a device; None: Lightning starts them."""
+    """Return what has started the processes of this job, one per device; None if Lightning is to start them."""
     environment: ClusterEnvironment
     if TorchElasticEnvironment.detect():
         environment = TorchElasticEnvironment()
         command = f"torchrun --nnodes={num_nodes} --nproc-per-node={devices}"
     elif SLURMEnvironment.detect():
-        # Lightning would save a checkpoint of its own on SIGUSR1, which knows nothing of the data's place.
+        # Lightning would save a checkpoint of its own on SIGUSR1, without the position in the data.
         environment = SLURMEnvironment(auto_requeue=False)
         command = f"sbatch --nodes={num_nodes} --ntasks-per-node={devices}"
     else:
@@ -201,54 +203,55 @@ def _started_by(devices: int, num_nodes: int) -> ClusterEnvironment | None:
         environment.validate_settings(devices, num_nodes)
     except ValueError as error:
         raise UserError(
-            f"{error} The job has one process a device: {command}, or other values of trainer.num_nodes and "
+            f"{error} The job needs one process per device: {command}, or other values of trainer.num_nodes and "
             "trainer.devices"
         ) from None
     return environment
 
 
 def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> str | None:
-    """Says so if the disk has too little room for the checkpoints of a run.
+    """Return a warning if the disk has too little space for the checkpoints of a run.
 
-    A checkpoint holds each weight, and both moments of AdamW for those that are trained.
+    A checkpoint holds each weight, and the optimizer's state of those that are trained.
     """
-    size = sum(weight.nbytes * (3 if weight.requires_grad else 1) for weight in module.parameters())
+    state_bytes = module.optimizer_spec.state_bytes_per_parameter
+    size = sum(weight.nbytes + weight.requires_grad * state_bytes * weight.numel() for weight in module.parameters())
     settings = config.callbacks
     saves = math.ceil(config.total_steps / (settings.checkpoint_every_steps or config.total_steps))
     for_good = config.total_steps // settings.keep_every_steps if settings.keep_every_steps else 0
-    at_once = min(saves, settings.keep_last + for_good + 2)  # two for the best, and the one that is being written
-    there = sum(checkpoint.size for checkpoint in folder.checkpoints.complete())
-    place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if at_once * size - there <= free:
+    at_once = min(saves, settings.keep_last + for_good + 2)  # and two: the best, and the one that is being written
+    existing = sum(checkpoint.size for checkpoint in folder.checkpoints.complete())
+    parent = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if at_once * size - existing <= free:
         return None
     return (
         f"THE DISK MAY BECOME FULL: {at_once} checkpoints of {size / 1e9:.2g} GB need {at_once * size / 1e9:.2g} GB in "
-        f"{folder.path}, and {(free + there) / 1e9:.2g} GB are free for them. Lower callbacks.keep_last"
+        f"{folder.path}, and {(free + existing) / 1e9:.2g} GB are free for them. Lower callbacks.keep_last"
         + (", raise callbacks.keep_every_steps" if for_good else "")
         + " or set run_dir to a folder on a larger disk"
     )
 
 
 def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
-    """What is about to be done, in figures, for the terminal."""
+    """Return the plan of a run in figures, for the terminal."""
     windows = config.windows_per_step // hardware.world_size
     micro_batches = math.ceil(windows / hardware.micro_batch_windows)
     flops = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     adapters = adapter_parameter_count(config.model, config.adapter)
     compiled = ", compiled" if hardware.compile else ""
-    recomputed = ", activations computed again" if hardware.activation_checkpointing else ""
+    recomputed = ", activation checkpointing" if hardware.activation_checkpointing else ""
     devices, sharing = "", ""
     if hardware.world_size > 1:
         devices = f"{hardware.world_size} x "
         sharing = f"; {config.trainer.strategy}: each has {SHARES[config.trainer.strategy]}"
     lines = [
-        f"Run     {config.run_dir}" + (f", going on after step {first_step:,}" if first_step else ""),
+        f"Run     {config.run_dir}" + (f", resuming after step {first_step:,}" if first_step else ""),
         f"Model   {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, "
-        f"{count(flops)}FLOP a token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
+        f"{flops / 1e9:.3g} GFLOP per token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
         f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}{recomputed}{sharing}",
-        f"Budget  {config.total_steps * int(config.batch_tokens):,} tokens = {config.total_steps:,} steps x "
-        f"{int(config.batch_tokens):,} tokens",
+        f"Budget  {config.total_steps * config.batch_tokens:,} tokens = {config.total_steps:,} steps x "
+        f"{config.batch_tokens:,} tokens",
         f"Step    {config.windows_per_step} windows of {config.sequence_length:,} tokens; on each device "
         f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {hardware.micro_batch_windows}",
     ]

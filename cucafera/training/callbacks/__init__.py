@@ -1,1 +1,1 @@
-"""What happens beside training: one behaviour a file."""
+"""Callbacks of a run: one behaviour per file."""

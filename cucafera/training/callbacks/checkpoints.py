@@ -1,28 +1,32 @@
-"""When checkpoints are saved."""
+"""Save checkpoints when they are due."""
 
 import logging
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed
 
-from cucafera.config import Config, UserError
-from cucafera.training.callbacks.guards import GuardsError, RollBack
+from cucafera.config.errors import UserError
+from cucafera.config.schema import Config
+from cucafera.data.chatml import tokenizer_description
+from cucafera.objectives import Objective
+from cucafera.runs.folder import RunFolder
+from cucafera.training.callbacks.base import Callback
+from cucafera.training.callbacks.guards import GuardsError, RollbackRequest
 from cucafera.training.callbacks.interruption import Interruption
 from cucafera.training.callbacks.validation import Validation
-from cucafera.training.checkpoint_files import CheckpointWriter
-from cucafera.training.module import LanguageModel, data_module_of
-from cucafera.training.run_folder import RunFolder
+from cucafera.training.checkpoint_writer import CheckpointWriter
+from cucafera.training.data_module import data_of
+from cucafera.training.module import LanguageModel
 
 log = logging.getLogger(__name__)
 
 
-class Checkpoints(pl.Callback):
-    """Saves every `checkpoint_every_steps`, after the last step, and when a signal or a time limit asks for it.
+class Checkpoints(Callback):
+    """Save every `checkpoint_every_steps`, after the last step, and when a signal or a time limit requests it.
 
-    The last few are kept, the best of those that were validated, and every `keep_every_steps`. How they are written
-    is the matter of `CheckpointWriter`.
+    `CheckpointWriter` writes them, and keeps the last few, the best of those that were validated, and one every
+    `keep_every_steps`.
     """
 
     def __init__(
@@ -40,9 +44,10 @@ class Checkpoints(pl.Callback):
         self.validation = validation
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses processes that go on from different steps: they would wait for each other for ever.
+        """Refuse processes that resume from different steps: their collectives would deadlock.
 
-        Those that a cluster starts one by one may look into the folder before and after another save. Raises UserError.
+        A cluster starts processes one by one, and a checkpoint may be saved between the moments at which two of them
+        read the folder. Raises UserError.
         """
         if trainer.world_size == 1:
             return
@@ -56,41 +61,41 @@ class Checkpoints(pl.Callback):
                 f"{last:,}: another process has just saved there, or the machines do not share it. Start again"
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Puts the tokenizer beside the checkpoints: without it they are of no use."""
-        data = data_module_of(trainer)
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Write the tokenizer into the run folder: checkpoints are of no use without it."""
+        data = data_of(trainer)
         if trainer.is_global_zero:
-            self.folder.write_tokenizer(data.tokenizer, data.stop_id)
+            self.folder.write_tokenizer(data.tokenizer, tokenizer_description(module.objective.stop_id))
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves when it is due."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Save if a checkpoint is due."""
         every = self.config.callbacks.checkpoint_every_steps
-        step = pl_module.steps_done
-        if step == self.config.total_steps or (every and step % every == 0) or self.interruption.asks_to_save:
-            self._save(trainer, step)
-            if self.interruption.asks_to_save and self.interruption.exit_code is None and trainer.is_global_zero:
+        step = module.steps_done
+        if step == self.config.total_steps or (every and step % every == 0) or self.interruption.save_requested:
+            self._save(trainer, module.objective, step)
+            if self.interruption.save_requested and self.interruption.exit_code is None and trainer.is_global_zero:
                 self.writer.finish()
                 if self.writer.saved_step == step:
-                    log.info("Saved after step %s, as asked; training goes on.", f"{step:,}")
+                    log.info("Checkpoint saved after step %s, as requested; training continues.", f"{step:,}")
 
-    def _save(self, trainer: pl.Trainer, step: int) -> None:
-        """Saves the state after a step; every process of the job calls it."""
+    def _save(self, trainer: pl.Trainer, objective: Objective, step: int) -> None:
+        """Save the state after a step; every process of the job calls it."""
         for logger in trainer.loggers:
             logger.save()  # the curves up to a checkpoint are on disk before it is
         validation = self.validation.done_at(step)
-        loss = None if validation is None else validation["loss"]
-        trainer.save_checkpoint(self.folder.checkpoints.file_at(step), storage_options=loss)
+        metric = objective.primary_metric
+        score = None
+        if validation is not None:
+            score = {"metric": metric.name, "value": validation[metric.name], "direction": metric.direction}
+        trainer.save_checkpoint(self.folder.checkpoints.file_at(step), storage_options=score)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the last checkpoint, all processes together: when one has ended, the others may be ended."""
+    def on_session_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Wait for the last checkpoint in every process: a launcher may kill the others when one of them has exited."""
         self.writer.finish()
         trainer.strategy.barrier()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets a checkpoint that is being written come to its end; where all processes stop, all wait for it."""
+        """Finish a checkpoint that is being written; where every process stops, every process waits for it."""
         self.writer.finish()
-        if isinstance(exception, RollBack | GuardsError):
+        if isinstance(exception, RollbackRequest | GuardsError):
             trainer.strategy.barrier()

@@ -1,4 +1,4 @@
-"""The table of TensorBoard's tab HParams: a row a run, to compare runs and the jobs of a sweep."""
+"""The table of TensorBoard's tab HParams: one row per run, to compare runs and the jobs of a sweep."""
 
 import contextlib
 import dataclasses
@@ -13,31 +13,32 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName, Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from cucafera.config import Config, shown, value_of
+from cucafera.config.fields import format_value
+from cucafera.config.schema import Config, value_of
 from cucafera.model.flops import parameter_count
-from cucafera.training.callbacks.guards import RollBack
+from cucafera.objectives import Objective
+from cucafera.runs.compatibility import RESUMABLE_KEYS, matches_key
+from cucafera.training.callbacks.base import Callback
+from cucafera.training.callbacks.guards import RollbackRequest
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import MAY_CHANGE, MAY_CHANGE_WITHIN, is_within
 
 SHOWN = (
     "optimizer.lr", "optimizer.weight_decay", "batch_tokens", "budget_tokens", "schedule.name", "schedule.warmup_steps",
     "seed", "model.hidden_size", "model.num_hidden_layers",
 )  # fmt: skip
 """Keys that every run shows."""
-METRICS = ("hp/val_bpb", "hp/val_loss", "hp/train_loss", "hp/tokens_per_second")
 
 
-class Hyperparameters(pl.Callback):
-    """Declares the hyperparameters of a session and its end, and writes the measures to compare by.
+class Hyperparameters(Callback):
+    """Declare the hyperparameters of a session and how it ended, and write the metrics to compare runs by.
 
     Emits, against steps, at each validation:
-        hp/val_bpb              bits a byte
-        hp/val_loss             nats a token
+        hp/val_NAME             the objective's primary metric (bpb), and the validation loss, if it has one
         hp/train_loss           of the last log step, nats; not before the first step
-        hp/tokens_per_second    over the whole run so far; not before the first step
+        hp/tokens_per_second    over the run so far; not before the first step
     """
 
     def __init__(
@@ -47,89 +48,89 @@ class Hyperparameters(pl.Callback):
         self.overrides = overrides
         self.throughput = throughput
         self.validation = validation
-        self._has_begun = False
+        self._is_declared = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Declares what the columns of the table are, and this run's values; no measure has a value yet."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Declare the columns of the table and this run's values; no metric has a value yet."""
         if logger := event_logger(trainer):
             given = overridden_values(self.config, self.overrides)
             values = common_values(self.config) | given
-            logger.declare(columns(values, given), session_start(values))
-            self._has_begun = True
-            if pl_module.steps_done == 0:
-                self._write(trainer, 0)
+            logger.declare(columns(values, given, measures_of(module.objective)), session_start(values))
+            self._is_declared = True
+            if module.steps_done == 0:
+                self._write(trainer, module.objective, 0)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Writes the measures after a validation."""
-        assert isinstance(pl_module, LanguageModel)
-        self._write(trainer, pl_module.steps_done)
+    def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Write the metrics after a validation."""
+        self._write(trainer, module.objective, module.steps_done)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Says that the run is complete, if it is: one that was stopped may go on."""
-        assert isinstance(pl_module, LanguageModel)
-        if pl_module.steps_done == self.config.total_steps and (logger := event_logger(trainer)):
+    def on_session_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Declare success if the run is complete: a stopped run may be resumed."""
+        if module.steps_done == self.config.total_steps and (logger := event_logger(trainer)):
             logger.declare(session_end(Status.STATUS_SUCCESS))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Says that the run has failed; the next session takes that back."""
-        failed = isinstance(exception, Exception) and not isinstance(exception, RollBack)
-        if failed and self._has_begun and (logger := event_logger(trainer)):
+        """Declare failure; the next session replaces the declaration."""
+        failed = isinstance(exception, Exception) and not isinstance(exception, RollbackRequest)
+        if failed and self._is_declared and (logger := event_logger(trainer)):
             logger.declare(session_end(Status.STATUS_FAILURE))
 
-    def _write(self, trainer: pl.Trainer, step: int) -> None:
+    def _write(self, trainer: pl.Trainer, objective: Objective, step: int) -> None:
         record, logger = self.validation.done_at(step), event_logger(trainer)
         if record is None or logger is None:
             return
-        measures = {"hp/val_bpb": record["bpb"], "hp/val_loss": record["loss"]}
+        metrics = {f"hp/val_{name}": record[name] for name in objective.comparison_metrics}
         if step:
-            measures["hp/train_loss"] = self.throughput.latest["train/loss"]
-            measures["hp/tokens_per_second"] = record["tokens"] / self.throughput.training_seconds
-        finite = {tag: value for tag, value in measures.items() if math.isfinite(value)}  # the table can show no other
+            metrics["hp/train_loss"] = self.throughput.latest["train/loss"]
+            metrics["hp/tokens_per_second"] = record["tokens"] / self.throughput.training_seconds
+        finite = {tag: value for tag, value in metrics.items() if math.isfinite(value)}  # the table shows no others
         logger.log_metrics(finite, step=step)
+
+
+def measures_of(objective: Objective) -> list[str]:
+    """Return the tags of the measures of a run."""
+    return [*(f"hp/val_{name}" for name in objective.comparison_metrics), "hp/train_loss", "hp/tokens_per_second"]
 
 
 Cell = int | float | str
 
 
 def common_values(config: Config) -> dict[str, Cell]:
-    """What every run shows of its configuration."""
+    """Return the values that every run shows, by key; those that a cell cannot show are left out."""
     values = {key: _as_cell(value_of(config, key)) for key in SHOWN} | {"parameters": parameter_count(config.model)}
     return {key: value for key, value in values.items() if value is not None}
 
 
 def overridden_values(config: Config, overrides: Sequence[str]) -> dict[str, Cell]:
-    """The numbers and texts that the command line changes.
+    """Return the numbers and strings that the command line overrides, by key.
 
-    A group, such as model=tiny, stands with the name that was chosen. What may change in the life of a run, such as
-    its hardware, is none of them; nor is an experiment, or what is Hydra's own.
+    A group, such as model=tiny, has the chosen name as its value. Left out are keys that may change when a run is
+    resumed, such as its hardware, the experiment, and Hydra's own keys.
     """
     values = {}
     for override in overrides:
         key, _, choice = override.lstrip("+~").partition("=")
-        with contextlib.suppress(AttributeError, KeyError):  # no key of the configuration
+        with contextlib.suppress(AttributeError, KeyError):  # not a key of the configuration
             value = value_of(config, key)
             values[key] = _as_cell(choice if dataclasses.is_dataclass(value) else value)
-    plumbing = (*MAY_CHANGE, *MAY_CHANGE_WITHIN)
-    return {key: value for key, value in values.items() if value is not None and not is_within(key, plumbing)}
+    return {key: value for key, value in values.items() if value is not None and not matches_key(key, RESUMABLE_KEYS)}
 
 
 def _as_cell(value: Any) -> Cell | None:
-    """A number or text as it is, true and false as texts; None for what a cell cannot show."""
+    """Return a number or string unchanged and a boolean as a string; None for what a cell cannot show."""
     if isinstance(value, bool):
-        return shown(value)
+        return format_value(value)
     return value if isinstance(value, int | float | str) else None
 
 
-def columns(values: Mapping[str, Cell], given: Container[str]) -> Summary:
-    """The event that says what the columns of the table are.
+def columns(values: Mapping[str, Cell], given: Container[str], measures: Sequence[str]) -> Summary:
+    """Return the event that declares the columns of the table.
 
     Args:
         values: The hyperparameters of this run.
-        given: Those that the command line changes: TensorBoard takes them for what tells runs apart, and shows them
+        given: Keys that the command line overrides. TensorBoard marks them as differing between runs and shows them
             first.
+        measures: Tags of the measures to compare by.
     """
     infos = [
         HParamInfo(
@@ -139,13 +140,13 @@ def columns(values: Mapping[str, Cell], given: Container[str]) -> Summary:
         )
         for key, value in values.items()
     ]
-    metrics = [MetricInfo(name=MetricName(tag=tag)) for tag in METRICS]
+    metrics = [MetricInfo(name=MetricName(tag=tag)) for tag in measures]
     experiment = Experiment(hparam_infos=infos, metric_infos=metrics)
     return _event(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=experiment))
 
 
 def session_start(values: Mapping[str, Cell]) -> Summary:
-    """The event that says with which hyperparameters a session begins."""
+    """Return the event that declares the start of a session with its hyperparameters."""
     start = SessionStartInfo(start_time_secs=time.time())
     for key, value in values.items():
         if isinstance(value, str):
@@ -156,7 +157,7 @@ def session_start(values: Mapping[str, Cell]) -> Summary:
 
 
 def session_end(status: Any) -> Summary:
-    """The event that says how a session has ended."""
+    """Return the event that declares the end of a session with its status."""
     end = SessionEndInfo(status=status, end_time_secs=time.time())
     return _event(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
 

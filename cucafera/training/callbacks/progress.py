@@ -1,5 +1,6 @@
-"""The terminal during training."""
+"""Progress of training on the terminal and in run.log."""
 
+import contextlib
 import logging
 import sys
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 from tqdm import tqdm
 
-from cucafera.config import Config
+from cucafera.config.schema import Config
+from cucafera.objectives import Objective
+from cucafera.runs.report import count, duration
+from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel
@@ -15,43 +19,54 @@ from cucafera.training.module import LanguageModel
 log = logging.getLogger("cucafera.steps")
 
 
-class Progress(pl.callbacks.ProgressBar):
-    """A bar on a terminal, plain lines elsewhere, and the lines in run.log either way: one a log step."""
+class _TerminalOutput:
+    """Standard output for a progress bar: writing to a terminal that was closed does nothing."""
+
+    def write(self, text: str) -> int:
+        """Write, if there is still a terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, if there is still a terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
+class Progress(Callback):
+    """Show a progress bar on a terminal, and one line per log step elsewhere; run.log gets the lines in both cases."""
 
     def __init__(self, config: Config, throughput: Throughput, validation: Validation) -> None:
-        super().__init__()
         self.config = config
         self.throughput = throughput
         self.validation = validation
         self._bar: tqdm[Any] | None = None
+        self._prints = True
 
-    def disable(self) -> None:
-        """Lightning asks for this on all but the first device; each hook looks for itself."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Opens the bar; a new run's first validation is told."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Open the bar, and show the first validation of a new run."""
         if not trainer.is_global_zero:
             return
-        self._tell_validation(pl_module.steps_done)
+        self._show_validation(module.steps_done, module.objective)
         if sys.stdout.isatty():
             self._bar = tqdm(
                 total=self.config.total_steps,
-                initial=pl_module.steps_done,
+                initial=module.steps_done,
                 unit="step",
-                file=sys.stdout,
+                file=_TerminalOutput(),
                 dynamic_ncols=True,
                 bar_format="{desc}{percentage:3.0f}%|{bar}| step {n}/{total} [{elapsed}, {remaining} left]{postfix}",
             )
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Moves the bar, or writes a line."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Update the bar, or write a line."""
         if not trainer.is_global_zero:
             return
-        step = pl_module.steps_done
+        step = module.steps_done
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if self.config.is_log_step(step):
@@ -64,44 +79,34 @@ class Progress(pl.callbacks.ProgressBar):
                 self._bar.set_postfix_str(speed)
             left = (self.config.budget_tokens - latest["train/tokens"]) / latest["speed/tokens_per_second"]
             self._line(f"step {step:>6,}/{self.config.total_steps:,}  {speed}  {duration(left)} left")
-            self._tell_validation(step)
+            self._show_validation(step, module.objective)
 
-    def _tell_validation(self, step: int) -> None:
+    def _show_validation(self, step: int, objective: Objective) -> None:
         if record := self.validation.done_at(step):
-            line = f"step {step:>6,}  validation loss {record['loss']:.3f}  bpb {record['bpb']:.3f}"
+            shown = [objective.metric(name) for name in objective.comparison_metrics]
+            values = "  ".join(f"{metric.name} {record[metric.name]:{metric.format}}" for metric in shown)
+            line = f"step {step:>6,}  validation {values}"
             if self._bar is not None:
-                self._bar.write(line)
+                self._bar.write(line, file=_TerminalOutput())
             self._line(line)
 
     def _line(self, text: str) -> None:
         log.info(text)
-        if not sys.stdout.isatty():
-            print(text, flush=True)
+        if self._prints and not sys.stdout.isatty():
+            try:
+                print(text, flush=True)
+            except (OSError, ValueError):  # the reader of a pipe has left, or the terminal is closed
+                self._prints = False
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Closes the bar before the message."""
+        """Close the bar before the error message."""
         self._close()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Closes the bar."""
+        """Close the bar."""
         self._close()
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-
-def count(number: float) -> str:
-    """A large number in three digits and a letter: 1.64M, 45.2k."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds in words short enough for a line."""
-    minutes, seconds = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,28 +1,29 @@
-"""A published training loss beside that of the run."""
+"""A published training loss as a curve next to that of the run."""
 
 import dataclasses
 
 import lightning.pytorch as pl
 
-from cucafera.config import Config
+from cucafera.config.schema import Config
+from cucafera.training.callbacks.base import Callback
 from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedLoss:
-    """The training loss of a model that others trained.
+    """Training loss that others published.
 
     Attributes:
         batch_tokens: Tokens of one step.
-        losses: Step and loss in nats a token, there. A loss that is a mean stands at the middle of its steps.
+        losses: Their step, and the loss in nats per token. A mean over steps is given at the middle of them.
     """
 
     batch_tokens: int
     losses: tuple[tuple[int, float], ...]
 
     def against_steps(self, batch_tokens: int) -> dict[int, float]:
-        """The loss against steps of another batch: each where as many tokens had been seen."""
+        """Return the loss by steps of another batch size, at the same number of tokens seen."""
         return {round(step * self.batch_tokens / batch_tokens): loss for step, loss in self.losses}
 
 
@@ -38,26 +39,25 @@ PUBLISHED = {
         ),
     )
 }  # fmt: skip
-"""By the value of callbacks.reference_curve. A loss depends on text and tokenizer: compare what has the same."""
+"""By the value of callbacks.reference_curve. A loss depends on text and tokenizer, and compares only with the same."""
 
 
-class ReferenceCurve(pl.Callback):
-    """Writes the curve that callbacks.reference_curve names when training begins, up to the end of the budget.
+class ReferenceCurve(Callback):
+    """Write the curve that callbacks.reference_curve names at the start of a session, up to the end of the budget.
 
-    A run that goes on writes it from its step on, since TensorBoard drops the rest.
+    A resumed run writes it from its step on, since TensorBoard drops later points of earlier sessions.
 
-    Emits, against those steps of this run that have seen as many tokens: NAME/train_loss, such as original/train_loss.
+    Emits, against the steps of this run at the same number of tokens: NAME/train_loss, such as original/train_loss.
     """
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the curve."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Write the curve."""
         name = self.config.callbacks.reference_curve
         if name is None or (logger := event_logger(trainer)) is None:
             return
-        for step, loss in PUBLISHED[name].against_steps(int(self.config.batch_tokens)).items():
-            if pl_module.steps_done < step <= self.config.total_steps:
+        for step, loss in PUBLISHED[name].against_steps(self.config.batch_tokens).items():
+            if module.steps_done < step <= self.config.total_steps:
                 logger.log_metrics({f"{name}/train_loss": loss}, step=step)

@@ -1,48 +1,51 @@
-"""A page that says what a run is: the source, the machine, the command, and what it changes."""
+"""A page that describes a session: source revision, versions, device, command, and changed settings."""
 
-import dataclasses
 import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 import lightning.pytorch as pl
 import torch
 
 import cucafera
-from cucafera.composition import default_config
-from cucafera.config import Config, shown
+from cucafera.config.fields import format_value
+from cucafera.training.callbacks.base import Callback
 from cucafera.training.events import event_logger
 from cucafera.training.hardware import Hardware
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import changed_keys
 
 
-class System(pl.Callback):
-    """Writes the page at the beginning of each session.
+class System(Callback):
+    """Write the page at the start of each session.
 
-    Emits the text `system`: revision of the source tree, versions, device, command line, and the configuration's
-    differences from the defaults. The name of the machine is not in it.
+    Emits the text `system`: revision of the source tree, versions, device, command line, and the settings that differ
+    from the defaults. The host name is omitted for privacy.
+
+    Args:
+        hardware: The device.
+        overrides: The command line.
+        changes: Keys that differ from the defaults, with the default and the value of the run.
     """
 
-    def __init__(self, config: Config, hardware: Hardware, overrides: Sequence[str]) -> None:
-        self.config = config
+    def __init__(self, hardware: Hardware, overrides: Sequence[str], changes: Mapping[str, tuple[Any, Any]]) -> None:
         self.hardware = hardware
         self.overrides = overrides
+        self.changes = changes
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the page."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Write the page."""
         if logger := event_logger(trainer):
-            page = system_page(self.config, self.hardware, self.overrides)
-            logger.experiment.add_text("system", page, pl_module.steps_done)
+            page = system_page(self.hardware, self.overrides, self.changes)
+            logger.experiment.add_text("system", page, module.steps_done)
 
 
-def system_page(config: Config, hardware: Hardware, overrides: Sequence[str]) -> str:
-    """The page, as Markdown."""
+def system_page(hardware: Hardware, overrides: Sequence[str], changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the page as Markdown. Arguments as for `System`."""
     compiled = ", compiled" if hardware.compile else ""
     facts = {
         "source": source_revision(Path(cucafera.__file__).parents[1]),
@@ -52,28 +55,27 @@ def system_page(config: Config, hardware: Hardware, overrides: Sequence[str]) ->
         "lightning": lightning.__version__,
         "device": f"{hardware.world_size} x {hardware.name}, {hardware.precision}{compiled}",
     }
-    changes = changed_keys(config, dataclasses.asdict(default_config()))
-    rows = [(key, shown(default), shown(here)) for key, (default, here) in changes.items()]
+    rows = [(key, format_value(default), format_value(value)) for key, (default, value) in changes.items()]
     lines = [plain(f"python -m cucafera.run {shlex.join(overrides)}"), ""]
-    lines += [*table(("what", "which"), [(what, value) for what, value in facts.items() if value]), ""]
-    lines += ["### What differs from the defaults", ""]
-    lines += table(("key", "default", "here"), rows) if rows else ["Nothing."]
+    lines += [*table(("property", "value"), [(name, value) for name, value in facts.items() if value]), ""]
+    lines += ["### Settings that differ from the defaults", ""]
+    lines += table(("key", "default", "this run"), rows) if rows else ["None."]
     return "\n".join(lines)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def plain(text: str) -> str:
-    """A text that means nothing to Markdown and HTML, and stays on its line."""
-    return re.sub(r"[\\`*_{}\[\]()#+!|~:^&<>\"']", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
+    """Escape a text for Markdown and HTML, and join its lines."""
+    return re.sub(r"[\\`*_{}\[\]()#+!|~:^&<>\"']", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
 
 
 def source_revision(root: Path) -> str | None:
-    """The git commit of a source tree, and whether something differs from it; None if it is not a checkout."""
+    """Return the git commit of a source tree and whether it has uncommitted changes; None if it is no checkout."""
     if not (root / ".git").exists():
         return None
     try:
@@ -90,4 +92,4 @@ def source_revision(root: Path) -> str | None:
         )
     except (OSError, subprocess.SubprocessError):  # no git, or it does not trust this folder
         return None
-    return f"{commit}, with changes that are not committed" if changes else commit
+    return f"{commit}, with uncommitted changes" if changes else commit

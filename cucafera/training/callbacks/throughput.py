@@ -11,29 +11,31 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
-from cucafera.config import Config
+from cucafera.config.schema import Config
 from cucafera.model.flops import training_flops_per_token
+from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.guards import Guards
+from cucafera.training.data_module import data_of
 from cucafera.training.hardware import Hardware
-from cucafera.training.module import LanguageModel, StepRecord, data_module_of
+from cucafera.training.module import LanguageModel, StepRecord
 
 log = logging.getLogger(__name__)
 
 
-class Throughput(pl.Callback):
-    """Writes curves on log steps, when the device is waited for anyway (see `Config.is_log_step`).
+class Throughput(Callback):
+    """Log the training curves on log steps, which wait for the device anyway (see `Config.is_log_step`).
 
     Emits the configuration as the text `config`, and against steps:
         train/loss                  mean over all targets of the step, nats
         train/gradient_norm         global norm before clipping
         train/lr/GROUP              learning rate of each parameter group
-        train/tokens                tokens seen by the whole run, padding included
+        train/tokens                tokens seen by the run, including padding
         train/epoch                 passes over the training windows, a fraction
-        speed/tokens_per_second     over the steps since the last log step; validation, samples and checkpoints left out
+        speed/tokens_per_second     over the steps since the last log step, without validation, samples and checkpoints
         speed/mfu                   against the dense bf16 peak, full-attention convention; only for known GPUs
         speed/data_wait             share of that time spent waiting for data
-        memory/peak_gib             most memory in use since the start: of the GPU, or of the process on a CPU
-        guards/skipped_updates      updates of the whole run that were not applied
+        memory/peak_gib             peak since the start: of the GPU, or of the process on a CPU
+        guards/skipped_updates      updates of the run that were not applied
     """
 
     def __init__(self, config: Config, hardware: Hardware, guards: Guards) -> None:
@@ -51,7 +53,7 @@ class Throughput(pl.Callback):
         self._own_hook_done_at = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds spent so far, so that a resumed run reports its whole time, and the last figures."""
+        """Return the last values, and the seconds so far: a resumed run reports its total time."""
         return {
             "training_seconds": self.training_seconds,
             "waiting_seconds": self.waiting_seconds,
@@ -59,64 +61,57 @@ class Throughput(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them back."""
+        """Restore the last values and the seconds."""
         self.training_seconds = state_dict["training_seconds"]
         self.waiting_seconds = state_dict["waiting_seconds"]
         self.latest = state_dict["latest"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells the amounts of text, writes the configuration, and starts the clock."""
-        assert isinstance(pl_module, LanguageModel)
-        data = data_module_of(trainer)
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Report the amounts of text, write the configuration, and start the clock."""
+        data = data_of(trainer)
         if trainer.is_global_zero:
             log.info("%s", data.describe())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 text = f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```"
-                logger.experiment.add_text("config", text, pl_module.steps_done)
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._log_step = pl_module.steps_done
+                logger.experiment.add_text("config", text, module.steps_done)
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
+        self._log_step = module.steps_done
         self._since = self._own_hook_done_at = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Counts the time since the last step as waiting, and the time in other callbacks as a pause."""
-        assert isinstance(pl_module, LanguageModel)
-        self._waited += time.perf_counter() - pl_module.other_hooks_done_at
-        self._paused += pl_module.other_hooks_done_at - self._own_hook_done_at
+    def on_step_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Count the time since the last step as waiting for data, and the time in other callbacks as a pause."""
+        self._waited += time.perf_counter() - module.other_hooks_done_at
+        self._paused += module.other_hooks_done_at - self._own_hook_done_at
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Writes the curves on a log step."""
-        assert isinstance(pl_module, LanguageModel)
-        if self.config.is_log_step(pl_module.steps_done):
+    def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Log the curves on a log step."""
+        if self.config.is_log_step(module.steps_done):
             assert self.guards.latest is not None
-            self._write(trainer, pl_module, self.guards.latest)
+            self._write(trainer, module, self.guards.latest)
         self._own_hook_done_at = time.perf_counter()
 
     def _write(self, trainer: pl.Trainer, module: LanguageModel, record: StepRecord) -> None:
         step = record.step
         now = time.perf_counter()
         seconds = now - self._since - self._paused
-        tokens_per_second = (step - self._log_step) * int(self.config.batch_tokens) / seconds
+        tokens_per_second = (step - self._log_step) * self.config.batch_tokens / seconds
         self.training_seconds += seconds
         self.waiting_seconds += self._waited
-        data = data_module_of(trainer)
+        data = data_of(trainer)
         self.latest = {
             "train/loss": record.loss,
             "train/gradient_norm": record.gradient_norm,
-            "train/tokens": step * int(self.config.batch_tokens),
+            "train/tokens": step * self.config.batch_tokens,
             "train/epoch": data.epochs_at(step),
             "speed/tokens_per_second": tokens_per_second,
             "speed/data_wait": self._waited / seconds,
             "memory/peak_gib": peak_memory_bytes(module.device) / 2**30,
             "guards/skipped_updates": self.guards.skipped_updates,
         }
-        for group in trainer.optimizers[0].param_groups:
-            self.latest[f"train/lr/{group['name']}"] = group["lr"]
+        for number, group in enumerate(trainer.optimizers[0].param_groups):
+            self.latest[f"train/lr/{group.get('name', number)}"] = group["lr"]
         if self.hardware.peak_flops is not None:
             achieved = self.flops_per_token * tokens_per_second / self.hardware.world_size
             self.latest["speed/mfu"] = achieved / self.hardware.peak_flops
@@ -126,8 +121,8 @@ class Throughput(pl.Callback):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes in use since the start: allocated on a GPU; resident, of the process, on a CPU."""
+    """Return the peak since the start: bytes allocated on a GPU, or resident bytes of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes, but on macOS bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts kilobytes on Linux and bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -5,24 +5,25 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from cucafera.config import Config
-from cucafera.training.module import LanguageModel, data_module_of
+from cucafera.config.schema import Config
+from cucafera.training.callbacks.base import Callback
+from cucafera.training.data_module import data_module_of
+from cucafera.training.module import LanguageModel
 
 
-class Validation(pl.Callback):
-    """Validates before the first step, every `validate_every_steps`, and after the last step.
+class Validation(Callback):
+    """Validate before the first step, every `validate_every_steps`, and after the last step.
 
-    Lightning's own loop validates after the hooks of a step, so a checkpoint of that step would not know the result,
-    and it has no first and last time. Here validation is part of the step's hooks, ahead of samples and checkpoints.
+    Lightning's own loop validates after the hooks of a step, so a checkpoint of that step would not contain the result,
+    and it validates neither before the first step nor after the last. This callback validates in the step's hooks,
+    before samples and checkpoints.
 
-    What is measured are the targets: every token of documents, the assistant's tokens of conversations.
-
-    Emits, against steps: val/loss (nats a token), val/perplexity, val/accuracy (share of tokens that were the
-    likeliest), val/bpb (bits a UTF-8 byte). And against tokens seen, so that runs with other batches can be compared:
-    by_tokens/val_loss, by_tokens/val_bpb.
+    Emits, against steps, val/NAME for each metric of the objective: for next-token objectives val/loss (nats per
+    token), val/perplexity, val/accuracy (top-1) and val/bpb (bits per UTF-8 byte). And against tokens seen, so that
+    runs with other batch sizes can be compared, by_tokens/val_NAME for the loss and the primary metric.
 
     Attributes:
-        history: One record a validation: step, tokens, loss, perplexity, accuracy, bpb.
+        history: One record per validation: step, tokens, and each metric.
     """
 
     def __init__(self, config: Config) -> None:
@@ -30,55 +31,50 @@ class Validation(pl.Callback):
         self.history: list[dict[str, float]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """The history."""
+        """Return the history."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the history back."""
+        """Restore the history."""
         self.history = state_dict["history"]
 
     def done_at(self, step: int) -> dict[str, float] | None:
-        """The record of a validation after this step, if there was one."""
+        """Return the record of the validation after this step, or None."""
         return self.history[-1] if self.history and self.history[-1]["step"] == step else None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures what the curve falls from, or writes again what TensorBoard drops of a run that goes on."""
-        assert isinstance(pl_module, LanguageModel)
-        first_step = pl_module.steps_done
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Validate the initial model, or write again the points that TensorBoard drops from a resumed run."""
+        first_step = module.steps_done
         if first_step == 0:
-            self._validate(trainer, pl_module)
+            self._validate(trainer, module)
             return
         for record in self.history:
-            if record["tokens"] > first_step:  # TensorBoard takes them for steps behind the one that is gone on from
-                self._write_by_tokens(trainer, record)
+            if record["tokens"] > first_step:  # as a step, this is after the one that the run resumes from
+                self._write_by_tokens(trainer, module, record)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Validates when it is due."""
-        assert isinstance(pl_module, LanguageModel)
+    def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Validate if it is due."""
         every = self.config.callbacks.validate_every_steps
-        step = pl_module.steps_done
+        step = module.steps_done
         if step == self.config.total_steps or (every and step % every == 0):
-            self._validate(trainer, pl_module)
+            self._validate(trainer, module)
 
     @torch.no_grad()
     def _validate(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        data = data_module_of(trainer)
         module.eval()
         module.validation_metrics.reset()
         with trainer.precision_plugin.val_step_context():
-            for index, batch in enumerate(data.val_dataloader()):
+            for index, batch in enumerate(data_module_of(trainer).val_dataloader()):
                 module.validation_step(trainer.strategy.batch_to_device(batch), index)
         module.train()
         step = module.steps_done
-        measured = {name: float(value) for name, value in module.validation_metrics.compute().items()}
-        self.history.append({"step": step, "tokens": step * int(self.config.batch_tokens), **measured})
+        metrics = {name: float(value) for name, value in module.validation_metrics.compute().items()}
+        self.history.append({"step": step, "tokens": step * self.config.batch_tokens, **metrics})
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/{name}": value for name, value in measured.items()}, step=step)
-        self._write_by_tokens(trainer, self.history[-1])
+            logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=step)
+        self._write_by_tokens(trainer, module, self.history[-1])
 
-    def _write_by_tokens(self, trainer: pl.Trainer, record: dict[str, float]) -> None:
+    def _write_by_tokens(self, trainer: pl.Trainer, module: LanguageModel, record: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            curves = {f"by_tokens/val_{name}": record[name] for name in ("loss", "bpb")}
+            curves = {f"by_tokens/val_{name}": record[name] for name in module.objective.comparison_metrics}
             logger.log_metrics(curves, step=int(record["tokens"]))

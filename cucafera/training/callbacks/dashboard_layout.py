@@ -1,0 +1,51 @@
+"""The layout of TensorBoard's tab Custom Scalars: the few charts that matter, side by side."""
+
+import lightning.pytorch as pl
+
+from cucafera.training.callbacks.base import Callback
+from cucafera.training.events import event_logger
+from cucafera.training.hardware import Hardware
+from cucafera.training.module import LanguageModel
+
+CHARTS: dict[str, dict[str, list[str]]] = {
+    "Learning": {
+        "Loss, nats per token: training, validation, reference": ["train/loss", "val/loss", "original/train_loss"],
+        "Validation, bits per byte": ["val/bpb"],
+        "Validation, bits per byte, against tokens": ["by_tokens/val_bpb"],
+        "Learning rate": ["train/lr/.*"],
+        "Gradient norm before clipping": ["train/gradient_norm"],
+    },
+    "Speed": {
+        "Tokens per second": ["speed/tokens_per_second"],
+        "Share of the time spent waiting for data": ["speed/data_wait"],
+        "Peak memory, GiB": ["memory/peak_gib"],
+    },
+    "Layers": {
+        "Gradient norm of each layer": ["layers/gradient_norm/.*"],
+        "Root mean square after each layer": ["layers/activation_rms/.*"],
+    },
+}
+"""Categories, charts, and the regular expressions of the curves in them.
+
+They are the same for every run: TensorBoard merges the layouts of all runs, and shows a chart that differs twice.
+"""
+MFU = {"MFU, against the dense bf16 peak": ["speed/mfu"]}
+"""Only for devices whose peak is known, to avoid an empty chart."""
+
+
+class DashboardLayout(Callback):
+    """Write the layout of the tab Custom Scalars at the start of a session; emits no curve."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.hardware = hardware
+
+    def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Write the layout."""
+        if logger := event_logger(trainer):
+            charts = {**CHARTS, "Speed": CHARTS["Speed"] | (MFU if self.hardware.peak_flops is not None else {})}
+            logger.experiment.add_custom_scalars(
+                {
+                    category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in of_category.items()}
+                    for category, of_category in charts.items()
+                }
+            )
