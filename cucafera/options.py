@@ -1,39 +1,50 @@
-"""Command-line options that several doors share; imports nothing heavy."""
+"""Command-line options that several commands share; imports nothing heavy."""
 
 import argparse
 
-from cucafera.config import SamplingConfig, UserError, sampling_problems
+from cucafera.config.check import sampling_problems
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds --device."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU, if there is")
+    """Add --device."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if available")
 
 
 def add_sampling(options: argparse._ActionsContainer, max_new_tokens: int) -> None:
-    """Adds the options that say how a model writes.
+    """Add the sampling options.
 
     Args:
         options: A parser or a group of one.
-        max_new_tokens: Default of the longest text, in tokens.
+        max_new_tokens: Default of --max-new-tokens.
     """
     default = SamplingConfig()
-    longest = "longest text, in tokens (default: %(default)s)"
-    options.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=longest)
     options.add_argument(
-        "--temperature", type=float, default=default.temperature, help="0: the likeliest token (default: %(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=max_new_tokens,
+        metavar="N",
+        help="maximum length of a response, in tokens (default: %(default)s)",
     )
-    options.add_argument("--top-k", type=int, default=default.top_k, help="0: off (default: %(default)s)")
-    options.add_argument("--top-p", type=float, default=default.top_p, help="1: off (default: %(default)s)")
-    options.add_argument("--min-p", type=float, default=default.min_p, help="0: off (default: %(default)s)")
+    for name, help_text in (
+        ("temperature", "0: greedy decoding"),
+        ("top-k", "sample from the K most probable tokens; 0: off"),
+        ("top-p", "nucleus sampling; 1: off"),
+        ("min-p", "minimum probability, relative to the most probable token; 0: off"),
+        ("repetition-penalty", "1: off"),
+    ):
+        value = getattr(default, name.replace("-", "_"))
+        options.add_argument(
+            f"--{name}", type=type(value), default=value, metavar="X", help=f"{help_text} (default: %(default)s)"
+        )
     options.add_argument(
-        "--repetition-penalty", type=float, default=default.repetition_penalty, help="1: off (default: %(default)s)"
+        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
     )
-    options.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end a text before this one")
 
 
 def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
-    """What the options of `add_sampling` say. Raises UserError if it cannot be."""
+    """Return the settings that the options of `add_sampling` give. Raises UserError if one is out of bounds."""
     sampling = SamplingConfig(**{name: getattr(arguments, name) for name in vars(SamplingConfig())})
     if problems := sampling_problems(sampling):
         raise UserError("\n".join(problems))

@@ -1,1 +1,1 @@
-"""Writing text with a trained model."""
+"""Text generation: KV cache, sampling, the decode loop, and chat sessions on top of them."""

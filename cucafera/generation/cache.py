@@ -1,23 +1,26 @@
-"""The key/value cache.
+"""The KV cache.
 
-B batch, K key/value heads, T new tokens, S tokens so far, d head dim
+B sequences, K key/value heads, T new tokens, S tokens in the cache, d head dim
 """
 
 import torch
 from torch import Tensor
 
-from cucafera.config import ModelConfig
+from cucafera.config.schema import ModelConfig
 
 
 class KeyValueCache:
-    """Keys and values of the tokens so far, in memory taken once.
+    """Keys and values of the tokens decoded so far, in memory allocated once.
 
     Args:
-        config: The model that fills it.
-        batch_size: Texts that are written side by side.
-        capacity: Most tokens it can hold.
+        config: Configuration of the model that fills it.
+        batch_size: B, sequences decoded together.
+        capacity: Maximum number of tokens per sequence.
         device, dtype: Those of the model's hidden states.
-        padding: How many tokens at the beginning of each text are padding, [B]; None: there is none.
+        padding: Number of padding tokens on the left of each sequence, [B]; None: no padding.
+
+    Attributes:
+        length: S, the same for all sequences.
     """
 
     def __init__(
@@ -39,25 +42,26 @@ class KeyValueCache:
         self._values = torch.empty(shape, device=device, dtype=dtype)
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends the keys and values [B, K, T, d] of new tokens; returns those of all tokens, [B, K, S, d]."""
+        """Append the keys and values [B, K, T, d] of new tokens; return those of all tokens, [B, K, S, d]."""
         end = self.length + keys.shape[2]
         self._keys[layer, :, :, self.length : end] = keys
         self._values[layer, :, :, self.length : end] = values
-        if layer == self._layers - 1:
+        if layer == self._layers - 1:  # every layer writes at the same offset, so only the last one moves it
             self.length = end
         return self._keys[layer, :, :, :end], self._values[layer, :, :, :end]
 
-    def repeated(self, times: Tensor, room: int) -> "KeyValueCache":
-        """A cache in which each text stands several times, to be written on in as many ways.
+    def repeat_interleave(self, repeats: Tensor, extra_tokens: int) -> "KeyValueCache":
+        """Return a copy in which each sequence is repeated, to score several continuations of one context.
 
         Args:
-            times: How many times each of them, int64 [B].
-            room: Most tokens that are added to it.
+            repeats: Number of copies of each sequence, int64 [B].
+            extra_tokens: Maximum number of tokens that will be appended to the copy.
         """
-        texts, device = int(times.sum()), self._keys.device
-        padding = None if self.padding is None else self.padding.repeat_interleave(times)
-        cache = KeyValueCache(self._config, texts, self.length + room, device, self._keys.dtype, padding)
-        cache.length = self.length
-        for there, here in ((self._keys, cache._keys), (self._values, cache._values)):
-            here[:, :, :, : self.length] = there[:, :, :, : self.length].repeat_interleave(times, dim=1)
-        return cache
+        batch_size, device = int(repeats.sum()), self._keys.device
+        padding = None if self.padding is None else self.padding.repeat_interleave(repeats)
+        capacity = self.length + extra_tokens
+        copy = KeyValueCache(self._config, batch_size, capacity, device, self._keys.dtype, padding)
+        copy.length = self.length
+        for source, target in ((self._keys, copy._keys), (self._values, copy._values)):
+            target[:, :, :, : self.length] = source[:, :, :, : self.length].repeat_interleave(repeats, dim=1)
+        return copy

@@ -1,0 +1,60 @@
+"""`cucafera NAME ...` and `python -m cucafera NAME ...` run a command; without a name, they list the commands."""
+
+import difflib
+import runpy
+import sys
+
+from cucafera import __version__
+from cucafera.config.errors import EXIT_USER_ERROR
+
+COMMANDS = {
+    "run": "train: pretraining, finetuning or a sweep, from a Hydra configuration",
+    "chat": "talk to a trained model in the terminal",
+    "evaluate": "measure a trained model on text, multiple choice or lm-evaluation-harness tasks",
+    "export": "write a trained model for Hugging Face transformers or llama.cpp",
+    "compare": "compare the configurations and results of runs",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names; exit with code 2 if there is none of that name."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+    elif arguments[0] == "--version":
+        print(f"cucafera {__version__}")
+    elif arguments[0] in COMMANDS:
+        del sys.argv[1]
+        # As `python -m cucafera.NAME` does: processes that a command starts find their module in __main__.__spec__.
+        runpy.run_module(f"cucafera.{arguments[0]}", run_name="__main__", alter_sys=True)
+    else:
+        print(refusal(arguments), file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def overview() -> str:
+    """Return the list of commands, one per line."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: cucafera NAME ...   (or: python -m cucafera.NAME ...)",
+            "",
+            *(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()),
+            "",
+            "cucafera NAME --help shows the options of a command; cucafera --version, the version.",
+        ]
+    )
+
+
+def refusal(arguments: list[str]) -> str:
+    """Return the message for arguments that do not begin with the name of a command."""
+    first = arguments[0]
+    if first.startswith(("+", "-", "~")) or "=" in first:
+        return f"{first} needs a command before it; to train: cucafera run {' '.join(arguments)}"
+    nearest = difflib.get_close_matches(first, COMMANDS, n=1)
+    advice = f"Did you mean {nearest[0]}?" if nearest else f"The commands are {', '.join(COMMANDS)}"
+    return f"cucafera has no command {first}. {advice}"
+
+
+if __name__ == "__main__":
+    main()
