@@ -1,17 +1,17 @@
-"""The door to runs side by side: `python -m cucafera.compare RUN RUN...`."""
+"""The command that compares runs: `python -m cucafera.compare RUN RUN...`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from cucafera.config import UserError
+from cucafera.config.errors import UserError
 
 
 def main() -> None:
-    """Prints what the configurations differ in, and what came out; draws the curves if asked to."""
+    """Print the differences of configurations, and the results; draw the curves with --plot."""
     parser = argparse.ArgumentParser(
         prog="python -m cucafera.compare",
-        description="Shows runs side by side: what their configurations differ in, and what came out.",
+        description="Shows runs side by side: the differences of their configurations, and their results.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs, such as a sweep")
     parser.add_argument("--plot", metavar="FILE", help="draw the validation curves into FILE.png and FILE.pdf")
@@ -26,30 +26,43 @@ def main() -> None:
 
 
 def compare(folders: list[Path], plot: Path | None) -> str:
-    """The tables, for the terminal.
+    """Return the tables for the terminal.
 
     Args:
         folders: Run folders, or folders of runs.
-        plot: Where to draw the curves, without the ending; None: nowhere.
+        plot: Path of the picture of the curves, with or without its suffix; None: no picture.
 
     Raises:
         UserError: there is no run, or the picture cannot be drawn.
     """
+    from cucafera.sweeps.metrics import shown_metrics
     from cucafera.sweeps.pictures import FORMATS, draw_curves, has_matplotlib
-    from cucafera.sweeps.records import RESULTS, as_text, differences, in_figures, read_records, results_of
+    from cucafera.sweeps.records import (
+        as_text,
+        differences,
+        in_figures,
+        read_records,
+        result_columns,
+        results_of,
+        units_of,
+    )
 
     if plot is not None and not has_matplotlib():
         raise UserError("--plot needs matplotlib: pip install '.[plots]'")
     alone = len(folders) == 1
     records = [record for folder in folders for record in read_records(folder, folder if alone else None)]
     different = differences(records)
-    results = [["run", *RESULTS], *([record.name, *in_figures(results_of(record))] for record in records)]
+    metrics = shown_metrics(record.config for record in records)
+    results = [
+        ["run", *result_columns(metrics)],
+        *([record.name, *in_figures(results_of(record, metrics))] for record in records),
+    ]
     lines = (
-        ["What they differ in:", as_text(different)]
+        ["Differences of the configurations:", as_text(different)]
         if len(different) > 1 and len(different[0]) > 1
-        else ["Their configurations are equal."]
+        else ["The configurations are equal."]
     )
-    lines += ["", "What came out (loss in nats a token, bpb in bits a byte):", as_text(results)]
+    lines += ["", f"Results ({units_of(metrics)}):", as_text(results)]
     if plot is not None:
         plot = plot.with_suffix("") if plot.suffix.removeprefix(".") in FORMATS else plot
         try:

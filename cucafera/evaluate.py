@@ -1,269 +1,285 @@
-"""The evaluation door: `python -m cucafera.evaluate RUN` measures the model of a run.
+"""Evaluate a trained model: `python -m cucafera.evaluate RUN`.
 
-Without options, on what the run has held out: bits a byte of its documents, or of the answers of its conversations.
-With them, on other text, on multiple choice, on tasks of lm-evaluation-harness; or it shows the model to a person.
+Without options, on what its run held out: bits per byte of documents, or of the answers of conversations. With options,
+on other text, multiple choice or lm-evaluation-harness; or show generated texts or attention maps.
 """
 
 import argparse
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from cucafera.config import UserError
+from cucafera.config.errors import UserError
 from cucafera.options import add_device, add_sampling, sampling_of
-from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
+from cucafera.process import keep_freed_memory, let_threads_wait_briefly
 
 if TYPE_CHECKING:
-    from cucafera.data.tokenizer import Tokenizer
-    from cucafera.evaluation.likelihood import Scorer
-    from cucafera.evaluation.perplexity import Text
+    from cucafera.evaluation.evaluated_model import EvaluatedModel
     from cucafera.evaluation.results import Result
-    from cucafera.evaluation.subject import Subject
 
 EXIT_INTERRUPTED = 130
-
-BELONGS_TO = {
-    "column": "text",
-    "include_path": "tasks",
-    "num_fewshot": "tasks",
-    "limit": "tasks",
-    "apply_chat_template": "tasks",
-    "beside": "samples",
-    "prompts": "samples",
-    "layers": "attention",
-    "heads": "attention",
-}
-"""Options that say nothing without another one."""
-AT_LEAST = {"documents": 1, "stride": 1, "num_fewshot": 0, "limit": 1, "seed": 0}
-WHAT_CAN_BE_MEASURED = (
-    "give --text FILE for bits a byte, --choices FILE for multiple choice, --tasks NAMES for lm-evaluation-harness, "
-    "--samples for texts to read, or --attention TEXT for a picture"
-)
+T = TypeVar("T")
 
 
 def main() -> None:
-    """Measures what the command line asks for, prints it, and keeps it in the run folder."""
+    """Evaluate as the command line asks, print the results, and save them in the run folder."""
     let_threads_wait_briefly(os.environ)
     keep_freed_memory()
     arguments = command_line_parser().parse_args()
     for output in (sys.stdout, sys.stderr):
         output.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        check(arguments)
+        check_values(arguments)
+        check_paths(arguments)
         evaluate(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        sys.stderr.close()  # what reads the output has left
+        sys.stderr.close()  # the reader of the output, such as `head`, has ended
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nInterrupted: what was measured before is kept", file=sys.stderr)
+        print("\nInterrupted: finished measurements are saved", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Refuses what cannot be, before anything heavy is loaded. Raises UserError."""
-    parser = command_line_parser()
-    for name, least in AT_LEAST.items():
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UserError(f"{_option(name)} is {value}; it must be at least {least}")
-    for name, main_option in BELONGS_TO.items():
-        given = getattr(arguments, name) != parser.get_default(name)
-        if given and not getattr(arguments, main_option):
-            raise UserError(f"{_option(name)} says nothing without {_option(main_option)}")
-    sampling_of(arguments)
-    for name in ("text", "attention", "tasks"):
-        if getattr(arguments, name) is not None and not getattr(arguments, name).strip(" ,"):
-            raise UserError(f"{_option(name)} is empty")
-    if arguments.out and bool(arguments.samples) == (arguments.attention is not None):
-        raise UserError("--out needs one of --samples and --attention: it says where the page, or the picture, goes")
-    if arguments.out and arguments.attention is not None and Path(arguments.out).suffix != ".png":
-        raise UserError(f"--out {arguments.out}: a picture is a .png file")
-    for name, package, extra in (("tasks", "lm_eval", "eval"), ("attention", "matplotlib", "plots")):
-        if getattr(arguments, name) is not None and importlib.util.find_spec(package) is None:
-            raise UserError(f"{_option(name)} needs {package}: pip install '.[{extra}]'")
-
-
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measures, and shows.
+    """Run what the command line asks for; nothing heavy is imported before.
 
     Raises:
-        UserError: there is no such model, or what it is measured with is not there, cannot be read or makes no sense.
+        UserError: the model or the data cannot be loaded, or an option does not fit them.
     """
     if arguments.run.endswith(".gguf"):
         _evaluate_gguf(arguments)
         return
 
-    from cucafera.training.hardware import device_called
+    from cucafera.device import resolve_device
 
-    device = device_called(arguments.device, os.environ)  # before other imports can use up what CUDA warns of once
+    device = resolve_device(arguments.device, os.environ)  # first: CUDA gives its warning only once
 
-    from cucafera.evaluation.results import ResultFile, as_table
-    from cucafera.evaluation.subject import load_subject
+    from cucafera.evaluation.evaluated_model import load_evaluated_model
 
-    subject = load_subject(arguments.run, device)
-    shows = arguments.samples or arguments.attention is not None
-    measures = bool(arguments.text or arguments.choices or arguments.tasks) or not shows
-    kept = ResultFile(subject.run) if measures and subject.run is not None else None
-    print(f"{arguments.run}: {subject.facts}; on {device.type}, in fp32")
-    for note in subject.notes:
+    evaluated = load_evaluated_model(arguments.run, device)
+    print(f"{arguments.run}: {evaluated.facts}; on {device.type}, in fp32")
+    for note in evaluated.notes:
         print(f"{note}.")
-    if measures:
-        results = []
-        try:
-            for result in _results(arguments, subject):
+    measurements = [mode.run for option, mode in MEASUREMENTS.items() if getattr(arguments, option)]
+    views = [mode.run for option, mode in VIEWS.items() if getattr(arguments, option)]
+    if measurements or not views:
+        _measure(arguments, evaluated, measurements or [_measure_held_out])
+    for view in views:
+        print(f"\nSaved to {view(arguments, evaluated)}")
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    evaluated: "EvaluatedModel",
+    measurements: "list[Callable[[argparse.Namespace, EvaluatedModel], Iterator[Result]]]",
+) -> None:
+    """Run measurements one after another; each result is saved at once, so that an interruption loses only one."""
+    from cucafera.evaluation.results import ResultFile, as_table
+
+    file = None if evaluated.run is None else ResultFile(evaluated.run)
+    results = []
+    try:
+        for measurement in measurements:
+            for result in measurement(arguments, evaluated):
                 results.append(result)
-                if kept is not None:
-                    assert subject.step is not None
-                    kept.add([result], subject.checkpoint.name, subject.step)
-        finally:
-            if results:
-                print("\n" + as_table(results))
-        if kept is not None:
-            print(f"\nKept in {kept.path}, and on TensorBoard under evaluation/")
-    if arguments.samples:
-        _show_samples(arguments, subject)
-    if arguments.attention is not None:
-        _show_attention(arguments, subject)
-
-
-def _results(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Result]":
-    """Each measurement that is asked for, one after another."""
-    if not (arguments.text or arguments.choices or arguments.tasks):
-        yield from _held_out(arguments, subject)
-    if arguments.text:
-        from cucafera.evaluation.likelihood import DecoderScorer
-
-        yield _of_files(arguments, DecoderScorer(subject.model), subject.tokenizer)
-    for path in arguments.choices:
-        from cucafera.evaluation.likelihood import DecoderScorer
-        from cucafera.evaluation.multiple_choice import answer_questions, read_questions
-        from cucafera.evaluation.results import Result
-
-        questions = read_questions(path)
-        metrics = answer_questions(questions, DecoderScorer(subject.model), subject.tokenizer)
-        settings = {"choices": path, "questions": len(questions)}
-        yield Result("choices", _task_of(path), metrics, settings, f"{len(questions):,} questions")
-    if arguments.tasks:
-        from cucafera.evaluation.harness import run_tasks
-
-        names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
-        yield from run_tasks(
-            subject,
-            names,
-            arguments.include_path,
-            arguments.num_fewshot,
-            arguments.limit,
-            arguments.apply_chat_template,
-        )
-
-
-def _task_of(path: str) -> str:
-    """What a measurement on files is called: their name without endings, or for a pattern that of their folder."""
-    return Path(path).name.split(".")[0].strip("*?[]") or Path(path).resolve().parent.name or "text"
+                if file is not None:
+                    assert evaluated.step is not None
+                    file.add(result, evaluated.checkpoint.name, evaluated.step)
+    finally:
+        if results:
+            print("\n" + as_table(results))
+    if file is not None:
+        print(f"\nSaved to {file.path}, and to TensorBoard under evaluation/")
 
 
 def _evaluate_gguf(arguments: argparse.Namespace) -> None:
-    """Measures a file that llama.cpp computes. Raises UserError."""
-    if not arguments.text or arguments.choices or arguments.tasks or arguments.samples or arguments.attention:
-        raise UserError(f"{arguments.run}: of a .gguf file only --text can be measured; the run gives the rest")
-
+    """Measure --text with llama.cpp, the only measurement of a .gguf file."""
+    from cucafera.evaluation.perplexity import measure_files
     from cucafera.evaluation.results import as_table
     from cucafera.interop.llama_cpp import LlamaCpp
 
     llama = LlamaCpp(Path(arguments.run).expanduser(), arguments.device)
     print(f"{arguments.run}: {llama.parameters:,} parameters, computed by llama.cpp")
-    print("\n" + as_table([_of_files(arguments, llama, llama.tokenizer)]))
+    column = arguments.column or DEFAULT_COLUMN
+    result = measure_files(llama, llama.tokenizer, arguments.text, column, arguments.documents, arguments.stride)
+    print("\n" + as_table([result]))
 
 
-def _of_files(arguments: argparse.Namespace, scorer: "Scorer", tokenizer: "Tokenizer") -> "Result":
-    """bpb and perplexity of --text."""
-    from cucafera.evaluation.perplexity import texts_of_files
+def _measure_held_out(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
+    from cucafera.evaluation.perplexity import measure_held_out
 
-    column = arguments.column or "text"
-    texts = texts_of_files(arguments.text, column, arguments.documents, tokenizer)
-    asked = {"text": arguments.text, "column": column, "documents": arguments.documents}
-    return _of_texts(arguments, scorer, "text", _task_of(arguments.text), texts, asked)
+    yield from measure_held_out(evaluated, arguments.documents, arguments.stride)
 
 
-def _held_out(arguments: argparse.Namespace, subject: "Subject") -> "Iterator[Result]":
-    """What the run has not trained on, source by source."""
+def _measure_text(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
     from cucafera.evaluation.likelihood import DecoderScorer
-    from cucafera.evaluation.perplexity import held_out_texts
+    from cucafera.evaluation.perplexity import measure_files
 
-    found = held_out_texts(subject)
-    if not found:
-        where = f": its prepared tokens are not in {subject.prepared} any more" if subject.sources else ""
-        raise UserError(f"what {subject.source} has held out cannot be measured{where}; {WHAT_CAN_BE_MEASURED}")
-    for name, texts in found.items():
-        kind = "answers" if subject.chats else "text"
-        asked = {"held_out": name, "documents": arguments.documents}
-        yield _of_texts(
-            arguments, DecoderScorer(subject.model), kind, f"held-out-{name}", islice(texts, arguments.documents), asked
-        )
+    scorer, column = DecoderScorer(evaluated.model), arguments.column or DEFAULT_COLUMN
+    yield measure_files(scorer, evaluated.tokenizer, arguments.text, column, arguments.documents, arguments.stride)
 
 
-def _of_texts(
-    arguments: argparse.Namespace,
-    scorer: "Scorer",
-    kind: str,
-    task: str,
-    texts: "Iterable[Text]",
-    asked: dict[str, str | int | None],
-) -> "Result":
-    """bpb and perplexity of texts."""
-    from cucafera.evaluation.perplexity import measure
-    from cucafera.evaluation.results import Result
+def _measure_choices(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
+    from cucafera.evaluation.likelihood import DecoderScorer
+    from cucafera.evaluation.multiple_choice import measure_questions, read_questions
 
-    stride = scorer.context // 2 if arguments.stride is None else arguments.stride
-    if stride >= scorer.context:
-        raise UserError(f"--stride is {stride:,}; it must be below the model's context of {scorer.context:,} tokens")
-    score = measure(scorer, texts, stride)
-    if not score.tokens or not score.text_bytes:
-        raise UserError(f"{task}: there is no text to measure; {WHAT_CAN_BE_MEASURED}")
-    what = (
-        "conversations; only their answers are scored" if kind == "answers" else "documents; their ends are not scored"
+    for path in arguments.choices:
+        yield measure_questions(path, read_questions(path), DecoderScorer(evaluated.model), evaluated.tokenizer)
+
+
+def _measure_tasks(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
+    from cucafera.evaluation.harness import run_tasks
+
+    yield from run_tasks(
+        evaluated,
+        _names(arguments.tasks),
+        arguments.include_path,
+        arguments.num_fewshot,
+        arguments.limit,
+        arguments.apply_chat_template,
     )
-    note = (
-        f"{score.tokens:,} tokens of {score.text_bytes:,} bytes in {score.texts:,} {what}. Windows of "
-        f"{scorer.context:,} tokens, each {stride:,} behind the one before"
-    )
-    return Result(kind, task, score.metrics(), asked | {"stride": stride, "context": scorer.context}, note)
 
 
-def _show_samples(arguments: argparse.Namespace, subject: "Subject") -> None:
-    from cucafera.evaluation.samples import PROMPTS, OurAuthor, author_called, prompts_of_file, write_page
+def _show_samples(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> Path:
+    from cucafera.evaluation.samples import CucaferaGenerator, load_generator, write_samples
+    from cucafera.evaluation.samples_page import DEFAULT_PROMPTS, read_prompts
 
-    path = _place(arguments, subject, "samples.html")
-    prompts = prompts_of_file(arguments.prompts) if arguments.prompts else subject.prompts or list(PROMPTS)
-    device = subject.model.embed_tokens.weight.device
-    authors = [OurAuthor(subject), *(author_called(source, device) for source in arguments.beside)]
-    write_page(authors, prompts, sampling_of(arguments), arguments.seed, path)
-    print(f"\nSamples: {path}")
-
-
-def _show_attention(arguments: argparse.Namespace, subject: "Subject") -> None:
-    from cucafera.evaluation.attention import draw_attention, numbers_of
-
-    path = _place(arguments, subject, "attention.png")
-    layers, heads = (numbers_of(name, getattr(arguments, name)) for name in ("layers", "heads"))
-    draw_attention(subject, arguments.attention, layers, heads, path)
-    print(f"\nAttention: {path}")
+    path = _output_path(arguments, evaluated, "samples.html")
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else evaluated.prompts or list(DEFAULT_PROMPTS)
+    device = evaluated.model.embed_tokens.weight.device
+    generators = [CucaferaGenerator(evaluated), *(load_generator(source, device) for source in arguments.compare)]
+    write_samples(generators, prompts, sampling_of(arguments), arguments.seed, path)
+    return path
 
 
-def _place(arguments: argparse.Namespace, subject: "Subject", name: str) -> Path:
-    """Where a page or a picture goes."""
+def _show_attention(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> Path:
+    from cucafera.evaluation.attention import draw_attention
+
+    path = _output_path(arguments, evaluated, "attention.png")
+    layers, heads = _indices("layers", arguments.layers), _indices("heads", arguments.heads)
+    draw_attention(evaluated, arguments.attention, layers, heads, path)
+    return path
+
+
+class Mode(NamedTuple, Generic[T]):
+    """The effect of an option of the command line.
+
+    Attributes:
+        run: Gets the arguments and the model; a measurement yields results, a view returns the path of its file.
+        details: Options that have no effect without this one.
+        package: A package that it needs, and the extra of this package that installs it.
+    """
+
+    run: "Callable[[argparse.Namespace, EvaluatedModel], T]"
+    details: tuple[str, ...] = ()
+    package: tuple[str, str] | None = None
+
+
+MEASUREMENTS: "dict[str, Mode[Iterator[Result]]]" = {
+    "text": Mode(_measure_text, details=("column",)),
+    "choices": Mode(_measure_choices),
+    "tasks": Mode(
+        _measure_tasks,
+        details=("include_path", "num_fewshot", "limit", "apply_chat_template"),
+        package=("lm_eval", "eval"),
+    ),
+}
+VIEWS: dict[str, Mode[Path]] = {
+    "samples": Mode(_show_samples, details=("compare", "prompts")),
+    "attention": Mode(_show_attention, details=("layers", "heads"), package=("matplotlib", "plots")),
+}
+
+DEFAULT_COLUMN = "text"
+MINIMUM = {"documents": 1, "stride": 1, "num_fewshot": 0, "limit": 1, "seed": 0}
+
+
+def check_values(arguments: argparse.Namespace) -> None:
+    """Raise UserError for options that are out of bounds, empty, or do not go together."""
+    parser = command_line_parser()
+    for name, minimum in MINIMUM.items():
+        value = getattr(arguments, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{_option(name)} is {value}; it must be at least {minimum}")
+    for name in ("text", "tasks", "attention"):
+        value = getattr(arguments, name)
+        if value is not None and not value.strip(" ,"):
+            raise UserError(f"{_option(name)} is empty")
+    modes: dict[str, Mode[Any]] = {**MEASUREMENTS, **VIEWS}
+    for main_option, mode in modes.items():
+        asked = bool(getattr(arguments, main_option))
+        for name in mode.details:
+            if not asked and getattr(arguments, name) != parser.get_default(name):
+                raise UserError(f"{_option(name)} has no effect without {_option(main_option)}")
+        if asked and mode.package and importlib.util.find_spec(mode.package[0]) is None:
+            raise UserError(f"{_option(main_option)} needs {mode.package[0]}: pip install '.[{mode.package[1]}]'")
+    sampling_of(arguments)
+    for name in ("layers", "heads"):
+        _indices(name, getattr(arguments, name))
+    if arguments.out and bool(arguments.samples) == bool(arguments.attention):
+        raise UserError("--out needs either --samples or --attention: it is the path of that page or picture")
+    if arguments.out and arguments.attention and Path(arguments.out).suffix != ".png":
+        raise UserError(f"--out {arguments.out}: the picture must be a .png file")
+    if arguments.run.endswith(".gguf") and (
+        not arguments.text or any(getattr(arguments, name) for name in modes if name != "text")
+    ):
+        raise UserError(f"{arguments.run}: a .gguf file can only be measured with --text; use its run for the rest")
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Raise UserError for paths that do not exist and for data files that cannot be read, without importing torch."""
+    from cucafera.runs.locate import locate_model
+
+    for source in (arguments.run, *arguments.compare):
+        locate_model(source)
+    if arguments.text:
+        from cucafera.evaluation.texts import check_texts
+
+        check_texts(arguments.text, arguments.column or DEFAULT_COLUMN)
+    if arguments.choices:
+        from cucafera.evaluation.multiple_choice import read_questions
+
+        for path in arguments.choices:
+            read_questions(path)
+    if arguments.prompts:
+        from cucafera.evaluation.samples_page import read_prompts
+
+        read_prompts(arguments.prompts)
+    for name in _names(arguments.tasks or ""):
+        if name.endswith((".yaml", ".yml")) and not Path(name).expanduser().is_file():
+            raise UserError(f"--tasks {name}: there is no such file")
+    if arguments.include_path and not Path(arguments.include_path).expanduser().is_dir():
+        raise UserError(f"--include-path {arguments.include_path}: there is no such folder")
+    if arguments.out and not Path(arguments.out).expanduser().parent.is_dir():
+        raise UserError(f"--out {arguments.out}: there is no folder {Path(arguments.out).parent}")
+
+
+def _names(text: str) -> list[str]:
+    """Return the non-empty names of a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _indices(name: str, text: str | None) -> list[int] | None:
+    """Return the numbers of a comma-separated list; None for None. Raises UserError for anything else."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{name} is {text!r}; it must be numbers separated by commas, such as 0,3") from error
+
+
+def _output_path(arguments: argparse.Namespace, evaluated: "EvaluatedModel", name: str) -> Path:
     if arguments.out:
         return Path(arguments.out).expanduser()
-    if subject.run is None:
-        raise UserError(f"{arguments.run} is in no run folder: say with --out where {name} goes")
-    return subject.run.path / name
+    if evaluated.run is None:
+        raise UserError(f"{arguments.run} is not in a run folder: give the path of {name} with --out")
+    return evaluated.run.path / name
 
 
 def _option(name: str) -> str:
@@ -271,57 +287,55 @@ def _option(name: str) -> str:
 
 
 def command_line_parser() -> argparse.ArgumentParser:
-    """The arguments of the door."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m cucafera.evaluate",
-        description="Measures the model of a run. Without options: bits a byte of the documents that the run has held "
-        "out, or of the answers of its held-out conversations. Results go to the terminal, and of a run to its "
-        "evaluation.json and TensorBoard; the same measurement again takes the place of the one before.",
+        description="Evaluate a trained model. Without options: bits per byte of the documents that its run held out, "
+        "or of the answers of its held-out conversations. Results are printed, and saved to evaluation.json and "
+        "TensorBoard in the run folder; a repeated measurement replaces the earlier result.",
     )
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="a run folder, whose best checkpoint is taken, a checkpoint, a Hugging Face folder or name; for --text a "
-        ".gguf file too",
+        help="a run folder (its best checkpoint), a checkpoint, or a Hugging Face folder or name; with --text also a "
+        ".gguf file",
     )
     add_device(parser)
-    parser.add_argument("--out", metavar="FILE", help="where --samples or --attention goes (default: into RUN)")
+    parser.add_argument("--out", metavar="FILE", help="output of --samples or --attention (default: in the run folder)")
 
-    text = parser.add_argument_group("bits a byte and perplexity of text, in windows that overlap")
+    text = parser.add_argument_group("bits per byte and perplexity of text, in overlapping windows")
     text.add_argument("--text", metavar="FILE", help="a file, folder or glob of .jsonl, .parquet or .txt (.gz, .zst)")
-    text.add_argument("--column", help="the column that holds the text (default: text)")
-    text.add_argument("--documents", type=int, metavar="N", help="the first N documents (default: all)")
+    text.add_argument("--column", help=f"the column of the text (default: {DEFAULT_COLUMN})")
+    text.add_argument("--documents", type=int, metavar="N", help="only the first N documents (default: all)")
     text.add_argument(
-        "--stride", type=int, metavar="TOKENS", help="tokens that a window scores beside context (default: half of it)"
+        "--stride", type=int, metavar="TOKENS", help="tokens scored per window (default: half of the context)"
     )
 
-    choices = parser.add_argument_group("multiple choice, as lm-evaluation-harness scores it")
+    choices = parser.add_argument_group("multiple choice, scored as in lm-evaluation-harness")
     choices.add_argument(
         "--choices", action="append", default=[], metavar="FILE",
-        help="a .jsonl or .parquet file in the form of HellaSwag, ARC or COPA; may be given again",
+        help="a .jsonl or .parquet file in the format of HellaSwag, ARC or COPA; may be repeated",
     )  # fmt: skip
 
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness; needs pip install '.[eval]'")
     tasks.add_argument("--tasks", metavar="A,B", help="names of tasks or groups, such as catalan_bench, or .yaml files")
-    tasks.add_argument("--include-path", metavar="FOLDER", help="a folder with tasks of your own")
+    tasks.add_argument("--include-path", metavar="FOLDER", help="a folder with your own tasks")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
-    tasks.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task (default: all)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)")
     tasks.add_argument("--apply-chat-template", action="store_true", help="ask in a conversation, as in finetuning")
 
-    samples = parser.add_argument_group("texts side by side, as a page to read")
-    samples.add_argument("--samples", action="store_true", help="let the model write after each prompt")
+    samples = parser.add_argument_group("generated texts of several models, side by side in an HTML page")
+    samples.add_argument("--samples", action="store_true", help="generate a text after each prompt")
     samples.add_argument(
-        "--beside", action="append", default=[], metavar="RUN",
-        help="another run, or a folder or hub name that transformers loads; may be given again",
+        "--compare", action="append", default=[], metavar="RUN",
+        help="another run, or a folder or hub name that transformers loads; may be repeated",
     )  # fmt: skip
-    samples.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: those of the run)")
-    samples.add_argument(
-        "--seed", type=int, default=0, help="the same seed gives the same texts (default: %(default)s)"
-    )
+    samples.add_argument("--prompts", metavar="FILE", help="one prompt per line (default: those of the run)")
+    samples.add_argument("--seed", type=int, default=0, help="random seed of each text (default: %(default)s)")
     add_sampling(samples, max_new_tokens=128)
 
-    attention = parser.add_argument_group("what heads look at, as a picture; needs pip install '.[plots]'")
-    attention.add_argument("--attention", metavar="TEXT", help="what the model reads, up to some 40 tokens")
+    attention = parser.add_argument_group("attention maps, as a picture; needs pip install '.[plots]'")
+    attention.add_argument("--attention", metavar="TEXT", help="the text that the model reads, up to about 40 tokens")
     attention.add_argument("--layers", metavar="0,3", help="the first is 0 (default: the first, the middle, the last)")
     attention.add_argument("--heads", metavar="0,1", help="the first is 0 (default: the first four)")
     return parser

@@ -1,4 +1,4 @@
-"""The door to other tools: `python -m cucafera.export RUN --to hf FOLDER` or `--to gguf FILE`."""
+"""Export a trained model: `python -m cucafera.export RUN --to hf FOLDER` or `--to gguf FILE`."""
 
 import argparse
 import contextlib
@@ -7,25 +7,40 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from cucafera.config import SamplingConfig, UserError
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
 
 if TYPE_CHECKING:
     from cucafera.interop.trained import TrainedModel
 
-FORMATS = ("hf", "gguf")
+EXIT_INTERRUPTED = 130
 HUGGING_FACE_TYPES = ("fp32", "bf16", "fp16")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-"""As in the rooms behind; they stand here to be told before torch is loaded."""
+"""The same types as in interop/, repeated so that they can be checked without importing torch."""
+
+
+class Target(NamedTuple):
+    """The format and path of an export.
+
+    Attributes:
+        format: hf or gguf.
+        path: The folder or file.
+        type: Of the weights.
+    """
+
+    format: str
+    path: Path
+    type: str
 
 
 def main() -> None:
-    """Writes a trained model as others have it, or says in a sentence why not."""
+    """Export a model, or print in one line why it is not exported."""
     arguments = command_line_parser().parse_args()
     try:
-        with _told():
-            _export(arguments)
+        with _log_to_stdout():
+            export(arguments, checked_target(arguments))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -34,12 +49,12 @@ def main() -> None:
         sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         print("Interrupted: nothing was written.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """What the rooms tell of their work goes to the terminal: an export of a large model takes minutes."""
+def _log_to_stdout() -> Iterator[None]:
+    """Print the package's log messages: the export of a large model takes minutes."""
     logger, handler = logging.getLogger("cucafera"), logging.StreamHandler(sys.stdout)
     level = logger.level
     logger.addHandler(handler)
@@ -51,67 +66,82 @@ def _told() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _export(arguments: argparse.Namespace) -> None:
-    kind, target = arguments.to[0], Path(arguments.to[1]).expanduser()
-    if kind not in FORMATS:
-        raise UserError(f"--to {kind}: there is no such format; it must be hf or gguf")
-    types = HUGGING_FACE_TYPES if kind == "hf" else GGUF_TYPES
-    type_ = arguments.type or ("fp32" if kind == "hf" else "f16")
-    if type_ not in types:
-        raise UserError(f"--type {type_}: for --to {kind} it must be one of {', '.join(types)}")
-    if kind == "gguf" and target.is_dir():
-        raise UserError(f"{target} is a folder: --to gguf takes the name of a file, such as {target / 'model.gguf'}")
-    if target.exists() and not arguments.overwrite:
-        raise UserError(f"{target} exists: choose another, or replace it with --overwrite")
-    if kind == "hf" and target.exists() and not (target / "config.json").is_file():
-        raise UserError(f"{target} is no exported model, and is not replaced: choose another")
+def checked_target(arguments: argparse.Namespace) -> Target:
+    """Return the target. Raises UserError for wrong names and paths, without importing torch."""
+    from cucafera.runs.locate import locate_model
 
+    format_, path = arguments.to[0], Path(arguments.to[1]).expanduser()
+    if format_ not in ("hf", "gguf"):
+        raise UserError(f"--to {format_}: there is no such format; it must be hf or gguf")
+    types = HUGGING_FACE_TYPES if format_ == "hf" else GGUF_TYPES
+    type_ = arguments.type or ("fp32" if format_ == "hf" else "f16")
+    if type_ not in types:
+        raise UserError(f"--type {type_}: for --to {format_} it must be one of {', '.join(types)}")
+    if format_ == "gguf" and path.is_dir():
+        raise UserError(f"{path} is a folder: --to gguf takes the name of a file, such as {path / 'model.gguf'}")
+    if path.exists() and not arguments.overwrite:
+        raise UserError(f"{path} exists: choose another path, or replace it with --overwrite")
+    if format_ == "hf" and path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{path} is not an exported model, so it is not replaced: choose another path")
+    if locate_model(arguments.run).kind == "gguf":
+        raise UserError(f"{arguments.run}: a .gguf file cannot be exported; give the run that it was made from")
+    return Target(format_, path, type_)
+
+
+def export(arguments: argparse.Namespace, target: Target) -> None:
+    """Load the model, write it, and verify what was written.
+
+    Raises:
+        UserError: the model cannot be loaded, or the format cannot represent it.
+        OSError: the target cannot be written.
+    """
     from cucafera.interop.trained import load_trained
 
     trained = load_trained(arguments.run)
     for note in trained.notes:
         print(note)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    name = arguments.name or target.name.removesuffix(".gguf")
-    if kind == "hf":
-        print(_to_hugging_face(trained, target, type_, name, arguments.license))
+    target.path.parent.mkdir(parents=True, exist_ok=True)
+    name = arguments.name or target.path.name.removesuffix(".gguf")
+    if target.format == "hf":
+        print(_export_to_hugging_face(trained, target, name, arguments.license))
     else:
         from cucafera.interop.gguf import write_gguf
 
-        print(f"{write_gguf(trained, target, type_, name, arguments.license)}\n{target}: from {trained.checkpoint}")
+        print(write_gguf(trained, target.path, target.type, name, arguments.license))
+    print(f"{target.path}: {target.type}, from {trained.checkpoint}")
+    if target.format == "hf" and arguments.license is None:
+        print("The model card names no licence: choose one with --license, such as apache-2.0")
 
 
-def _to_hugging_face(trained: "TrainedModel", target: Path, dtype: str, name: str, licence: str | None) -> str:
-    """Writes the folder, which takes its name when all of it has been compared."""
-    from cucafera.data.files import PARTIAL, flush_folder, write_text
+def _export_to_hugging_face(trained: "TrainedModel", target: Target, name: str, licence: str | None) -> str:
+    """Write a folder, which gets its name when all of it is verified. Returns the result of the verification."""
     from cucafera.interop.hugging_face import write_folder
-    from cucafera.interop.model_card import CURVES, model_card, read_past
+    from cucafera.interop.model_card import CURVES, model_card, read_lineage
+    from cucafera.storage import PARTIAL, fsync_folder, write_text
 
-    past = None if trained.run is None else read_past(trained.run)
-    sampling = SamplingConfig() if past is None else SamplingConfig(**past.config["callbacks"]["sampling"])
+    lineage = None if trained.run is None else read_lineage(trained.run)
+    sampling = SamplingConfig() if lineage is None else SamplingConfig(**lineage.config["callbacks"]["sampling"])
     sampling.max_new_tokens = trained.model.config.max_position_embeddings // 4
-    partial = target.with_name(target.name + PARTIAL)
+    partial = target.path.with_name(target.path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        proof = write_folder(trained.model, trained.tokenizer, trained.chats, sampling, dtype, partial)
+        verification = write_folder(trained.model, trained.tokenizer, trained.chats, sampling, target.type, partial)
         has_curves = trained.run is not None and _draw_curves(trained.run.path, partial / CURVES)
-        write_text(partial / "README.md", model_card(trained, past, name, licence, proof, has_curves))
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        flush_folder(target.parent)
+        card = model_card(trained, lineage, name, licence, verification, has_curves)
+        write_text(partial / "README.md", card)
+        if target.path.exists():
+            shutil.rmtree(target.path)
+        partial.rename(target.path)
+        fsync_folder(target.path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    told = f"{proof}.\n{target}: {dtype}, from {trained.checkpoint}"
-    if licence is None:
-        told += "\nIts model card names no licence yet: --license apache-2.0, for example"
-    return told
+    return f"{verification}."
 
 
 def _draw_curves(run: Path, path: Path) -> bool:
-    """Draws the validation curves, if there is something to draw with and something to draw."""
+    """Draw the validation curves. Returns False if there are none, or matplotlib is not installed."""
     from cucafera.sweeps.pictures import draw_curves, has_matplotlib
     from cucafera.sweeps.records import read_records
 
@@ -124,12 +154,11 @@ def _draw_curves(run: Path, path: Path) -> bool:
 
 
 def command_line_parser() -> argparse.ArgumentParser:
-    """The arguments of the door."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m cucafera.export",
-        description="Writes a trained model as other tools have it, after comparing what was written with the source "
-        "on real text. hf: a folder for transformers and what builds on it, with a model card. gguf: a file for "
-        "llama.cpp and what builds on it.",
+        description="Export a trained model, and verify on real text that the files compute the same. hf: a folder for "
+        "transformers and compatible tools, with a model card. gguf: a file for llama.cpp and compatible tools.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder (its best checkpoint), a checkpoint, or a Hugging "
                         "Face folder or name")  # fmt: skip
@@ -139,9 +168,9 @@ def command_line_parser() -> argparse.ArgumentParser:
         help=f"of the weights; hf: {', '.join(HUGGING_FACE_TYPES)} (default: fp32); gguf: {', '.join(GGUF_TYPES)} "
         "(default: f16)",
     )
-    parser.add_argument("--name", help="what the model is called (default: the name of the folder or file)")
-    parser.add_argument("--license", metavar="ID", help="licence of the weights, as the hub calls it: apache-2.0")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--name", help="name of the model (default: that of the folder or file)")
+    parser.add_argument("--license", metavar="ID", help="licence of the weights, an identifier such as apache-2.0")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file or exported folder")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Measuring a trained model: likelihoods and what is made of them, and what a person looks at."""
+"""Evaluation of trained models: likelihood-based metrics, benchmark tasks, generated samples and attention maps."""

@@ -1,12 +1,12 @@
-"""Tasks of lm-evaluation-harness (EleutherAI), on a model of ours; needs it installed: pip install '.[eval]'.
+"""Tasks of EleutherAI's lm-evaluation-harness; needs pip install '.[eval]'.
 
-What stands before a text. In pretraining every document began with a document start, so every plain text gets one in
-front, whether the model has learned conversations since or not: that is what `add_bos_token=True` with this token as
-bos does in the harness's own backend for transformers. A conversation, which --apply-chat-template makes of a text,
-begins with <im_start> and gets none: finetuning never has one there.
+Prefix of a text: in pretraining every document began with a document start token, so every plain text gets one, also
+for a model that was finetuned on conversations. That equals `add_bos_token=True`, with this token as bos, in the
+harness's own backend for transformers. A conversation, which --apply-chat-template makes of a text, begins with
+<im_start> and gets none, as in finetuning.
 
-A conversation is framed by data/chat.py, never by parsing control tokens out of text; and what a template has put in
-front is not part of what is scored, down to its last line end.
+Conversations are rendered to ids by data/chatml.py, never by parsing control tokens out of text. The template up to its
+last line end is part of the context, never of what is scored.
 """
 
 import contextlib
@@ -29,74 +29,77 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from cucafera.config import SamplingConfig, UserError
-from cucafera.data.chat import CHAT_TEMPLATE, STOP_IDS, Message, render_prompt
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID
-from cucafera.evaluation.likelihood import DOCUMENT_START, DecoderScorer, encoded_pair, progress
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID
+from cucafera.data.chatml import CHAT_TEMPLATE, STOP_IDS, Message, render_prompt
+from cucafera.evaluation.evaluated_model import EvaluatedModel
+from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.evaluation.progress import progress_bar
+from cucafera.evaluation.requests import DOCUMENT_START, encode_pair
 from cucafera.evaluation.results import Metric, Result
-from cucafera.evaluation.subject import Subject
 from cucafera.generation.generate import generate
 
 DEFAULT_NEW_TOKENS = 256
-"""Longest answer of a task that does not say; the harness's own default."""
-TOKENS_WRITTEN_AT_A_TIME = 16_384
-"""Texts that are written side by side, times the length of the longest, answer included."""
+"""Longest answer of a task that sets no limit; the harness's own default."""
+MAX_GENERATION_TOKENS = 16_384
+"""Rows of a generation batch times the length of the longest, new tokens included."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """A model of ours as the harness sees one.
+    """The harness's interface to a model of this package.
 
     Args:
-        subject: The model.
+        evaluated: The model.
     """
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, evaluated: EvaluatedModel) -> None:
         super().__init__()
-        self.subject = subject
-        self.scorer = DecoderScorer(subject.model)
+        self.evaluated = evaluated
+        self.scorer = DecoderScorer(evaluated.model)
         self._conversations: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends what the model writes."""
-        return IM_END_ID if self.subject.chats else DOCUMENT_START_ID
+        """The token that ends generated text."""
+        return IM_END_ID if self.evaluated.chats else DOCUMENT_START_ID
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context."""
+        """The token before a text without context."""
         return DOCUMENT_START_ID
 
     @property
     def max_length(self) -> int:
-        """The model's context."""
+        """The model's context, in tokens."""
         return self.scorer.context
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells one tokenizer from another."""
-        return self.subject.tokenizer.fingerprint
+        """A fingerprint of the tokenizer, for the harness's cache."""
+        return self.evaluated.tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **settings: Any) -> list[int]:
-        """The ids of a text behind a document start, or of a conversation; without the start if it is not wanted."""
-        framed, rest = self._split(string)
+        """Return the ids of a conversation, or of a text after a document start; without prefix on False."""
+        prefix, rest = self._split_prefix(string)
         if add_special_tokens is False:
-            framed = []
-        return [*framed, *self.subject.tokenizer.encode(rest)]
+            prefix = []
+        return [*prefix, *self.evaluated.tokenizer.encode(rest)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template that `apply_chat_template` renders as."""
+        """Return the template that `apply_chat_template` renders."""
         return CHAT_TEMPLATE if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, behind which its ids are remembered.
+        """Return a conversation as text, and remember its ids: parsing the text could give others.
 
         Args:
             chat_history: Messages with role and content.
-            add_generation_prompt: Whether the assistant's answer begins behind it; else the last message is its
-                beginning, and stays open.
+            add_generation_prompt: True: the assistant's answer follows; False: the last message is the beginning of
+                that answer, and stays open.
         """
         messages = [Message(message["role"], message["content"]) for message in chat_history]
-        tokenizer = self.subject.tokenizer
+        tokenizer = self.evaluated.tokenizer
         if add_generation_prompt:
             ids = render_prompt(messages, tokenizer)
         else:
@@ -105,33 +108,33 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self._conversations[text] = ids
         return text
 
-    def _split(self, text: str) -> tuple[list[int], str]:
-        """What frames a text, as ids, and the rest of it: a conversation, or a document start."""
+    def _split_prefix(self, text: str) -> tuple[list[int], str]:
+        """Return the ids of a text's prefix (a rendered conversation, or the document start), and the rest."""
         for conversation in self._conversations if text.startswith("<im_start>") else ():
             if text.startswith(conversation):
                 return self._conversations[conversation], text[len(conversation) :]
         return list(DOCUMENT_START), text
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        framed, rest = self._split(context)
-        return encoded_pair(self.subject.tokenizer, rest, continuation, framed)
+        prefix, rest = self._split_prefix(context)
+        return encode_pair(self.evaluated.tokenizer, rest, continuation, prefix)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **settings: Any
     ) -> list[tuple[float, bool]]:
-        likelihoods = self.scorer.continuations([(context, continuation) for _, context, continuation in requests])
-        return [(likelihood.nats, likelihood.is_greedy) for likelihood in likelihoods]
+        scores = self.scorer.score_continuations([(context, continuation) for _, context, continuation in requests])
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, each behind a document start.
+        """Return the log-likelihood of complete texts, each after a document start.
 
-        The windows are the harness's: as long as the context, and but for the last they do not overlap.
+        The windows are the harness's: as long as the context, and disjoint except for the last one.
         """
         windows = [
             [
                 make_disjoint_window(window)
                 for window in get_rolling_token_windows(
-                    token_list=self.subject.tokenizer.encode(request.args[0]),
+                    token_list=self.evaluated.tokenizer.encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
@@ -139,42 +142,44 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             ]
             for request in requests
         ]
-        likelihoods = iter(self.scorer.continuations([window for of_text in windows for window in of_text]))
-        return [math.fsum(next(likelihoods).nats for _ in of_text) for of_text in windows]
+        scores = iter(self.scorer.score_continuations([window for of_text in windows for window in of_text]))
+        return [math.fsum(next(scores).log_likelihood for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after contexts, which are cut from the left to leave room for it.
+        """Return the generated continuation of each context; contexts are truncated from the left to fit.
 
         An answer has at most half of the model's context, however many tokens a task allows.
         """
         answers = [""] * len(requests)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         settings = [_sampling(request.args[1], self.max_length // 2) for request in requests]
-        order = sorted(range(len(requests)), key=lambda number: (repr(settings[number]), -len(prompts[number])))
-        with progress("Writing", len(requests)) as bar:
-            for _, group in groupby(order, key=lambda number: repr(settings[number])):
-                numbers = list(group)
-                sampling = settings[numbers[0]]
-                room = self.max_length - sampling.max_new_tokens
-                cut = {number: prompts[number][-room:] for number in numbers}
-                while numbers:
-                    size = len(cut[numbers[0]]) + sampling.max_new_tokens
-                    batch = numbers[: max(1, TOKENS_WRITTEN_AT_A_TIME // size)]
-                    numbers = numbers[len(batch) :]
-                    texts = [cut[number] for number in batch]
-                    written = generate(self.subject.model, self.subject.tokenizer, texts, sampling, frozenset(STOP_IDS))
-                    for number, text in zip(batch, written, strict=True):
-                        answers[number] = text.text
+        # Batches share their sampling settings; the longest prompts first, so that a batch has little padding.
+        order = sorted(range(len(requests)), key=lambda index: (repr(settings[index]), -len(prompts[index])))
+        with progress_bar("Writing", len(requests)) as bar:
+            for _, group in groupby(order, key=lambda index: repr(settings[index])):
+                remaining = list(group)
+                sampling = settings[remaining[0]]
+                prompt_tokens = self.max_length - sampling.max_new_tokens
+                while remaining:
+                    longest = len(prompts[remaining[0]][-prompt_tokens:]) + sampling.max_new_tokens
+                    rows = max(1, MAX_GENERATION_TOKENS // longest)
+                    batch, remaining = remaining[:rows], remaining[rows:]
+                    texts = [prompts[index][-prompt_tokens:] for index in batch]
+                    written = generate(
+                        self.evaluated.model, self.evaluated.tokenizer, texts, sampling, frozenset(STOP_IDS)
+                    )
+                    for index, text in zip(batch, written, strict=True):
+                        answers[index] = text.text
                     bar.update(len(batch))
         return answers
 
 
-def _sampling(asked: dict[str, Any], most: int) -> SamplingConfig:
-    """How a task wants its answers to be written: greedily, unless it asks for sampling."""
-    settings = dict(normalize_gen_kwargs(asked, DEFAULT_NEW_TOKENS))
+def _sampling(task_settings: dict[str, Any], max_new_tokens: int) -> SamplingConfig:
+    """Return the sampling of a task, with at most max_new_tokens: greedy unless the task asks for sampling."""
+    settings = dict(normalize_gen_kwargs(task_settings, DEFAULT_NEW_TOKENS))
     until = settings.get("until") or []
     sampling = SamplingConfig(
-        max_new_tokens=min(int(settings["max_gen_toks"]), most),
+        max_new_tokens=min(int(settings["max_gen_toks"]), max_new_tokens),
         temperature=float(settings.get("temperature") or 0.0),
         top_k=int(settings.get("top_k") or 0),
         top_p=float(settings.get("top_p") or 1.0),
@@ -188,89 +193,87 @@ def _sampling(asked: dict[str, Any], most: int) -> SamplingConfig:
 
 
 def run_tasks(
-    subject: Subject,
+    evaluated: EvaluatedModel,
     names: Sequence[str],
-    include: str | None,
-    examples: int | None,
+    include_path: str | None,
+    num_fewshot: int | None,
     limit: int | None,
     as_chat: bool,
 ) -> list[Result]:
-    """Runs tasks, and groups of them.
+    """Run tasks and groups of tasks.
 
     Args:
-        subject: The model.
-        names: Of tasks, groups or tags, or paths of yaml files.
-        include: A folder with more tasks; None: those of the harness.
-        examples: Solved examples that stand before each question; None: what the task says.
-        limit: Questions of each task; None: all.
-        as_chat: Put questions as a conversation.
+        evaluated: The model.
+        names: Names of tasks, groups or tags, or paths of .yaml files.
+        include_path: A folder with more tasks; None: only those of the harness.
+        num_fewshot: Solved examples before each question; None: the task's own number.
+        limit: Maximum number of questions per task; None: all.
+        as_chat: Ask in a conversation.
 
     Returns:
-        One for each task, and for each group that has figures of its own.
+        One result per task, and per group that has metrics of its own.
 
     Raises:
-        UserError: there is no such task, or its data cannot be had.
+        UserError: a task is unknown, or its data cannot be loaded.
     """
     with _quiet():
-        manager = _manager(names, include)
-        found = lm_eval.simple_evaluate(
-            model=HarnessModel(subject),
+        manager = _task_manager(names, include_path)
+        output = lm_eval.simple_evaluate(
+            model=HarnessModel(evaluated),
             tasks=_load(names, manager),
             task_manager=manager,
-            num_fewshot=examples,
+            num_fewshot=num_fewshot,
             limit=limit,
             apply_chat_template=as_chat,
             log_samples=False,
         )
-    settings = {"limit": limit, "chat_template": as_chat, "lm_eval": lm_eval.__version__}
+    common = {"limit": limit, "chat_template": as_chat, "lm_eval": lm_eval.__version__}
     results = []
-    for task, figures in found["results"].items():
-        if metrics := _metrics(figures):
-            shots, version = found["n-shot"].get(task), found["versions"].get(task)
-            asked, of = (found["n-samples"].get(task, {}).get(name) for name in ("effective", "original"))
-            note = "" if asked is None else f"{asked:,} of {of:,} questions, {shots or 0} examples before each"
-            more = {"num_fewshot": shots, "version": None if version is None else str(version), **settings}
-            results.append(Result("harness", task, metrics, more, note))
+    for task, values in output["results"].items():
+        if metrics := _metrics(values):
+            shots, version = output["n-shot"].get(task), output["versions"].get(task)
+            used, total = (output["n-samples"].get(task, {}).get(name) for name in ("effective", "original"))
+            note = "" if used is None else f"{used:,} of {total:,} questions, {shots or 0}-shot"
+            settings = {"num_fewshot": shots, "version": None if version is None else str(version), **common}
+            results.append(Result("harness", task, metrics, settings, note))
     return results
 
 
 def _load(names: Sequence[str], manager: TaskManager) -> list[Any]:
-    """Tasks and groups with their data."""
+    """Return the tasks and groups with their data; what a group contains is not repeated."""
     try:
         loaded = manager.load([str(Path(name).expanduser()) if _is_file_name(name) else name for name in names])
-    except Exception as error:  # whatever a data set, the hub or a metric raises
-        advice = ". pip install '.[eval]' brings versions that go together" if isinstance(error, ImportError) else ""
-        raise UserError(f"--tasks {','.join(names)}: a task cannot be loaded: {_line(error)}{advice}") from error
+    except Exception as error:  # data sets, the hub and metrics raise many classes
+        advice = ". pip install '.[eval]' brings compatible versions" if isinstance(error, ImportError) else ""
+        raise UserError(f"--tasks {','.join(names)}: a task cannot be loaded: {_first_line(error)}{advice}") from error
     groups: dict[str, Any] = loaded["groups"]
     within = {name for group in groups.values() for name in group.child_names}
     within |= {task.task_name for group in groups.values() for task in group.get_all_tasks()}
     return [item for part in (groups, loaded["tasks"]) for name, item in part.items() if name not in within]
 
 
-def _manager(names: Sequence[str], include: str | None) -> TaskManager:
-    """What knows all tasks that are asked for: those of a folder and catalan_bench, or else all of the harness too."""
-    for name in names:
-        if _is_file_name(name) and not Path(name).expanduser().is_file():
-            raise UserError(f"--tasks {name}: there is no such file")
+def _task_manager(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """Return a manager that knows all requested tasks.
+
+    Indexing all of the harness's thousands of task files takes long, so catalan_bench and include_path come first.
+    """
     folders = [Path(lm_eval.__file__).parent / "tasks" / "catalan_bench"]
-    if include is not None:
-        folders.append(Path(include).expanduser())
-        if not folders[-1].is_dir():
-            raise UserError(f"--include-path {include}: there is no such folder")
-    wanted = [name for name in names if not _is_file_name(name)]
-    for everything in (False, True):
-        if everything:
-            print("Looking through all tasks of the harness, which takes a while", file=sys.stderr)
+    if include_path is not None:
+        folders.append(Path(include_path).expanduser())
+    requested = [name for name in names if not _is_file_name(name)]
+    for include_defaults in (False, True):
+        if include_defaults:
+            print("Searching all tasks of the harness, which takes a while", file=sys.stderr)
         try:
-            manager = TaskManager(include_path=list(map(str, folders)), include_defaults=everything)
+            manager = TaskManager(include_path=list(map(str, folders)), include_defaults=include_defaults)
         except Exception as error:  # a yaml file may be wrong in any way
-            raise UserError(f"--include-path {include}: its tasks cannot be read: {_line(error)}") from error
-        unknown = [name for name in wanted if name not in manager.all_tasks]
+            raise UserError(f"--include-path {include_path}: its tasks cannot be read: {_first_line(error)}") from error
+        unknown = [name for name in requested if name not in manager.all_tasks]
         if not unknown:
             return manager
-    near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+    similar = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
     raise UserError(
-        f"--tasks {unknown[0]}: there is no such task{': perhaps ' + ', '.join(near) if near else ''}. "
+        f"--tasks {unknown[0]}: there is no such task{'; similar: ' + ', '.join(similar) if similar else ''}. "
         "`lm_eval ls tasks` lists those of the harness; --include-path FOLDER adds your own"
     )
 
@@ -279,27 +282,27 @@ def _is_file_name(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _metrics(figures: dict[str, Any]) -> dict[str, Metric]:
-    """The figures of a task: `acc,none` and `acc_stderr,none` become acc; other filters stay in the name."""
+def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
+    """Return the metrics of a task: `acc,none` and `acc_stderr,none` become acc; other filters stay in the name."""
     metrics = {}
-    for key, value in figures.items():
-        name, _, chosen = key.partition(",")
-        if not chosen or name.endswith("_stderr") or isinstance(value, str | bool):
+    for key, value in values.items():
+        name, _, filter_name = key.partition(",")
+        if not filter_name or name.endswith("_stderr") or isinstance(value, str | bool):
             continue
-        with contextlib.suppress(TypeError, ValueError):  # what is no number is no figure
-            stderr = figures.get(f"{name}_stderr,{chosen}")
+        with contextlib.suppress(TypeError, ValueError):  # not a number, so not a metric
+            stderr = values.get(f"{name}_stderr,{filter_name}")
             error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
-            metrics[name if chosen == "none" else f"{name},{chosen}"] = Metric(float(value), error)
+            metrics[name if filter_name == "none" else f"{name},{filter_name}"] = Metric(float(value), error)
     return metrics
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness and its data sets tell beside errors; torch's generator is put back afterwards."""
+    """Silence everything but errors of the harness and its data sets; restore torch's random state afterwards."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "httpx", "huggingface_hub")]
     before = [logger.level for logger in loggers]
     state = torch.random.get_rng_state()

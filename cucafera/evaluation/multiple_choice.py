@@ -1,11 +1,11 @@
-"""Multiple choice: which of some endings a model finds likeliest.
+"""Multiple choice: the model's answer is the choice with the highest likelihood.
 
 Prompts, choices and metrics are those of lm-evaluation-harness: of `hellaswag`, and of `arc_ca_*` and `copa_ca` in
-catalan_bench, without examples. A row is recognized by its columns:
+catalan_bench, zero-shot. The format of a row is recognized by its columns:
 
-| form      | columns                                                                                        |
+| format    | columns                                                                                        |
 |-----------|------------------------------------------------------------------------------------------------|
-| HellaSwag | ctx, or ctx_a and ctx_b; endings; label; perhaps activity_label                                |
+| HellaSwag | ctx, or ctx_a and ctx_b; endings; label; optionally activity_label                             |
 | ARC       | question; choices: {text: [...], label: [...]} or [{text: ..., label: ...}, ...]; answerKey    |
 | COPA      | premise; question: cause or effect; choice1; choice2; label: 0 or 1                            |
 """
@@ -13,27 +13,31 @@ catalan_bench, without examples. A row is recognized by its columns:
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cucafera.config import SourceConfig, UserError
-from cucafera.data.corpus import Called, CorpusError, ReadCounts, Row, read_rows
+from cucafera.config.errors import UserError
+from cucafera.data.sources import CorpusError, ReadContext, Row
+from cucafera.data.sources.files import FilesConfig, FilesSource
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.evaluation.likelihood import DOCUMENT_START, DecoderScorer, encoded_pair
-from cucafera.evaluation.results import Metric
+from cucafera.evaluation.requests import DOCUMENT_START, encode_pair
+from cucafera.evaluation.results import Metric, Result
+from cucafera.evaluation.texts import task_name
+
+if TYPE_CHECKING:
+    from cucafera.evaluation.likelihood import DecoderScorer
 
 CONNECTORS = {"cause": "perquè", "effect": "i per tant"}
-CALLED = Called("--choices", "name another file", "Mend it, or take it out", "--choices")
 
 
 class Question(NamedTuple):
-    """What is asked.
+    """A question with its possible answers.
 
     Attributes:
-        context: The text before a choice and the space between them.
-        choices: The ways to go on.
-        gold: Which of them is right.
+        context: The text before a choice, without the space between them.
+        choices: The possible continuations.
+        gold: Index of the right one.
     """
 
     context: str
@@ -42,21 +46,22 @@ class Question(NamedTuple):
 
 
 def read_questions(path: str) -> list[Question]:
-    """The questions of files, .jsonl, also packed, or .parquet.
+    """Return the questions of .jsonl (also compressed) or .parquet files.
 
     Raises:
-        CorpusError: they are not there, hold none, or a row is of no form that is known; with its place.
+        CorpusError: the files do not exist or hold no question, or a row has no known format; with its position.
     """
-    rows = read_rows(CALLED, SourceConfig(path=path), False, ReadCounts(), question_of_row)
-    questions = [question for question, _ in rows]
+    context = ReadContext("--choices", "name another file", "Fix it, or remove it")
+    source = FilesSource(FilesConfig(path=path), context)
+    questions = [question for question, _ in source.convert(question_of_row)]
     if not questions:
         raise CorpusError(f"--choices {path} holds no question")
     return questions
 
 
 def question_of_row(row: Row) -> Question:
-    """The question that a row holds. Raises UserError if it holds none."""
-    for columns, convert in FORMS:
+    """Return the question of a row. Raises UserError if it holds none."""
+    for columns, convert in FORMATS:
         if columns <= row.keys():
             question = convert(row)
             if not 0 <= question.gold < len(question.choices):
@@ -65,39 +70,48 @@ def question_of_row(row: Row) -> Question:
                 raise UserError("a choice is empty")
             return question
     raise UserError(
-        f"no question: it has the columns {', '.join(row) or 'of none'}, and not those of HellaSwag (ctx, endings, "
+        f"not a question: the columns are {', '.join(row) or 'missing'}; needed are those of HellaSwag (ctx, endings, "
         "label), ARC (question, choices, answerKey) or COPA (premise, question, choice1, choice2, label)"
     )
 
 
-def answer_questions(questions: Sequence[Question], scorer: DecoderScorer, tokenizer: Tokenizer) -> dict[str, Metric]:
-    """The share of questions whose right choice the model finds likeliest.
+def measure_questions(
+    path: str, questions: Sequence[Question], scorer: "DecoderScorer", tokenizer: Tokenizer
+) -> Result:
+    """Return the metrics of `answer_questions` on the questions of a file."""
+    settings = {"choices": path, "questions": len(questions)}
+    metrics = answer_questions(questions, scorer, tokenizer)
+    return Result("choices", task_name(path), metrics, settings, f"{len(questions):,} questions")
 
-    acc takes the choice of the highest log-likelihood, acc_norm that of the highest log-likelihood a character; of
-    equal ones the first. Both are the harness's, and so is the standard error: that of a mean, by the sample variance.
+
+def answer_questions(questions: Sequence[Question], scorer: "DecoderScorer", tokenizer: Tokenizer) -> dict[str, Metric]:
+    """Return the share of questions whose right choice gets the highest likelihood.
+
+    acc compares log-likelihoods, acc_norm log-likelihoods per character; the first of equal choices wins. Both are the
+    harness's definitions, and so is the standard error: that of a mean, by the sample variance.
 
     Args:
-        questions: What is asked.
-        scorer: The model; before each context stands a document start, as before each text that it has learned from.
+        questions: At least one.
+        scorer: The model; each context follows a document start token, as every text did in pretraining.
         tokenizer: Its tokenizer.
     """
     requests = [
-        encoded_pair(tokenizer, question.context, f" {choice}", DOCUMENT_START)
+        encode_pair(tokenizer, question.context, f" {choice}", DOCUMENT_START)
         for question in questions
         for choice in question.choices
     ]
-    likelihoods = iter(scorer.continuations(requests))
-    right, right_by_length = [], []
+    scores = iter(scorer.score_continuations(requests))
+    correct, correct_by_length = [], []
     for question in questions:
-        nats = np.array([next(likelihoods).nats for _ in question.choices])
+        likelihoods = np.array([next(scores).log_likelihood for _ in question.choices])
         lengths = np.array([float(len(choice)) for choice in question.choices])
-        right.append(float(np.argmax(nats) == question.gold))
-        right_by_length.append(float(np.argmax(nats / lengths) == question.gold))
-    return {"acc": mean_of(right), "acc_norm": mean_of(right_by_length)}
+        correct.append(float(np.argmax(likelihoods) == question.gold))
+        correct_by_length.append(float(np.argmax(likelihoods / lengths) == question.gold))
+    return {"acc": mean_with_stderr(correct), "acc_norm": mean_with_stderr(correct_by_length)}
 
 
-def mean_of(values: Sequence[float]) -> Metric:
-    """A mean with its standard error: the sample's standard deviation over the root of their number."""
+def mean_with_stderr(values: Sequence[float]) -> Metric:
+    """Return a mean with its standard error: sample standard deviation / sqrt(n)."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return Metric(mean)
@@ -114,12 +128,12 @@ def _hellaswag(row: Row) -> Question:
         context = f"{_text(row, 'activity_label')}: {context}"
     endings = row["endings"]
     if not isinstance(endings, list) or not all(isinstance(ending, str) for ending in endings):
-        raise UserError("endings is no list of texts")
-    return Question(_without_brackets(context), [_without_brackets(ending) for ending in endings], _number(row))
+        raise UserError("endings is not a list of texts")
+    return Question(_without_brackets(context), [_without_brackets(ending) for ending in endings], _label(row))
 
 
 def _without_brackets(text: str) -> str:
-    """As the harness has it: brackets are left over from WikiHow, where a part of the dataset comes from."""
+    """Clean a text as the harness does: brackets are left over from WikiHow, the origin of a part of the dataset."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -133,10 +147,12 @@ def _arc(row: Row) -> Question:
             else [(choice["text"], choice["label"]) for choice in choices]
         )
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError("choices is neither {text: [...], label: [...]}, as long, nor a list of both") from error
+        raise UserError(
+            "choices is neither {text: [...], label: [...]}, equally long, nor a list of {text: ..., label: ...}"
+        ) from error
     texts, labels = [text for text, _ in pairs], [str(label) for _, label in pairs]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError("choices has what is no text")
+        raise UserError("choices holds a text that is not a string")
     answer = str(row["answerKey"])
     if answer not in labels:
         raise UserError(f"answerKey is {answer!r}, and the choices are {', '.join(labels) or 'none'}")
@@ -149,15 +165,16 @@ def _copa(row: Row) -> Question:
     premise = _text(row, "premise")[:-1].strip()
     choices = [_text(row, name) for name in ("choice1", "choice2")]
     choices = [choice[:1].lower() + choice[1:] for choice in choices]
-    return Question(f"{premise} {CONNECTORS[row['question']]}", choices, _number(row))
+    return Question(f"{premise} {CONNECTORS[row['question']]}", choices, _label(row))
 
 
-FORMS: list[tuple[set[str], Callable[[Row], Question]]] = [
+FORMATS: list[tuple[set[str], Callable[[Row], Question]]] = [
     ({"premise", "question", "choice1", "choice2", "label"}, _copa),
     ({"question", "choices", "answerKey"}, _arc),
     ({"ctx_a", "ctx_b", "endings", "label"}, _hellaswag),
     ({"ctx", "endings", "label"}, _hellaswag),
 ]
+"""Required columns and converter of each format; the first match counts, since COPA's columns include a question."""
 
 
 def _text(row: Row, column: str) -> str:
@@ -167,7 +184,7 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
-def _number(row: Row) -> int:
+def _label(row: Row) -> int:
     label: Any = row["label"]
     try:
         if isinstance(label, bool | float):

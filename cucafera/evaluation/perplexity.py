@@ -1,55 +1,47 @@
-"""Bits a byte and perplexity: how well a model predicts text that it is given.
+"""Bits per byte and perplexity of text, in overlapping windows.
 
-A document is its start token and its text. It is read in windows as long as the model's context, each of which begins
-`stride` tokens behind the one before. The first window scores all tokens but the start; every other one only its last
-`stride` tokens, for which what stands before them in the window is context. So each token of the text counts once, and
-has at least `context - stride` tokens before it, if the document has (Hugging Face's guide to the perplexity of models
-of fixed length has the same).
+A document is its start token and its text. It is read in windows as long as the model's context, each shifted by
+`stride` tokens. The first window scores all tokens but the start token; each later one scores only its last `stride`
+tokens, and the tokens before them are context. So each token of the text is scored once, after at least
+`context - stride` tokens of context if the document has them. This is the sliding window of Hugging Face's guide
+"Perplexity of fixed-length models".
 
-The end of a document is not scored. Validation in training measures windows of many documents, and the start token of
-the next one, which ends the one before, with them: its bpb is another number.
+The end of a document is not scored. Validation during training reads windows that span many documents, and scores each
+document's start token as the end of the one before, so its bpb is another number.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from cucafera.config import SourceConfig
-from cucafera.data.chat import Rendered
-from cucafera.data.conversations import held_out_conversations, places_that_fit
-from cucafera.data.corpus import Called, CorpusError, ReadCounts, read_documents
+from cucafera.config.errors import UserError
+from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.data.chatml import Rendered
+from cucafera.data.conversations import held_out_conversations, tokens_that_fit
 from cucafera.data.packed import held_out_stream
 from cucafera.data.shards import TokenStream
-from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
-from cucafera.evaluation.likelihood import Scorer, Window, progress
-from cucafera.evaluation.results import Metric
-from cucafera.evaluation.subject import Subject
+from cucafera.data.tokenizer import Tokenizer
+from cucafera.evaluation.evaluated_model import EvaluatedModel
+from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.evaluation.progress import progress_bar
+from cucafera.evaluation.requests import Scorer, ScoringWindow
+from cucafera.evaluation.results import Metric, Result
+from cucafera.evaluation.texts import EncodedText, read_texts, task_name
 
-TOKENS_AT_A_TIME = 1 << 15
-"""Of the texts whose windows are scored together; progress is shown as often."""
-CALLED = Called("--text", "name one with --column", "Mend it, or name another column with --column", "--text")
-
-
-class Text(NamedTuple):
-    """What is read as one.
-
-    Attributes:
-        ids: Token ids, the document start or the opening of a conversation first.
-        scored: Which of them count, as long as `ids`; None: all but the first.
-        text_bytes: UTF-8 bytes that those stand for.
-    """
-
-    ids: list[int]
-    scored: list[bool] | None
-    text_bytes: int
+TOKENS_AT_ONCE = 1 << 15
+"""Tokens of the texts whose windows are scored together; the progress bar moves as often."""
+ALTERNATIVES = (
+    "give --text FILE for bits per byte, --choices FILE for multiple choice, --tasks NAMES for lm-evaluation-harness, "
+    "--samples for generated texts, or --attention TEXT for attention maps"
+)
 
 
 @dataclass
-class TextScore:
+class ScoreSums:
     """Sums over texts."""
 
     nats: float = 0.0
@@ -58,22 +50,105 @@ class TextScore:
     texts: int = 0
 
     def metrics(self) -> dict[str, Metric]:
-        """bpb in bits a byte, loss in nats a token, and its exponential."""
+        """Return bpb (bits per byte), loss (nats per token) and perplexity, the exponential of the loss."""
         loss = self.nats / self.tokens
         return {
             "bpb": Metric(self.nats / (math.log(2) * self.text_bytes)),
             "loss": Metric(loss),
-            "perplexity": Metric(math.exp(loss) if loss < 700 else math.inf),
+            "perplexity": Metric(math.exp(loss) if loss < 700 else math.inf),  # exp overflows above 709
         }
 
 
-def windows_of(ids: list[int], context: int, stride: int) -> list[Window]:
-    """The windows that score each token of a text once.
+def measure_files(
+    scorer: Scorer, tokenizer: Tokenizer, path: str, column: str, documents: int | None, stride: int | None
+) -> Result:
+    """Return bits per byte and perplexity of the documents of files.
+
+    Args:
+        scorer: The model.
+        tokenizer: Its tokenizer.
+        path: A file, folder or glob.
+        column: The column of the text, in files that have columns.
+        documents: Maximum number of documents; None: all.
+        stride: Tokens that a later window scores; None: half of the context.
+
+    Raises:
+        UserError: the files cannot be read or hold no text, or the stride is not below the context.
+    """
+    settings = {"text": path, "column": column, "documents": documents}
+    texts = read_texts(path, column, documents, tokenizer)
+    return _measure(scorer, "text", task_name(path), texts, stride, settings)
+
+
+def measure_held_out(evaluated: EvaluatedModel, documents: int | None, stride: int | None) -> Iterator[Result]:
+    """Yield, for each source of the run, bits per byte and perplexity of what was held out from training.
+
+    Args:
+        evaluated: The model.
+        documents, stride: As for `measure_files`.
+
+    Raises:
+        UserError: the held-out data is not known or deleted, or the stride is not below the context.
+    """
+    held_out = held_out_texts(evaluated)
+    if not held_out:
+        reason = f": its tokenized data is not in {evaluated.prepared}" if evaluated.sources else ""
+        raise UserError(f"the held-out data of {evaluated.source} cannot be measured{reason}; {ALTERNATIVES}")
+    for name, texts in held_out.items():
+        kind = "answers" if evaluated.chats else "text"
+        settings = {"held_out": name, "documents": documents}
+        selected = islice(texts, documents)
+        yield _measure(DecoderScorer(evaluated.model), kind, f"held-out-{name}", selected, stride, settings)
+
+
+def _measure(
+    scorer: Scorer, kind: str, task: str, texts: Iterable[EncodedText], stride: int | None, settings: dict[str, Any]
+) -> Result:
+    stride = scorer.context // 2 if stride is None else stride
+    if stride >= scorer.context:
+        raise UserError(f"--stride is {stride:,}; it must be below the model's context of {scorer.context:,} tokens")
+    sums = score_texts(scorer, texts, stride)
+    if not sums.tokens or not sums.text_bytes:
+        raise UserError(f"{task}: there is no text to measure; {ALTERNATIVES}")
+    unit = "conversations, answers only" if kind == "answers" else "documents, their ends not scored"
+    note = (
+        f"{sums.tokens:,} tokens, {sums.text_bytes:,} bytes, {sums.texts:,} {unit}; sliding windows of "
+        f"{scorer.context:,} tokens, stride {stride:,}"
+    )
+    return Result(kind, task, sums.metrics(), settings | {"stride": stride, "context": scorer.context}, note)
+
+
+def score_texts(scorer: Scorer, texts: Iterable[EncodedText], stride: int) -> ScoreSums:
+    """Score texts in sliding windows.
+
+    Args:
+        scorer: The model.
+        texts: Consumed in groups of about TOKENS_AT_ONCE tokens.
+        stride: Tokens that a later window of a text scores, below the scorer's context.
+    """
+    sums = ScoreSums()
+    with progress_bar("Texts", None) as bar:
+        for batch in _batches(texts):
+            parts = [sliding_windows(text.ids, scorer.context, stride) for text in batch]
+            nats = iter(scorer.nats([window for windows in parts for window in windows]))
+            for text, windows in zip(batch, parts, strict=True):
+                token_nats = [value for _ in windows for value in next(nats)]
+                mask = [True] * len(token_nats) if text.scored is None else text.scored[1:]
+                sums.nats += math.fsum(value for value, scored in zip(token_nats, mask, strict=True) if scored)
+                sums.tokens += sum(mask)
+                sums.text_bytes += text.text_bytes
+                sums.texts += 1
+            bar.update(len(batch))
+    return sums
+
+
+def sliding_windows(ids: list[int], context: int, stride: int) -> list[ScoringWindow]:
+    """Return the windows that score each token of a text once.
 
     Args:
         ids: Token ids; the first is not scored.
-        context: Most ids of a window.
-        stride: How many of them a later window scores, below `context`.
+        context: Longest window.
+        stride: Tokens that a later window scores, below `context`.
     """
     end = min(context, len(ids))
     windows = [(ids[:end], 1)] if end > 1 else []
@@ -84,101 +159,60 @@ def windows_of(ids: list[int], context: int, stride: int) -> list[Window]:
     return windows
 
 
-def measure(scorer: Scorer, texts: Iterable[Text], stride: int) -> TextScore:
-    """Scores texts; see above.
-
-    Args:
-        scorer: The model.
-        texts: They are read a few at a time.
-        stride: Tokens that a later window of a text scores.
-    """
-    score = TextScore()
-    with progress("Texts", None) as bar:
-        for batch in _batches(texts):
-            parts = [windows_of(text.ids, scorer.context, stride) for text in batch]
-            nats = iter(scorer.nats([window for windows in parts for window in windows]))
-            for text, windows in zip(batch, parts, strict=True):
-                of_text = [value for _ in windows for value in next(nats)]
-                counted = [True] * len(of_text) if text.scored is None else text.scored[1:]
-                score.nats += math.fsum(value for value, counts in zip(of_text, counted, strict=True) if counts)
-                score.tokens += sum(counted)
-                score.text_bytes += text.text_bytes
-                score.texts += 1
-            bar.update(len(batch))
-    return score
-
-
-def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    batch: list[Text] = []
+def _batches(texts: Iterable[EncodedText]) -> Iterator[list[EncodedText]]:
+    batch: list[EncodedText] = []
     tokens = 0
     for text in texts:
         batch.append(text)
         tokens += len(text.ids)
-        if tokens >= TOKENS_AT_A_TIME:
+        if tokens >= TOKENS_AT_ONCE:
             yield batch
             batch, tokens = [], 0
     if batch:
         yield batch
 
 
-def texts_of_files(path: str, column: str, most: int | None, tokenizer: Tokenizer) -> Iterator[Text]:
-    """The documents of files.
+def held_out_texts(evaluated: EvaluatedModel) -> dict[str, Iterator[EncodedText]]:
+    """Return, by source, the held-out documents of a run, or its held-out conversations with the answers scored.
 
-    Args:
-        path: A file, folder or glob.
-        column: Where the text is, in files that have columns.
-        most: How many documents; None: all.
-        tokenizer: Makes the ids.
-
-    Raises:
-        CorpusError: they are not there, cannot be read, or hold no document.
+    A source whose prepared tokens were deleted is left out.
     """
-    counts = ReadCounts()
-    source = SourceConfig(path=path, column=column)
-    for text, _ in islice(read_documents(CALLED, source, skip_broken_lines=False, counts=counts), most):
-        yield Text([DOCUMENT_START_ID, *tokenizer.encode(text)], None, len(text.encode()))
-    if not counts.documents:
-        raise CorpusError(f"--text {path} holds no document")
-
-
-def held_out_texts(subject: Subject) -> dict[str, Iterator[Text]]:
-    """By source: the documents that a run did not train on, or the answers of the conversations that it did not.
-
-    Nothing for a source whose prepared tokens are not there any more.
-    """
-    found: dict[str, Iterator[Text]] = {}
-    for name, identity in subject.sources.items():
-        vocab_size = subject.model.config.vocab_size
-        if subject.chats:
-            conversations = held_out_conversations(subject.prepared, identity, vocab_size)
+    found: dict[str, Iterator[EncodedText]] = {}
+    for name, identity in evaluated.sources.items():
+        vocab_size = evaluated.model.config.vocab_size
+        if evaluated.chats:
+            conversations = held_out_conversations(evaluated.prepared, identity, vocab_size)
             if conversations is not None:
                 rendered = map(conversations.conversation, range(len(conversations)))
-                found[name] = _answers(rendered, subject.tokenizer, subject.model.config.max_position_embeddings)
+                found[name] = _answers(rendered, evaluated.tokenizer, evaluated.model.config.max_position_embeddings)
         else:
-            stream = held_out_stream(subject.prepared, identity, subject.tokenizer, vocab_size)
+            stream = held_out_stream(evaluated.prepared, identity, evaluated.tokenizer, vocab_size)
             if stream is not None:
-                found[name] = _documents(stream, subject.tokenizer)
+                found[name] = _documents(stream, evaluated.tokenizer)
     return found
 
 
-def _documents(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[Text]:
-    """The documents of a stream, each from one document start to the next."""
+def _documents(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[EncodedText]:
+    """Yield the documents of a stream: each runs from one document start token to the next."""
     token_bytes = tokenizer.token_bytes()
     document: list[int] = []
-    for start in range(0, len(stream), TOKENS_AT_A_TIME):
-        for token in stream.read(start, min(TOKENS_AT_A_TIME, len(stream) - start)).tolist():
+    for start in range(0, len(stream), TOKENS_AT_ONCE):
+        for token in stream.read(start, min(TOKENS_AT_ONCE, len(stream) - start)).tolist():
             if token == DOCUMENT_START_ID and document:
-                yield Text(document, None, int(token_bytes[document].sum()))
+                yield EncodedText(document, None, int(token_bytes[document].sum()))
                 document = []
             document.append(token)
     if document:
-        yield Text(document, None, int(token_bytes[document].sum()))
+        yield EncodedText(document, None, int(token_bytes[document].sum()))
 
 
-def _answers(conversations: Iterable[Rendered], tokenizer: Tokenizer, context: int) -> Iterator[Text]:
-    """What is trained of conversations, the <im_end> of each answer with it, up to the last answer that fits."""
+def _answers(conversations: Iterable[Rendered], tokenizer: Tokenizer, context: int) -> Iterator[EncodedText]:
+    """Yield conversations up to their last answer that fits the context; scored is what finetuning trains on.
+
+    That is each answer with its <im_end>.
+    """
     token_bytes = tokenizer.token_bytes()
     for rendered in conversations:
-        if places := places_that_fit(rendered, context - 1):
-            ids, trained = rendered.ids[: places + 1], rendered.trained[: places + 1]
-            yield Text(ids.tolist(), trained.tolist(), int(token_bytes[ids[trained].astype(np.int64)].sum()))
+        if length := tokens_that_fit(rendered, context - 1):
+            ids, trained = rendered.ids[: length + 1], rendered.trained[: length + 1]
+            yield EncodedText(ids.tolist(), trained.tolist(), int(token_bytes[ids[trained].astype(np.int64)].sum()))

@@ -1,7 +1,7 @@
-"""What the original cucafera scored, to stand beside what is measured here.
+"""Published scores of the original cucafera, for comparison.
 
 Source: model card of pauhidalgoo/cucafera-instruct on the Hugging Face hub, README of the original; catalan_bench of
-lm-evaluation-harness, without examples but where the task has its own number of them (phrases_*: 5).
+lm-evaluation-harness, zero-shot except where a task sets its own number of examples (phrases_*: 5).
 """
 
 REFERENCE: dict[str, dict[str, tuple[float, float | None]]] = {
@@ -30,4 +30,4 @@ REFERENCE: dict[str, dict[str, tuple[float, float | None]]] = {
     "xquad_ca": {"exact_match": (0.0067, 0.0024), "f1": (0.0842, 0.0041)},
     "xstorycloze_ca": {"acc": (0.5817, 0.0127)},
 }
-"""By task and metric: the value, and its standard error where it was given."""
+"""By task and metric: the value and its standard error, None where none was published."""

@@ -1,29 +1,29 @@
-"""What was measured, kept beside the run: evaluation.json, TensorBoard, and tables for the terminal."""
+"""Results of evaluations: evaluation.json and TensorBoard events in the run folder, and tables for the terminal."""
 
 import dataclasses
+import io
 import json
 import math
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-
-from cucafera.config import UserError
-from cucafera.data.files import write_text
+from cucafera.config.errors import UserError
 from cucafera.evaluation.reference import REFERENCE
-from cucafera.training.events import EVENTS, EventFile
-from cucafera.training.run_folder import RunFolder
+from cucafera.runs.folder import EVENTS
+from cucafera.storage import PARTIAL, atomic_write, write_text
 
-ENDING = ".evaluation"
-"""Ends the name of the event file, behind that of the newest curves. TensorBoard reads files in the order of their
-names, and where a session of training begins it drops what files before hold of later steps."""
+if TYPE_CHECKING:
+    from cucafera.runs.folder import RunFolder
+
+SUFFIX = ".evaluation"
+"""Suffix of our event file, whose name is otherwise that of the newest curves. TensorBoard reads files in the order of
+their names, and where a training session starts it drops later steps of the files before."""
 
 
 class Metric(NamedTuple):
-    """A figure and its standard error, if it has one."""
+    """A value and its standard error, if it has one."""
 
     value: float
     stderr: float | None = None
@@ -31,14 +31,14 @@ class Metric(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one measurement has given.
+    """The result of one measurement.
 
     Attributes:
         kind: text, answers, choices or harness.
-        task: What was measured with.
-        metrics: The figures, by name.
-        settings: All that decides them beside the weights, as plain data.
-        note: How much was measured, for the terminal.
+        task: Name of the text or task.
+        metrics: By name.
+        settings: Everything but the weights that decides the metrics, as plain data.
+        note: The amount of data, for the terminal.
     """
 
     kind: str
@@ -49,38 +49,36 @@ class Result:
 
 
 class ResultFile:
-    """evaluation.json of a run.
+    """The evaluation.json of a run.
 
     Args:
         run: The run folder.
 
     Raises:
-        UserError: there is one that cannot be read.
+        UserError: the file exists and cannot be read.
     """
 
-    def __init__(self, run: RunFolder) -> None:
+    def __init__(self, run: "RunFolder") -> None:
         self.folder = run.path
         self.path = run.evaluation
         self.entries = self._read()
 
-    def add(self, results: Sequence[Result], checkpoint: str, step: int) -> None:
-        """Adds results of a checkpoint, in place of earlier ones of the same measurement, and writes all of them.
+    def add(self, result: Result, checkpoint: str, step: int) -> None:
+        """Add a result of a checkpoint, replacing an earlier one of the same measurement, and write the files.
 
         Raises:
             UserError: they cannot be written.
         """
-        for result in results:
-            entry = {
-                "kind": result.kind,
-                "task": result.task,
-                "metrics": {name: _plain(metric) for name, metric in result.metrics.items()},
-                "settings": result.settings,
-                "checkpoint": checkpoint,
-                "step": step,
-                "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-            }
-            kept = [other for other in self.entries if _key(other) != _key(entry)]
-            self.entries = [*kept, entry]
+        entry = {
+            "kind": result.kind,
+            "task": result.task,
+            "metrics": {name: _as_json(metric) for name, metric in result.metrics.items()},
+            "settings": result.settings,
+            "checkpoint": checkpoint,
+            "step": step,
+            "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        }
+        self.entries = [*(other for other in self.entries if _key(other) != _key(entry)), entry]
         try:
             write_text(self.path, json.dumps({"results": self.entries}, indent=2, ensure_ascii=False) + "\n")
             self._write_events()
@@ -99,32 +97,40 @@ class ResultFile:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{self.path} is damaged, and would be overwritten: mend it, or move it out of the way"
+                f"{self.path} is damaged, and would be overwritten: repair it, or move it elsewhere"
             ) from error
         return entries
 
     def _write_events(self) -> None:
-        """Writes the figures for TensorBoard, in place of those written before; of each step the last of a task."""
+        """Write all metrics as TensorBoard scalars, replacing the earlier file; per task and step, the last result."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         points: dict[tuple[int, str], float] = {}
         for entry in self.entries:
             for name, metric in entry["metrics"].items():
                 if metric["value"] is not None:
                     points[int(entry["step"]), f"evaluation/{entry['task']}/{name}"] = float(metric["value"])
-        earlier = list(self.folder.glob(EVENTS + "*" + ENDING))
-        curves = sorted(path.name for path in self.folder.glob(EVENTS + "*") if not path.name.endswith(ENDING))
-        name = (curves[-1] if curves else EVENTS + "0000000001") + ENDING
-        events = EventFile(self.folder, name)
+        content = io.BytesIO()
+        records = RecordWriter(content)
+        records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
         for (step, tag), value in sorted(points.items()):
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-        events.close()
-        for path in earlier:
-            if path.name != name:
-                path.unlink(missing_ok=True)
+            records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+
+        names = [path.name for path in self.folder.glob(EVENTS + "*")]
+        curves = sorted(name for name in names if not name.endswith((SUFFIX, PARTIAL)))
+        name = (curves[-1] if curves else EVENTS + "0000000001") + SUFFIX
+        with atomic_write(self.folder / name) as file:
+            file.write(content.getvalue())
+        for other in names:
+            if other.endswith(SUFFIX) and other != name:
+                (self.folder / other).unlink(missing_ok=True)
 
 
-def _plain(metric: Metric) -> dict[str, float | None]:
-    """A metric as JSON, which knows no infinity."""
+def _as_json(metric: Metric) -> dict[str, float | None]:
+    """Return a metric for JSON, which has neither infinity nor NaN: null."""
     return {
         name: value if value is not None and math.isfinite(value) else None for name, value in metric._asdict().items()
     }
@@ -135,13 +141,13 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 def as_table(results: Sequence[Result]) -> str:
-    """The figures for the terminal, with what the original cucafera has published where there is such a figure."""
-    rows = [["task", "metric", "value", "the original"]]
+    """Return a table for the terminal, with the published values of the original cucafera where there are any."""
+    rows = [["task", "metric", "value", "original"]]
     for result in results:
         reference = REFERENCE.get(result.task, {}) if result.kind in ("choices", "harness") else {}
         for number, (name, metric) in enumerate(result.metrics.items()):
-            published = _shown(Metric(*reference[name])) if name in reference else ""
-            rows.append(["" if number else result.task, name, _shown(metric), published])
+            published = _formatted(Metric(*reference[name])) if name in reference else ""
+            rows.append(["" if number else result.task, name, _formatted(metric), published])
     if not any(row[3] for row in rows[1:]):
         rows = [row[:3] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -150,6 +156,6 @@ def as_table(results: Sequence[Result]) -> str:
     return "\n".join([*lines, "", *notes] if notes else lines)
 
 
-def _shown(metric: Metric) -> str:
+def _formatted(metric: Metric) -> str:
     digits = 4 if abs(metric.value) < 100 else 2
     return f"{metric.value:.{digits}f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.{digits}f}")

@@ -1,16 +1,17 @@
-"""GGUF, the file that llama.cpp reads: our weights and tokenizer in its terms, and back.
+"""GGUF, the file format of llama.cpp: conversion of weights, metadata and tokenizer, and back.
 
-llama.cpp computes a model by the graph of its architecture. Two of its graphs compute ours, each with the head tied to
-the embedding (src/models/gemma.cpp and llama.cpp there):
+llama.cpp computes a model by the graph of its architecture. Two of its graphs (src/models/gemma.cpp and llama.cpp in
+its repository) compute our model, with the head tied to the embedding:
 
-    model.hidden_act    architecture   what is stored otherwise than in our checkpoints
-    gelu_pytorch_tanh   gemma          It multiplies embeddings by sqrt(hidden_size): they are divided by it, and the
-                                       gain of the final norm, which stands before the same matrix, is multiplied.
-    silu                llama          It turns pairs (x[2 i], x[2 i + 1]) by an angle, not (x[i], x[i + d / 2]): the
-                                       rows of q_proj and k_proj are put in that order, head by head.
+    model.hidden_act    architecture   stored differently from our checkpoints
+    gelu_pytorch_tanh   gemma          The graph multiplies embeddings by sqrt(hidden_size), so the embedding is divided
+                                       by it. The embedding is the head too, so the weight of the final norm, the
+                                       factor before the head, is multiplied by it.
+    silu                llama          The graph rotates pairs (x[2 i], x[2 i + 1]), not (x[i], x[i + d / 2]), so the
+                                       rows of q_proj and k_proj are interleaved, head by head.
 
-The `llama` graph has SiLU fixed in it: with other weights it would load, and write nonsense. GELU by the error function
-is in neither.
+SiLU is fixed in the `llama` graph: it would load the weights of a GELU model, and generate nonsense. No graph has the
+exact GELU.
 """
 
 import math
@@ -23,16 +24,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cucafera.config import SPECIAL_TOKENS, ModelConfig, UserError
-from cucafera.data.chat import PLAIN_CHAT_TEMPLATE
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, PAD_ID, Tokenizer
+from cucafera.config.errors import UserError
+from cucafera.config.schema import ModelConfig
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS
+from cucafera.data.chatml import PLAIN_CHAT_TEMPLATE
+from cucafera.data.tokenizer import Tokenizer
 from cucafera.model.transformer import Decoder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
 
 ARCHITECTURES = {"gelu_pytorch_tanh": "gemma", "silu": "llama"}
-"""The graph that computes a model, by its hidden_act."""
+"""The architecture by model.hidden_act."""
 
 WEIGHT_NAMES = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
 LAYER_NAMES = {
@@ -54,53 +57,52 @@ class Weight(NamedTuple):
     """One tensor of a file.
 
     Attributes:
-        ours: Its name in the Decoder.
-        theirs: Its name in the file.
-        value: Its fp32 value, as the file has it.
+        name: In the Decoder.
+        gguf_name: In the file.
+        value: In fp32, converted for the graph.
     """
 
-    ours: str
-    theirs: str
+    name: str
+    gguf_name: str
     value: Tensor
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """llama.cpp's name for the graph that computes a model. Raises UserError: it has none."""
+    """Return llama.cpp's architecture for a model. Raises UserError if there is none."""
     if config.hidden_act not in ARCHITECTURES:
         raise UserError(
-            f"model.hidden_act is {config.hidden_act}, which none of llama.cpp's graphs computes: GGUF can hold "
-            f"models with {' or '.join(ARCHITECTURES)}"
+            f"unsupported model: model.hidden_act={config.hidden_act} (llama.cpp computes {' or '.join(ARCHITECTURES)})"
         )
     return ARCHITECTURES[config.hidden_act]
 
 
 def stored_weights(model: Decoder) -> Iterator[Weight]:
-    """The weights of a decoder, as llama.cpp's graph wants them."""
+    """Yield the weights of a decoder, converted for llama.cpp's graph."""
     for name, value in model.state_dict().items():
-        yield Weight(name, _stored_name(name), _stored(name, value.float(), model.config))
+        yield Weight(name, _gguf_name(name), _to_graph(name, value.float(), model.config))
 
 
-def _stored_name(name: str) -> str:
+def _gguf_name(name: str) -> str:
     if name in WEIGHT_NAMES:
         return WEIGHT_NAMES[name]
     _, layer, rest = name.split(".", 2)
     return f"blk.{layer}.{LAYER_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def _stored(name: str, value: Tensor, config: ModelConfig) -> Tensor:
-    """A weight in the terms of the graph."""
+def _to_graph(name: str, value: Tensor, config: ModelConfig) -> Tensor:
+    """Convert a weight for the graph."""
     if architecture_of(config) == "gemma":
         return value * _gemma_factor(name, config)
-    if (heads := _turned_heads(name, config)) is None:
+    if (heads := _rotated_heads(name, config)) is None:
         return value
     return torch.cat([rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) for rows in value.chunk(heads)])
 
 
-def _restored(name: str, value: Tensor, config: ModelConfig) -> Tensor:
-    """A weight in our terms: the inverse of `_stored`."""
+def _from_graph(name: str, value: Tensor, config: ModelConfig) -> Tensor:
+    """Invert `_to_graph`."""
     if architecture_of(config) == "gemma":
         return value / _gemma_factor(name, config)
-    if (heads := _turned_heads(name, config)) is None:
+    if (heads := _rotated_heads(name, config)) is None:
         return value
     return torch.cat([rows.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for rows in value.chunk(heads)])
 
@@ -110,18 +112,18 @@ def _gemma_factor(name: str, config: ModelConfig) -> float:
     return {"embed_tokens.weight": 1 / root, "norm.weight": root}.get(name, 1.0)
 
 
-def _turned_heads(name: str, config: ModelConfig) -> int | None:
-    """How many heads' rows a weight has that are turned by position; None: it is not turned."""
+def _rotated_heads(name: str, config: ModelConfig) -> int | None:
+    """Return the number of heads of a weight whose output is rotated by RoPE; None for other weights."""
     if name.endswith("q_proj.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if name.endswith("k_proj.weight") else None
 
 
 def add_metadata(writer: "GGUFWriter", config: ModelConfig, tokenizer: Tokenizer, chats: bool) -> None:
-    """What llama.cpp must know of the model, and the tokenizer.
+    """Write the hyperparameters, the tokenizer and the chat template.
 
     Raises:
-        UserError: the tokenizer is one that the file cannot hold.
+        UserError: GGUF cannot represent the tokenizer.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
@@ -144,8 +146,7 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: Tokeniz
 
     if tokenizer.ignores_merges:
         raise UserError(
-            "the tokenizer takes whole words before it merges (ignore_merges), which GGUF cannot say of a tokenizer "
-            "with the GPT-2 pattern"
+            "unsupported tokenizer: ignore_merges=true, which GGUF cannot represent together with the GPT-2 pattern"
         )
     spare = config.vocab_size - tokenizer.vocab_size
     tokens = tokenizer.tokens
@@ -153,7 +154,7 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: Tokeniz
     types = [TokenType.CONTROL] * len(SPECIAL_TOKENS) + [TokenType.NORMAL] * ordinary + [TokenType.UNUSED] * spare
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    # No entry of a byte-level vocabulary has a space in it, so these names are of their own.
+    # Entries of a byte-level vocabulary have no spaces, so these names are unique.
     writer.add_token_list(tokens + [f"unused {token}" for token in range(len(tokens), config.vocab_size)])
     writer.add_token_types(types)
     writer.add_token_merges(tokenizer.merges)
@@ -161,16 +162,16 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: Tokeniz
     writer.add_eos_token_id(IM_END_ID if chats else DOCUMENT_START_ID)
     writer.add_pad_token_id(PAD_ID)
     writer.add_unk_token_id(SPECIAL_TOKENS.index("<unk>"))
-    writer.add_add_bos_token(not chats)  # a document begins with it, a conversation with <im_start>
+    writer.add_add_bos_token(not chats)  # documents begin with it, conversations with <im_start>
     if chats:
         writer.add_chat_template(PLAIN_CHAT_TEMPLATE)
 
 
 def open_gguf(path: Path) -> "GGUFReader":
-    """Opens a file; its tensors are read when they are needed.
+    """Open a file; its tensors are memory-mapped.
 
     Raises:
-        UserError: there is none, it is no GGUF, or it is cut off; or the package gguf is not installed.
+        UserError: it does not exist, is not GGUF or is truncated, or the package gguf is not installed.
     """
     try:
         from gguf import GGUFReader
@@ -179,19 +180,19 @@ def open_gguf(path: Path) -> "GGUFReader":
 
     try:
         with path.open("rb") as file:
-            begins = file.read(4)
+            magic = file.read(4)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    if begins != b"GGUF":
+    if magic != b"GGUF":
         raise UserError(f"{path} is not a GGUF file")
     try:
         return GGUFReader(path)
-    except Exception as error:  # whatever the library meets where it expected something else
-        raise UserError(f"{path} is damaged or cut off; write it anew") from error
+    except Exception as error:  # parsing damaged bytes raises many classes
+        raise UserError(f"{path} is damaged or truncated; write it again") from error
 
 
 def metadata(reader: "GGUFReader", key: str) -> Any:
-    """A value of the file, or None. ARCH in the key stands for the name of the architecture."""
+    """Return a value of the file, or None. ARCH in the key is replaced by the name of the architecture."""
     field = reader.get_field(key.replace("ARCH", _text(reader, "general.architecture")))
     return None if field is None else field.contents()
 
@@ -202,17 +203,19 @@ def _text(reader: "GGUFReader", key: str) -> str:
 
 
 def tokenizer_in(reader: "GGUFReader", path: Path) -> Tokenizer:
-    """The tokenizer that a file holds.
+    """Return the tokenizer of a file.
 
     Raises:
-        UserError: it is another than those of this package.
+        UserError: it is not a byte-level BPE with the GPT-2 pattern, as this package writes it.
     """
     from gguf import TokenType
 
     tokens, types = metadata(reader, "tokenizer.ggml.tokens"), metadata(reader, "tokenizer.ggml.token_type")
     kind = [_text(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre")]
     if kind != ["gpt2", "gpt-2"] or tokens is None or types is None:
-        raise UserError(f"{path} has another tokenizer than this package's models: {' '.join(kind) or 'none'}")
+        raise UserError(
+            f"{path}: unsupported tokenizer: {' '.join(kind).strip() or 'none'} (only gpt2 with pattern gpt-2)"
+        )
     used = len(tokens) - types.count(TokenType.UNUSED)
     try:
         return Tokenizer.from_merges(tokens[:used], metadata(reader, "tokenizer.ggml.merges") or [])
@@ -221,19 +224,19 @@ def tokenizer_in(reader: "GGUFReader", path: Path) -> Tokenizer:
 
 
 def decoder_in(reader: "GGUFReader", config: ModelConfig) -> Decoder:
-    """A decoder with the weights of a file, in fp32, in our terms."""
+    """Return a decoder with the weights of a file, in fp32."""
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     with torch.device("meta"):
         shapes = Decoder(config).state_dict()
     state = {}
     for name, value in shapes.items():
-        tensor = tensors[_stored_name(name)]
-        stored = torch.from_numpy(_numbers(tensor.data, tensor.tensor_type)).reshape(value.shape)
-        state[name] = _restored(name, stored, config)
-    return Decoder.holding(config, state)
+        tensor = tensors[_gguf_name(name)]
+        stored = torch.from_numpy(_dequantized(tensor.data, tensor.tensor_type)).reshape(value.shape)
+        state[name] = _from_graph(name, stored, config)
+    return Decoder.from_weights(config, state)
 
 
-def _numbers(data: NDArray[Any], type_: Any) -> NDArray[np.float32]:
+def _dequantized(data: NDArray[Any], type_: Any) -> NDArray[np.float32]:
     from gguf.quants import dequantize
 
-    return np.array(dequantize(data, type_), dtype=np.float32)  # a copy: the file's memory cannot be written
+    return np.array(dequantize(data, type_), dtype=np.float32)  # a copy: the memory-mapped file is read-only

@@ -1,8 +1,8 @@
-"""The model card of an exported model: the README.md of its folder, written from what the run left behind."""
+"""The model card of an exported model: the README.md of its folder, from the files of the run folder."""
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +10,69 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_dump
 
-from cucafera.config import ModelConfig, UserError
+from cucafera.config.errors import UserError
+from cucafera.config.registry import OPTIMIZERS
+from cucafera.config.schema import ModelConfig
 from cucafera.interop.trained import TrainedModel
 from cucafera.model.flops import parameter_count
-from cucafera.training.report import as_quoted_samples, validation_table
-from cucafera.training.run_folder import RunFolder
+from cucafera.objectives import objective_of
+from cucafera.optimizers import OptimizerSpec
+from cucafera.runs.folder import RunFolder
+from cucafera.runs.report import as_quoted_samples, validation_table
 
 CURVES = "curves.png"
-PLACES = ("text", "choices")
-"""Settings of an evaluation that say where a file lay, which is nobody's business."""
+PATH_SETTINGS = ("text", "choices")
+"""Settings of an evaluation that hold local paths; omitted for privacy."""
 
-LIMITS = """\
-- It is small: it makes facts up, and loses the thread of a long text.
-- It knows the language and the views of the texts that it was trained on, with their errors and prejudices.
-- Nothing was done to make it safe. Do not let it decide anything about people."""
+LIMITATIONS = """\
+- It is small: it hallucinates facts, and loses the thread of a long text.
+- It reproduces the language and the views of its training texts, with their errors and biases.
+- It has no safety training. Do not use it for decisions about people."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Past:
-    """What is known of how a model came to be.
+class TrainingLineage:
+    """A run, and the runs that its initial weights come from.
 
     Attributes:
-        config: The configuration of its run, as nested dictionaries.
-        metrics: Its metrics.json; None if it has not come to its end.
+        config: The configuration of the run, as nested dictionaries.
+        metrics: Its metrics.json; None if it has not finished.
         evaluation: The results in its evaluation.json.
-        before: What it began with, and that one's past, as far as its folder is still there.
+        init_from: The source of its initial weights; None if it started from random weights.
+        parent: The lineage of init_from; None if that is not a run folder on this machine.
     """
 
     config: dict[str, Any]
     metrics: dict[str, Any] | None
     evaluation: list[dict[str, Any]]
-    before: "tuple[str, Past | None] | None"
+    init_from: str | None
+    parent: "TrainingLineage | None"
+
+    def stages(self) -> "list[TrainingLineage]":
+        """Return the runs that made the model, the first one first."""
+        return [*(self.parent.stages() if self.parent else []), self]
 
 
-def read_past(folder: RunFolder) -> Past:
-    """The past of a run, back to where it began.
+def read_lineage(folder: RunFolder) -> TrainingLineage:
+    """Read the lineage of a run from its run folder and those that init_from names.
 
     Raises:
-        UserError: its configuration or evaluation cannot be read.
+        UserError: a configuration or evaluation cannot be read.
     """
     try:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder.config), resolve=False)
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{folder.config} cannot be read: {error}") from error
-    begun_with = config.get("init_from")
-    before = None
-    if begun_with:
-        path = Path(begun_with).expanduser()
-        earlier = RunFolder(path.parent.parent if path.is_file() else path)
-        is_there = earlier.config.is_file() and earlier.path.resolve() != folder.path.resolve()
-        before = (str(begun_with), read_past(earlier) if is_there else None)
-    return Past(config, folder.read_metrics(), _evaluation(folder.evaluation), before)
+    init_from, parent = config.get("init_from"), None
+    if init_from:
+        path = Path(init_from).expanduser()
+        source = RunFolder(path.parent.parent if path.is_file() else path)
+        if source.config.is_file() and source.path.resolve() != folder.path.resolve():
+            parent = read_lineage(source)
+    return TrainingLineage(config, folder.read_metrics(), _read_evaluation(folder.evaluation), init_from, parent)
 
 
-def _evaluation(path: Path) -> list[dict[str, Any]]:
+def _read_evaluation(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
@@ -74,39 +83,45 @@ def _evaluation(path: Path) -> list[dict[str, Any]]:
 
 
 def model_card(
-    trained: TrainedModel, past: Past | None, name: str, licence: str | None, proof: str, has_curves: bool
+    trained: TrainedModel,
+    lineage: TrainingLineage | None,
+    name: str,
+    licence: str | None,
+    verification: str,
+    has_curves: bool,
 ) -> str:
-    """The README.md.
+    """Return the README.md.
 
     Args:
         trained: The model.
-        past: Its past, with what was measured of any checkpoint; None for a model that was not trained here.
-        name: What to call it.
-        licence: Identifier of the hub, such as apache-2.0; None: nobody has said.
-        proof: How the files were compared with the source.
-        has_curves: Whether CURVES lies beside it.
+        lineage: Its lineage, with evaluations of any checkpoint; None for a model from elsewhere.
+        name: The name of the model.
+        licence: An identifier of the hub, such as apache-2.0; None: not chosen.
+        verification: How the files were compared with the source, as a sentence without its full stop.
+        has_curves: True if CURVES is in the same folder.
     """
-    if past is not None:
-        of_checkpoint = [result for result in past.evaluation if result["checkpoint"] == trained.checkpoint.name]
-        past = dataclasses.replace(past, evaluation=of_checkpoint)
-    sections = [_what_it_is(trained, past, name), _use(trained.chats)]
-    if past is not None:
-        sections += [_data(past), _recipe(past), _curves(past, has_curves), _evaluation_section(past)]
-        sections += [_samples(past)] if past.metrics and past.metrics["samples"] else []
-    sections += [f"## Limits\n\n{LIMITS}", f"## Files\n\n{proof}.", _licence(licence)]
-    front = safe_dump(_front_matter(past, name, licence), sort_keys=False, allow_unicode=True)
+    if lineage is not None:
+        of_checkpoint = [result for result in lineage.evaluation if result["checkpoint"] == trained.checkpoint.name]
+        lineage = dataclasses.replace(lineage, evaluation=of_checkpoint)
+    sections = [_overview(trained, lineage, name), _usage(trained.chats)]
+    if lineage is not None:
+        sections += [_data(lineage), _recipe(lineage), _curves(lineage, has_curves), _evaluation(lineage)]
+        sections += [_samples(lineage)] if lineage.metrics and lineage.metrics["samples"] else []
+    sections += [f"## Limitations\n\n{LIMITATIONS}", f"## Files\n\n{verification}.", _licence(licence)]
+    front = safe_dump(_front_matter(lineage, name, licence), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _front_matter(past: Past | None, name: str, licence: str | None) -> dict[str, Any]:
-    stages = list(_stages(past))
+def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | None) -> dict[str, Any]:
+    """Return the metadata of the hub, the YAML at the top of the card."""
+    stages = lineage.stages() if lineage else []
     datasets = [
         source["dataset"]
-        for _, stage in stages
+        for stage in stages
         for source in stage.config["data"]["sources"].values()
         if source.get("dataset")
     ]
-    begun_with = stages[0][1].before if stages else None
+    base_model = stages[0].init_from if stages else None
     front: dict[str, Any] = {
         "language": ["ca"],
         "license": licence or "unknown",
@@ -116,9 +131,9 @@ def _front_matter(past: Past | None, name: str, licence: str | None) -> dict[str
     }
     if datasets:
         front["datasets"] = list(dict.fromkeys(datasets))
-    if begun_with is not None and begun_with[1] is None and not Path(begun_with[0]).exists():
-        front["base_model"] = begun_with[0]
-    harness = [] if past is None else [result for result in past.evaluation if result["kind"] == "harness"]
+    if base_model is not None and not Path(base_model).exists():  # a name of the hub, not a local path
+        front["base_model"] = base_model
+    harness = [result for result in lineage.evaluation if result["kind"] == "harness"] if lineage else []
     if harness:
         front["model-index"] = [{"name": name, "results": [_index_entry(result) for result in harness]}]
     return front
@@ -134,32 +149,30 @@ def _index_entry(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(past: Past | None) -> Iterator[tuple[str, Past]]:
-    """The runs that made the model, the first one first, by their names."""
-    if past is not None:
-        if past.before is not None:
-            yield from _stages(past.before[1])
-        yield past.config["name"], past
-
-
-def _what_it_is(trained: TrainedModel, past: Past | None, name: str) -> str:
+def _overview(trained: TrainedModel, lineage: TrainingLineage | None, name: str) -> str:
     config = trained.model.config
     kind = "answers in conversations" if trained.chats else "continues texts"
     lines = [
         f"# {name}",
         "",
-        f"A Catalan language model of {parameter_count(config):,} parameters that {kind}, made with cucafera.",
+        f"A Catalan language model of {parameter_count(config):,} parameters that {kind}, trained with cucafera.",
         "",
         *_table(_shape(config, trained)),
     ]
-    if past is not None and past.metrics is not None:
-        history = past.metrics["validation"]
-        last = next((record for record in history if record["step"] == trained.step), history[-1])
+    if lineage is not None and lineage.metrics is not None:
+        history = lineage.metrics["validation"]
+        record = next((record for record in history if record["step"] == trained.step), history[-1])
         lines += [
             "",
-            f"On text that was held out it needs {last['bpb']:.3f} bits a byte (after {last['step']:,} steps).",
+            f"Validation: {_primary_metric(lineage, record)} on held-out text, after {record['step']:,} steps.",
         ]
     return "\n".join(lines)
+
+
+def _primary_metric(lineage: TrainingLineage, record: Mapping[str, Any]) -> str:
+    """Return the primary metric of a validation, with its unit."""
+    metric = objective_of(lineage.config).primary_metric
+    return metric.text(record[metric.name])
 
 
 def _shape(config: ModelConfig, trained: TrainedModel) -> list[tuple[str, str]]:
@@ -174,34 +187,36 @@ def _shape(config: ModelConfig, trained: TrainedModel) -> list[tuple[str, str]]:
 
 
 def _table(rows: list[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
+    return ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
 
 
-def _use(chats: bool) -> str:
+def _usage(chats: bool) -> str:
     if chats:
         code = (
             'messages = [{"role": "user", "content": "Quina és la capital de Catalunya?"}]\n'
             'print(write(messages)[0]["generated_text"][-1]["content"])'
         )
-        told = (
-            "Conversations are ChatML with `<im_start>` and `<im_end>`, ids 4 and 5; the chat template writes them. A "
-            "text of a user that spells one of them becomes one there: take such spellings out first."
+        note = (
+            "Conversations are ChatML with `<im_start>` and `<im_end>`, ids 4 and 5; the chat template writes them. "
+            "transformers also parses them in the text of a user: remove them from untrusted input."
         )
     else:
         code = 'print(write("Hi havia una vegada")[0]["generated_text"])'
-        told = "The tokenizer puts `</s>`, which begins a document, in front of each text, as in training."
+        note = "The tokenizer prepends `</s>`, the document start token, to each text, as in training."
     return (
-        "## Use\n\n```python\nfrom transformers import pipeline\n\n"
-        f'write = pipeline("text-generation", "PATH OR NAME OF THIS FOLDER")\n{code}\n```\n\n{told}'
+        "## Usage\n\n```python\nfrom transformers import pipeline\n\n"
+        f'write = pipeline("text-generation", "PATH OR NAME OF THIS FOLDER")\n{code}\n```\n\n{note}'
     )
 
 
-def _data(past: Past) -> str:
-    lines = ["## Data", "", "| stage | source | weight | tokens seen in the stage |", "|---|---|---:|---:|"]
-    for name, stage in _stages(past):
-        tokens = f"{stage.metrics['tokens']:,}" if stage.metrics else "not known"
+def _data(lineage: TrainingLineage) -> str:
+    lines = ["## Data", "", "| stage | source | weight | tokens of the stage |", "|---|---|---:|---:|"]
+    for stage in lineage.stages():
+        tokens = f"{stage.metrics['tokens']:,}" if stage.metrics else "unknown"
         for key, source in stage.config["data"]["sources"].items():
-            lines.append(f"| {name} | {_source(key, source)} | {source.get('weight', 1):g} | {tokens} |")
+            lines.append(
+                f"| {stage.config['name']} | {_source(key, source)} | {source.get('weight', 1):g} | {tokens} |"
+            )
     return "\n".join(lines)
 
 
@@ -209,28 +224,27 @@ def _source(key: str, source: Mapping[str, Any]) -> str:
     if source.get("dataset"):
         return f"[{source['dataset']}](https://huggingface.co/datasets/{source['dataset']})"
     if source.get("embedded"):
-        return "the Catalan texts that come with cucafera (CC0)"
-    return f"local files: {key}"  # where they lay is nobody's business
+        return "the embedded Catalan texts of cucafera (CC0)"
+    return f"local files: {key}"  # without their paths, for privacy
 
 
-def _recipe(past: Past) -> str:
-    stages = list(_stages(past))
+def _recipe(lineage: TrainingLineage) -> str:
+    stages = lineage.stages()
     rows: list[tuple[str, list[str]]] = [
-        ("trained", [_trained_part(stage.config["adapter"]) for _, stage in stages]),
-        ("optimizer", [f"AdamW, lr {stage.config['optimizer']['lr']:g}" for _, stage in stages]),
-        ("weight decay", [f"{stage.config['optimizer']['weight_decay']:g}" for _, stage in stages]),
-        ("schedule", [_schedule(stage.config["schedule"]) for _, stage in stages]),
-        ("batch", [f"{int(stage.config['batch_tokens']):,} tokens" for _, stage in stages]),
-        ("window", [f"{int(_resolved(stage.config, 'sequence_length')):,} tokens" for _, stage in stages]),
-        ("steps", [f"{stage.metrics['steps']:,}" if stage.metrics else "not known" for _, stage in stages]),
-        ("seed", [str(stage.config["seed"]) for _, stage in stages]),
-        ("device", [_device(stage) for _, stage in stages]),
+        ("trained", [_trained_part(stage.config["adapter"]) for stage in stages]),
+        ("optimizer", [_optimizer(stage.config["optimizer"]) for stage in stages]),
+        ("schedule", [_schedule(stage.config["schedule"]) for stage in stages]),
+        ("batch", [f"{int(stage.config['batch_tokens']):,} tokens" for stage in stages]),
+        ("window", [f"{int(_resolved(stage.config, 'sequence_length')):,} tokens" for stage in stages]),
+        ("steps", [f"{stage.metrics['steps']:,}" if stage.metrics else "unknown" for stage in stages]),
+        ("seed", [str(stage.config["seed"]) for stage in stages]),
+        ("device", [_device(stage) for stage in stages]),
     ]
-    lines = ["## Recipe", "", f"| | {' | '.join(name for name, _ in stages)} |", "|---|" + "---|" * len(stages)]
-    lines += [f"| {what} | {' | '.join(values)} |" for what, values in rows]
-    first = stages[0][1].before
-    if first is not None:
-        lines += ["", f"It began with `{Path(first[0]).name if Path(first[0]).exists() else first[0]}`."]
+    names = " | ".join(stage.config["name"] for stage in stages)
+    lines = ["## Recipe", "", f"| | {names} |", "|---|" + "---|" * len(stages)]
+    lines += [f"| {label} | {' | '.join(values)} |" for label, values in rows]
+    if source := stages[0].init_from:
+        lines += ["", f"Initial weights: `{Path(source).name if Path(source).exists() else source}`."]
     return "\n".join(lines)
 
 
@@ -238,47 +252,55 @@ def _resolved(config: dict[str, Any], key: str) -> Any:
     return OmegaConf.select(OmegaConf.create(config), key)
 
 
+def _optimizer(settings: Mapping[str, Any]) -> str:
+    spec: OptimizerSpec = OPTIMIZERS.get(settings["name"])
+    return spec.describe(settings)
+
+
 def _trained_part(adapter: Mapping[str, Any]) -> str:
-    return f"adapters of rank {adapter['rank']} (LoRA), merged" if adapter["rank"] else "all weights"
+    return f"LoRA adapters of rank {adapter['rank']}, merged" if adapter["rank"] else "all weights"
 
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
-    return f"{schedule['name']}, {schedule['warmup_steps']:,} steps of warm-up"
+    return f"{schedule['name']}, {schedule['warmup_steps']:,} warmup steps"
 
 
-def _device(stage: Past) -> str:
+def _device(stage: TrainingLineage) -> str:
     if stage.metrics is None:
-        return "not known"
+        return "unknown"
     count = f"{stage.metrics['devices']} x " if stage.metrics["devices"] > 1 else ""
     return f"{count}{stage.metrics['device']}, {stage.metrics['precision']}"
 
 
-def _curves(past: Past, has_curves: bool) -> str:
-    picture = [f"![Validation loss against tokens]({CURVES})", ""] if has_curves else []
-    if past.metrics is None:
-        return "\n".join(["## Curves", "", *picture, "The run has not come to its end."])
-    return "\n".join(["## Curves", "", *picture, *validation_table(past.metrics["validation"])])
+def _curves(lineage: TrainingLineage, has_curves: bool) -> str:
+    picture = [f"![Validation loss over tokens]({CURVES})", ""] if has_curves else []
+    if lineage.metrics is None:
+        return "\n".join(["## Validation", "", *picture, "The run has not finished."])
+    return "\n".join(["## Validation", "", *picture, *validation_table(lineage.metrics)])
 
 
-def _evaluation_section(past: Past) -> str:
+def _evaluation(lineage: TrainingLineage) -> str:
     lines = ["## Evaluation", ""]
-    if not past.evaluation:
-        return "\n".join([*lines, "Beside the curves, it has not been measured yet."])
+    if not lineage.evaluation:
+        return "\n".join([*lines, "Only validated, not evaluated yet."])
     lines += ["| task | metric | value | stderr | settings |", "|---|---|---:|---:|---|"]
-    for result in past.evaluation:
-        told = {key: value for key, value in result["settings"].items() if key not in PLACES and value is not None}
-        settings = ", ".join(f"{key}={value}" for key, value in told.items())
+    for result in lineage.evaluation:
+        settings = ", ".join(
+            f"{key}={value}"
+            for key, value in result["settings"].items()
+            if key not in PATH_SETTINGS and value is not None
+        )
         for metric, value in result["metrics"].items():
             stderr = "" if value.get("stderr") is None else f"{value['stderr']:.4f}"
             lines.append(f"| {result['task']} | {metric} | {value['value']:.4f} | {stderr} | {settings} |")
     return "\n".join(lines)
 
 
-def _samples(past: Past) -> str:
-    assert past.metrics is not None
-    return "\n".join(["## Samples", "", *as_quoted_samples(past.metrics)]).rstrip()
+def _samples(lineage: TrainingLineage) -> str:
+    assert lineage.metrics is not None
+    return "\n".join(["## Samples", "", *as_quoted_samples(lineage.metrics)]).rstrip()
 
 
 def _licence(licence: str | None) -> str:
-    told = f"The weights: {licence}." if licence else "Nobody has said yet under which licence the weights are."
-    return f"## Licence\n\n{told} What they were trained on has licences of its own: see the sources above."
+    weights = f"Weights: {licence}." if licence else "No licence has been chosen for the weights yet."
+    return f"## Licence\n\n{weights} The training data has its own licences: see the sources above."

@@ -1,30 +1,31 @@
-"""Real text to compare models on: the corpus and the conversations that come with the package."""
+"""Real text to compare models on: the embedded corpus and conversations."""
 
 import json
 from collections.abc import Iterator
 from itertools import islice
 
-from cucafera.data.chat import Message, render
-from cucafera.data.corpus import embedded_conversations, embedded_corpus
-from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
+from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.data.chatml import Message, render
+from cucafera.data.sources.embedded import embedded_path
+from cucafera.data.tokenizer import Tokenizer
 
 
 def documents() -> Iterator[str]:
-    """The embedded documents."""
-    with embedded_corpus().open("rb") as lines:
+    """Yield the texts of the embedded documents."""
+    with embedded_path("catalan").open("rb") as lines:
         for line in lines:
             yield json.loads(line)["text"]
 
 
 def conversations() -> Iterator[list[Message]]:
-    """The embedded conversations."""
-    with embedded_conversations().open("rb") as lines:
+    """Yield the embedded conversations."""
+    with embedded_path("conversations").open("rb") as lines:
         for line in lines:
             yield [Message(**message) for message in json.loads(line)["messages"]]
 
 
 def sample_ids(tokenizer: Tokenizer, chats: bool, context: int, count: int) -> Iterator[list[int]]:
-    """Token ids of texts as a model was trained on them, no longer than its context: conversations if it chats."""
+    """Yield token ids of `count` documents, or conversations, as in training, truncated to the context."""
     if chats:
         for rendered in render(list(islice(conversations(), count)), tokenizer):
             yield rendered.ids.tolist()[:context]

@@ -1,4 +1,4 @@
-"""Trained models by their path alone, whoever wrote them: a run folder, a checkpoint, a Hugging Face folder or name."""
+"""Load a trained model from its path alone: a run folder, a checkpoint, or a Hugging Face folder or name."""
 
 import dataclasses
 import logging
@@ -6,33 +6,37 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cucafera.config import Config, ModelConfig, UserError, shown
+from cucafera.config.errors import UserError
+from cucafera.config.fields import format_value
+from cucafera.config.schema import Config, ModelConfig
 from cucafera.data.packed import prepared_tokenizer
 from cucafera.data.tokenizer import Tokenizer
+from cucafera.interop.hf_spec import TOKENIZER, folder_of, read_hf_spec
 from cucafera.interop.hugging_face import load_weights
-from cucafera.interop.layout import TOKENIZER, folder_of, is_hugging_face, read_layout
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
-from cucafera.training.run_folder import RunFolder, read_checkpoint_of, tokenizer_beside
+from cucafera.objectives import objective_of
+from cucafera.runs.folder import RunFolder, read_checkpoint_of, tokenizer_path_of
+from cucafera.runs.locate import is_hugging_face
 
 log = logging.getLogger(__name__)
 
-MAY_DIFFER = ("initializer_range", "base_hidden_size", "max_position_embeddings")
-"""Fields of a model's shape that its weights do not depend on."""
+SHAPELESS_FIELDS = ("initializer_range", "base_hidden_size", "max_position_embeddings")
+"""Fields of ModelConfig that the weights do not depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model, ready to write.
+    """A model ready for inference.
 
     Attributes:
         model: In fp32 on the CPU, adapters merged.
         tokenizer: Its tokenizer.
-        checkpoint: Where its weights come from: a checkpoint's file, or a Hugging Face folder.
-        run: The run folder; None for what is no run of this package.
-        step: After how many steps; None where nobody knows.
-        chats: Whether it was trained on conversations.
-        notes: What a user should know of how it was taken, each a sentence.
+        checkpoint: The origin of its weights: a checkpoint file, or a Hugging Face folder.
+        run: The run folder; None for a model from elsewhere.
+        step: Optimizer steps done; None if unknown.
+        chats: True if it was trained on conversations.
+        notes: What was changed or assumed on loading, as sentences for the user.
     """
 
     model: Decoder
@@ -45,12 +49,12 @@ class TrainedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Beginning:
-    """What a run begins with.
+class InitialWeights:
+    """The initial weights of a run.
 
     Attributes:
         weights: By the names of a LanguageModel's state dict, adapters merged.
-        tokenizer: The fingerprint of the tokenizer that they know.
+        tokenizer: The fingerprint of the tokenizer that they were trained with.
     """
 
     weights: dict[str, Tensor]
@@ -58,78 +62,79 @@ class Beginning:
 
 
 def load_trained(source: str) -> TrainedModel:
-    """The model that a run folder, a checkpoint, a Hugging Face folder or a name of its hub gives.
+    """Load the model of a run folder, a checkpoint, a Hugging Face folder or a name of its hub.
 
     Raises:
-        UserError: no model or tokenizer there, or one that cannot be read or computed.
+        UserError: the model or its tokenizer is missing, damaged or not supported.
     """
     if is_hugging_face(source):
-        layout = read_layout(folder_of(source, with_weights=True))
-        model = _decoder(layout.model, load_weights(layout))
-        return TrainedModel(model, layout.tokenizer, layout.folder, None, None, layout.chats, layout.notes)
+        spec = read_hf_spec(folder_of(source, with_weights=True))
+        model = _decoder(spec.model, load_weights(spec))
+        return TrainedModel(model, spec.tokenizer, spec.folder, None, None, spec.chats, spec.notes)
     path, checkpoint = read_checkpoint_of(source, "")
     config = checkpoint["config"]
-    tokenizer_path = tokenizer_beside(path)
+    tokenizer_path = tokenizer_path_of(path)
     if not tokenizer_path.exists():
-        raise UserError(f"{path}: there is no {tokenizer_path}; a checkpoint stays in its run folder")
+        raise UserError(f"{path}: {tokenizer_path} is missing; a checkpoint can only be read in its run folder")
     tokenizer = Tokenizer.load(tokenizer_path)
-    if tokenizer.fingerprint != checkpoint["identity"]["tokenizer"]:
+    if tokenizer.fingerprint != checkpoint["fingerprints"]["tokenizer"]:
         raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
     model = _decoder(ModelConfig(**config["model"]), merged_weights(checkpoint["state_dict"], config["adapter"]))
-    chats = config["data"]["kind"] == "conversations"
-    return TrainedModel(model, tokenizer, path, RunFolder(path.parent.parent), checkpoint["steps_done"], chats)
+    run, chats = RunFolder(path.parent.parent), objective_of(config).chats
+    return TrainedModel(model, tokenizer, path, run, checkpoint["steps_done"], chats)
 
 
 def _decoder(config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
-    """A decoder with weights that have the names of a LanguageModel's state dict."""
-    return Decoder.holding(config, {name.removeprefix("model."): value for name, value in weights.items()})
+    """Return a decoder with weights that have the names of a LanguageModel's state dict."""
+    return Decoder.from_weights(config, {name.removeprefix("model."): value for name, value in weights.items()})
 
 
-def weights_to_begin_with(config: Config) -> Beginning:
-    """The weights that init_from names, of the model's shape.
+def load_initial_weights(config: Config) -> InitialWeights:
+    """Return the weights of init_from.
 
     Raises:
-        UserError: nothing readable there, or a model of another shape.
+        UserError: they are missing or damaged, or have another shape than the configured model.
     """
     assert config.init_from is not None
     if is_hugging_face(config.init_from):
-        layout = read_layout(folder_of(config.init_from, with_weights=True))
-        for note in layout.notes:
+        spec = read_hf_spec(folder_of(config.init_from, with_weights=True))
+        for note in spec.notes:
             log.info("%s", note)
-        _refuse_another_shape(config, dataclasses.asdict(layout.model))
-        return Beginning(load_weights(layout), layout.tokenizer.fingerprint)
+        _check_same_shape(config, dataclasses.asdict(spec.model))
+        return InitialWeights(load_weights(spec), spec.tokenizer.fingerprint)
     _, checkpoint = read_checkpoint_of(config.init_from, "init_from=")
-    _refuse_another_shape(config, checkpoint["config"]["model"])
+    _check_same_shape(config, checkpoint["config"]["model"])
     weights = merged_weights(checkpoint["state_dict"], checkpoint["config"]["adapter"])
-    return Beginning(weights, checkpoint["identity"]["tokenizer"])
+    return InitialWeights(weights, checkpoint["fingerprints"]["tokenizer"])
 
 
-def _refuse_another_shape(config: Config, there: dict[str, object]) -> None:
-    here = dataclasses.asdict(config.model)
+def _check_same_shape(config: Config, loaded: dict[str, object]) -> None:
+    requested = dataclasses.asdict(config.model)
     differences = [
-        f"model.{key} is {shown(here[key])} here and {shown(there.get(key))} there"
-        for key in here
-        if here[key] != there.get(key) and key not in MAY_DIFFER
+        f"model.{key}: {format_value(requested[key])} (requested) != {format_value(loaded.get(key))} (init_from)"
+        for key in requested
+        if requested[key] != loaded.get(key) and key not in SHAPELESS_FIELDS
     ]
     if differences:
         raise UserError(
-            f"init_from={config.init_from} holds another model:\n" + "\n".join(f"  - {line}" for line in differences)
+            f"init_from={config.init_from} holds a model of another shape:\n"
+            + "\n".join(f"  - {line}" for line in differences)
         )
 
 
-def tokenizer_to_begin_with(config: Config) -> Path:
-    """The tokenizer.json of what init_from names: another would give the weights other words.
+def initial_tokenizer(config: Config) -> Path:
+    """Return the path of the tokenizer of init_from, which the weights were trained with.
 
-    One whose control tokens have other ids here is written among the prepared data.
+    A tokenizer of Hugging Face whose ids had to be reordered is written into the prepared data.
 
     Raises:
-        UserError: a Hugging Face folder holds none that can be used.
+        UserError: the tokenizer of a Hugging Face folder is missing or not supported.
     """
     assert config.init_from is not None
     if not is_hugging_face(config.init_from):
-        return tokenizer_beside(Path(config.init_from).expanduser())
-    layout = read_layout(folder_of(config.init_from, with_weights=False))
-    if layout.rows is None:
-        return layout.folder / TOKENIZER
-    folder = Path(config.data.prepared_dir) / f"tokenizer-{layout.tokenizer.fingerprint[:16]}"
-    return prepared_tokenizer(folder, lambda: layout.tokenizer)
+        return tokenizer_path_of(Path(config.init_from).expanduser())
+    spec = read_hf_spec(folder_of(config.init_from, with_weights=False))
+    if spec.row_of_id is None:
+        return spec.folder / TOKENIZER
+    folder = Path(config.data.prepared_dir) / f"tokenizer-{spec.tokenizer.fingerprint[:16]}"
+    return prepared_tokenizer(folder, lambda: spec.tokenizer)

@@ -1,1 +1,1 @@
-"""Many runs: the jobs of a sweep, what came out of them, and the answer."""
+"""Sweeps: the jobs of --multirun, their results side by side, and the summary."""

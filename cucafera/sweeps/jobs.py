@@ -1,12 +1,11 @@
-"""A job of a sweep: the same command as alone, in a process of its own.
+"""A job of a sweep: the command of one run, in a process of its own.
 
-So nothing of one job reaches another, neither random numbers nor compiled code nor memory, and several devices are
-as good as one. Hydra's launchers decide where and when jobs run; here is what they run.
+No state of one job reaches another (random numbers, compiled code, memory), and jobs on several devices need nothing
+special. Hydra's launchers decide where and when jobs run; this module is what they run.
 """
 
 import ctypes
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -23,33 +22,39 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from cucafera.config import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR, Config
-from cucafera.data.files import descriptor_of, write_text
-from cucafera.training.run_folder import PLUMBING, RunFolder, flat, is_within
+from filelock import FileLock, Timeout
 
-JOB = "job.json"
-"""What is known of a job, in its folder."""
-OUTPUT = "job.out"
-"""What a job has printed, where it has no terminal."""
-BESIDE_SWEEP = ("joblib", "parallel")
-"""Launchers with processes of their own that end with the sweep; those of a cluster go on."""
+from cucafera.config.errors import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR
+from cucafera.config.fields import flat
+from cucafera.config.schema import Config
+from cucafera.runs.compatibility import KEYS_WITHOUT_EFFECT, matches_key
+from cucafera.runs.folder import RunFolder
+from cucafera.storage import write_text
+from cucafera.sweeps.metrics import primary_metric, to_minimize
+
+JOB_FILE = "job.json"
+"""The record of a job, in its folder."""
+OUTPUT_FILE = "job.out"
+"""The output of a job that has no terminal."""
+LOCAL_LAUNCHERS = ("joblib", "parallel")
+"""Launchers whose processes end with the sweep; the jobs of a cluster's launcher continue."""
 PR_SET_PDEATHSIG = 1
-"""Of prctl(2), on Linux: the signal that a process gets when its parent dies."""
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-INDIFFERENT = (*PLUMBING, "trainer")
-"""Keys that change nothing in what comes out of a job."""
+"""Option of prctl(2), on Linux: the signal that a process gets when its parent dies."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+KEYS_WITHOUT_EFFECT_ON_RESULT = (*KEYS_WITHOUT_EFFECT, "trainer")
+"""Keys that do not change the result of a job."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What is known of a job.
+class JobRecord:
+    """The content of job.json.
 
     Attributes:
         status: finished, diverged (stopped by the guards, or worse than before training), refused (for something that
-            the user can mend), stopped (by a signal, or max_time), crashed, or begun, and never ended.
+            the user can fix), stopped (by a signal, or max_time), crashed, or started (and never ended).
         exit_code: Of its process; None while it has not ended.
         overrides: Its command line.
-        identity: What its configuration comes to, hashed: see `identity_of`.
+        identity: A hash of its configuration: see `identity_of`.
     """
 
     status: str
@@ -58,134 +63,142 @@ class Job:
     identity: str | None
 
     @classmethod
-    def read(cls, folder: Path) -> "Job | None":
-        """What a job has left in its folder."""
+    def read(cls, folder: Path) -> "JobRecord | None":
+        """Return the record in a folder; None if it is missing or damaged."""
         try:
-            return cls(**json.loads((folder / JOB).read_bytes()))
+            return cls(**json.loads((folder / JOB_FILE).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, folder: Path) -> None:
-        """Leaves it there."""
-        write_text(folder / JOB, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-
-
-def own_config_folders(hydra_config: Any) -> list[str]:
-    """The folders of configuration files that the command line adds, of a resolved `hydra` node."""
-    return [source.path for source in hydra_config.runtime.config_sources if source.provider == "command-line"]
+        """Write the record into a folder."""
+        write_text(folder / JOB_FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 def identity_of(config: Config) -> str:
-    """A hash of everything in a configuration that decides what comes out."""
-    kept = {key: value for key, value in flat(dataclasses.asdict(config)) if not is_within(key, INDIFFERENT)}
+    """Return a hash of everything in a configuration that affects the result."""
+    kept = {
+        key: value
+        for key, value in flat(dataclasses.asdict(config))
+        if not matches_key(key, KEYS_WITHOUT_EFFECT_ON_RESULT)
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def run_job(
-    config: Config | None, overrides: Sequence[str], folder: Path, config_folders: Sequence[str], launcher: str
+    config: Config | None, overrides: Sequence[str], folder: Path, arguments: Sequence[str], launcher: str
 ) -> float:
-    """Runs a job to its end, unless it has ended before.
+    """Run a job to its end, unless it has ended before.
 
-    One that was run with another configuration is left as it is, and told: it would go on from there, or refuse.
+    A folder that holds a job with another configuration is left as it is, with a message: that run would resume with
+    the wrong settings, or be refused.
 
     Args:
-        config: Its configuration; None if that is not right, which the job will tell.
+        config: Its configuration; None if that is invalid, which the job's own process reports.
         overrides: Its command line.
         folder: Its run folder.
-        config_folders: Further folders of configuration files.
-        launcher: Hydra's that is used. With `basic` a job has the terminal; else what it prints goes into a file.
+        arguments: Overrides of Hydra's own settings that the job needs too.
+        launcher: The name of Hydra's launcher. With `basic` the job has the terminal; else its output goes to a file.
 
     Returns:
-        Its last validation bpb, which a sweeper minimizes; infinite if it has diverged or failed.
+        Its last value of the primary metric, negated if higher is better, since Hydra's sweepers minimize; infinite if
+        the job diverged or failed.
 
     Raises:
-        SystemExit: a signal to this process stopped it, and the sweep with it.
+        SystemExit: a signal to this process stopped the job, and with it the sweep.
     """
     identity = None if config is None else identity_of(config)
-    before = Job.read(folder)
+    before = JobRecord.read(folder)
     if before is not None and config is not None and config.resume != "overwrite":
         if before.identity not in (identity, None):
             print(
-                f"{folder} holds a job with another configuration: name=ANOTHER makes a sweep of its own, and "
-                "resume=overwrite runs all jobs anew",
+                f"{folder} holds a job with another configuration: choose another name=... for this sweep, or run "
+                "all of its jobs again with resume=overwrite",
                 file=sys.stderr,
             )
             return math.inf
         if before.status in ("finished", "diverged"):
-            return _result(before, folder)
-    Job("begun", None, list(overrides), identity).write(folder)
-    if launcher in BESIDE_SWEEP:
+            return _result(before, config, folder)
+    JobRecord("started", None, list(overrides), identity).write(folder)
+    if launcher in LOCAL_LAUNCHERS:
         _end_with_parent()  # this process is the launcher's
-    command = [sys.executable, "-m", "cucafera.run", *overrides, f"run_dir={quoted(os.path.relpath(folder))}"]
-    if config_folders:
-        command += ["--config-dir", config_folders[0]]
+    run_dir = f"run_dir={quoted(os.path.relpath(folder))}"
+    command = [sys.executable, "-m", "cucafera.run", *overrides, run_dir, *arguments]
     with ExitStack() as stack:
         environment = os.environ | stack.enter_context(_own_gpus(config, folder.parent))
-        output = None if launcher == "basic" else stack.enter_context((folder / OUTPUT).open("ab"))
-        signalled, exit_code = _answered(command, environment, output)
+        output = None if launcher == "basic" else stack.enter_context((folder / OUTPUT_FILE).open("ab"))
+        signalled, exit_code = _run_forwarding_signals(command, environment, output)
     if signalled is not None:
-        if launcher in BESIDE_SWEEP:
-            os._exit(128 + signalled)  # an exception would go to the sweep, and this process wait for more work
+        if launcher in LOCAL_LAUNCHERS:
+            os._exit(128 + signalled)  # an exception would reach the sweep, and this process would wait for more work
         sys.exit(128 + signalled)
-    job = Job(_status(exit_code, folder), exit_code, list(overrides), identity)
+    job = JobRecord(_status(exit_code, config, folder), exit_code, list(overrides), identity)
     job.write(folder)
-    return _result(job, folder)
+    return _result(job, config, folder)
 
 
 def quoted(value: str) -> str:
-    """A text as one value of Hydra's grammar, whatever it holds."""
+    """Return a text as one value of Hydra's override grammar, whatever characters it contains."""
     escaped = value.replace("'", "\\'")
     return f"'{escaped}'"
 
 
-def _status(exit_code: int, folder: Path) -> str:
+def _status(exit_code: int, config: Config | None, folder: Path) -> str:
     if exit_code == 0:
-        history = _validations(folder)
-        return "finished" if history[-1]["loss"] < history[0]["loss"] else "diverged"
+        values = _validations(config, folder)
+        return "finished" if values[-1] < values[0] else "diverged"
     names = {EXIT_USER_ERROR: "refused", EXIT_DIVERGED: "diverged", EXIT_OUT_OF_TIME: "stopped"}
-    stops = {128 + number: "stopped" for number in STOPS}
+    stops = {128 + number: "stopped" for number in STOP_SIGNALS}
     return (names | stops).get(exit_code, "crashed")
 
 
-def _result(job: Job, folder: Path) -> float:
-    return float(_validations(folder)[-1]["bpb"]) if job.status == "finished" else math.inf
+def _result(job: JobRecord, config: Config | None, folder: Path) -> float:
+    return _validations(config, folder)[-1] if job.status == "finished" else math.inf
 
 
-def _validations(folder: Path) -> list[dict[str, float]]:
+def _validations(config: Config | None, folder: Path) -> list[float]:
+    """Return the primary metric of each validation of a finished run, such that lower is better."""
+    metric = primary_metric({} if config is None else dict(flat(dataclasses.asdict(config))))
     metrics = RunFolder(folder).read_metrics()
-    assert metrics is not None  # it is written before a run ends with success
-    validations: list[dict[str, float]] = metrics["validation"]
-    return validations
+    assert metrics is not None  # a run writes it before it exits with 0
+    return [to_minimize(metric, validation[metric.name]) for validation in metrics["validation"]]
 
 
-def _answered(command: list[str], environment: dict[str, str], output: Any) -> tuple[int | None, int]:
-    """Runs a command, and hands signals on to it.
+def _run_forwarding_signals(command: list[str], environment: dict[str, str], output: Any) -> tuple[int | None, int]:
+    """Run a command, and forward signals to it.
 
-    It has a session of its own: Ctrl-C on the terminal reaches this process alone, and the command once, from here.
+    The command has a session of its own: Ctrl-C on the terminal reaches this process alone, which forwards it once.
 
     Returns:
-        The signal that stopped the sweep, if one did, and the command's exit code.
+        The signal that stopped the sweep, or None, and the command's exit code.
     """
-    signalled: list[int] = []
+    received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        handed = number
-        if number in STOPS:
-            signalled.append(number)  # at once: another may come while this one is answered
-            by_people = sum(other != signal.SIGUSR2 for other in signalled)
-            if number == signal.SIGUSR2 and len(signalled) > 1:
-                return  # it comes beside the signal that has stopped the sweep
-            if number != signal.SIGUSR2 and by_people == 1 and signalled[0] == signal.SIGUSR2:
-                return  # or that one comes beside it
-            # The command may get the first one from elsewhere too, where all processes are signalled.
-            handed = signal.SIGKILL if by_people > 1 else signal.SIGUSR2
-            told = f"\n{signal.Signals(number).name}: the job finishes its step and saves. Once more to end at once.\n"
-            os.write(sys.stderr.fileno(), told.encode())
+    def forward(number: int, frame: FrameType | None) -> None:
+        forwarded = number
+        if number in STOP_SIGNALS:
+            received.append(number)  # first of all: another signal may arrive while this one is handled
+            by_user = sum(other != signal.SIGUSR2 for other in received)
+            # The death of the sweep's process (SIGUSR2) and a signal of the user often come together, in either order,
+            # where a terminal or scheduler signals a whole group. Such a pair is one request to save and stop; only a
+            # second signal of the user may kill a job that is saving.
+            if number == signal.SIGUSR2 and len(received) > 1:
+                return
+            if number != signal.SIGUSR2 and by_user == 1 and received[0] == signal.SIGUSR2:
+                return
+            # SIGUSR2 rather than the user's signal: the command may get that one directly too, and would take two of
+            # them for a request to exit immediately.
+            forwarded = signal.SIGKILL if by_user > 1 else signal.SIGUSR2
+            message = (
+                f"\n{signal.Signals(number).name} received: the job saves a checkpoint after this step. Press Ctrl-C "
+                "again to exit immediately.\n"
+            )
+            os.write(sys.stderr.fileno(), message.encode())  # print is not safe in a signal handler
         if process is not None:
-            process.send_signal(handed)
+            process.send_signal(forwarded)
 
-    before = {number: signal.signal(number, hand_on) for number in (*STOPS, signal.SIGUSR1)}
+    before = {number: signal.signal(number, forward) for number in (*STOP_SIGNALS, signal.SIGUSR1)}
     try:
         process = subprocess.Popen(
             command,
@@ -195,79 +208,76 @@ def _answered(command: list[str], environment: dict[str, str], output: Any) -> t
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
-        if signalled:  # while it was being started
+        if received:  # a signal that arrived while the process was being started
             process.send_signal(signal.SIGUSR2)
         exit_code = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return (signalled[0] if signalled else None), exit_code
+    return (received[0] if received else None), exit_code
 
 
 def _end_with_parent() -> None:
-    """Asks Linux to stop this process when its parent is killed: a sweep that starts again finds its folder free."""
+    """Ask Linux to stop this process when its parent is killed, so that a sweep that is restarted finds no lock."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR2)
 
 
 @contextmanager
 def _own_gpus(config: Config | None, sweep: Path) -> Iterator[dict[str, str]]:
-    """Waits for as many GPUs as a job needs, where others of this machine run beside it.
+    """Wait for as many GPUs as a job needs, and hold them: other jobs may run on this machine at the same time.
 
     Yields:
-        What its environment needs for it to see no others; nothing where there are no more than it needs.
+        Environment variables that hide the other GPUs; none if the machine has no more GPUs than the job needs.
     """
-    there = [] if config is None or config.trainer.accelerator == "cpu" else _visible_gpus()
-    wanted = config.trainer.devices if config is not None and isinstance(config.trainer.devices, int) else len(there)
-    if not 0 < wanted <= len(there):
-        yield {}  # of too few, the job tells
+    gpus = [] if config is None or config.trainer.accelerator == "cpu" else _visible_gpus()
+    needed = config.trainer.devices if config is not None and isinstance(config.trainer.devices, int) else len(gpus)
+    if not 0 < needed <= len(gpus):
+        yield {}  # the job itself reports that there are too few
         return
-    held = _held_gpus(there, wanted, sweep)
+    held = _hold_gpus(gpus, needed, sweep)
     try:
         yield {"CUDA_VISIBLE_DEVICES": ",".join(held)}
     finally:
-        _give_back(held)
+        _release(held)
 
 
-def _held_gpus(there: Sequence[str], wanted: int, sweep: Path) -> dict[str, int]:
-    """Waits for some of the GPUs, and takes all it needs at once: two jobs never wait for each other's.
+def _hold_gpus(gpus: Sequence[str], needed: int, sweep: Path) -> dict[str, FileLock]:
+    """Wait for some of the GPUs, and hold all at once or none: two jobs cannot deadlock on each other's GPUs.
 
     Returns:
-        Names of GPUs, with descriptors that hold their locks.
+        Names of GPUs, with their locks.
     """
     while True:
-        held: dict[str, int] = {}
-        for gpu in there:
-            path = sweep / f".{socket.gethostname()}-gpu-{gpu}.lock"
-            if len(held) < wanted and (descriptor := _taken(path)) is not None:
-                held[gpu] = descriptor
-        if len(held) == wanted:
+        held: dict[str, FileLock] = {}
+        for gpu in gpus:
+            lock = FileLock(sweep / f".{socket.gethostname()}-gpu-{gpu}.lock", fallback_to_soft=False)
+            if len(held) < needed and _is_acquired(lock):
+                held[gpu] = lock
+        if len(held) == needed:
             return held
-        _give_back(held)
-        time.sleep(random.uniform(0.5, 1.5))  # not in step with others
+        _release(held)
+        time.sleep(random.uniform(0.5, 1.5))  # random, so that two waiting jobs do not stay in step
 
 
-def _give_back(held: dict[str, int]) -> None:
-    for descriptor in held.values():
-        os.close(descriptor)
+def _is_acquired(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
+
+
+def _release(held: dict[str, FileLock]) -> None:
+    for lock in held.values():
+        lock.release()
 
 
 def _visible_gpus() -> list[str]:
-    """The names by which CUDA knows the GPUs that this process may use."""
+    """Return the names by which CUDA knows the GPUs that this process may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name for name in named.split(",") if name]
     import torch
 
-    return [str(index) for index in range(torch.cuda.device_count())]  # asks the driver, and touches no GPU
-
-
-def _taken(path: Path) -> int | None:
-    """The descriptor that holds a lock; None if another process holds it."""
-    descriptor = descriptor_of(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+    return [str(index) for index in range(torch.cuda.device_count())]  # asks the driver, without initializing a GPU

@@ -1,7 +1,7 @@
-"""The best value of a knob: a parabola through the losses around the smallest one.
+"""The best value of a hyperparameter: a parabola through the results around the best one.
 
-Near its minimum a loss is about quadratic in the logarithm of the learning rate; how sure its place is follows from
-what the parabola leaves unexplained, repeated seeds and its own misfit included.
+Near its minimum a loss is about quadratic in the logarithm of the learning rate. The uncertainty of the minimum follows
+from the residuals of the fit, which contain both the noise between seeds and the misfit of the parabola.
 """
 
 import dataclasses
@@ -13,40 +13,38 @@ from numpy.typing import NDArray
 
 NEIGHBOURS = 2
 """Values on each side of the best that the parabola is fitted to."""
-NEGLIGIBLE_NATS = 0.01
-"""Losses that differ by less are as good as each other."""
-LEAST_BEND = 2.0
-"""Standard errors that the bend of a parabola must be above zero, or its minimum is nowhere in particular."""
+CURVATURE_STANDARD_ERRORS = 2.0
+"""Standard errors by which the curvature must exceed zero; otherwise the position of the minimum means nothing."""
 STUDENT = (1.837, 1.321, 1.197, 1.142, 1.111, 1.091, 1.077, 1.067, 1.059, 1.053)
-"""Half the width of the 68% interval of Student's t, for 1, 2, ... degrees of freedom."""
+"""Half width of the 68% interval of Student's t distribution, for 1, 2, ... degrees of freedom."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimum:
-    """Where the loss is smallest.
+    """The value of a hyperparameter with the best score.
 
     Attributes:
-        best_value: The tried value with the smallest mean loss.
-        best_loss: That loss.
-        edge: lowest or highest if it is the outermost one that was tried, or else None.
-        diverged: The value above it, if that came to no finite loss.
-        value: Minimum of the parabola; None where there is none between the values that it was fitted to.
-        loss: The parabola there.
-        factor: How sure that is: with 68% confidence it lies between value / factor and value * factor. None if there
-            are no more points than a parabola needs.
-        points: Losses that it was fitted to.
-        as_good: From where to where, of the values that it was fitted to, the parabola lies within NEGLIGIBLE_NATS of
-            its minimum.
+        best_value: The tried value with the best mean score.
+        best_score: That mean.
+        edge: lowest or highest if it is the outermost value that was tried, else None.
+        diverged: The next larger value, if it has no finite score.
+        value: Optimum of the parabola; None if there is none within the fitted values.
+        score: The parabola at that optimum.
+        factor: Uncertainty: with 68% confidence the optimum is between value / factor and value * factor. None if there
+            are no more points than a parabola has coefficients.
+        points: Number of fitted scores.
+        as_good: Smallest and largest of the fitted values at which the parabola is within the negligible difference of
+            its optimum.
         coefficients: Of the parabola in log10 of the value: square, linear, constant.
-        fitted: Smallest and largest value that it was fitted to.
+        fitted: Smallest and largest fitted value.
     """
 
     best_value: float
-    best_loss: float
+    best_score: float
     edge: str | None
     diverged: float | None
     value: float | None = None
-    loss: float | None = None
+    score: float | None = None
     factor: float | None = None
     points: int = 0
     as_good: tuple[float, float] | None = None
@@ -54,80 +52,104 @@ class Optimum:
     fitted: tuple[float, float] | None = None
 
     def at(self, value: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The parabola at some values."""
+        """Return the parabola at some values of the hyperparameter."""
         assert self.coefficients is not None
         return np.polyval(np.array(self.coefficients), np.log10(value))
 
 
-def find_optimum(results: Iterable[tuple[float, float]]) -> Optimum | None:
-    """The optimum of (value, loss) pairs; a value may stand in several, with other seeds.
+def find_optimum(
+    results: Iterable[tuple[float, float]], negligible: float = 0.01, direction: str = "lower"
+) -> Optimum | None:
+    """Return the optimum of (value, score) pairs; a value may occur several times, with different seeds.
+
+    Args:
+        results: Values of a hyperparameter, positive, with the scores of their runs.
+        negligible: Difference of scores that does not matter.
+        direction: lower or higher: which score is better.
 
     Returns:
-        None if there is no finite loss.
+        None if no score is finite.
     """
-    losses: dict[float, list[float]] = {}
-    tried: set[float] = set()
-    for value, loss in results:
-        tried.add(value)
-        if math.isfinite(loss):
-            losses.setdefault(value, []).append(loss)
-    if not losses:
+    sign = 1.0 if direction == "lower" else -1.0
+    found = _minimum([(value, sign * score) for value, score in results], negligible)
+    if found is None or direction == "lower":
+        return found
+    return dataclasses.replace(
+        found,
+        best_score=-found.best_score,
+        score=None if found.score is None else -found.score,
+        coefficients=found.coefficients and (-found.coefficients[0], -found.coefficients[1], -found.coefficients[2]),
+    )
+
+
+def _minimum(results: list[tuple[float, float]], negligible: float) -> Optimum | None:
+    scores: dict[float, list[float]] = {}
+    for value, score in results:
+        if math.isfinite(score):
+            scores.setdefault(value, []).append(score)
+    if not scores:
         return None
-    values = sorted(losses)
-    means = [sum(losses[value]) / len(losses[value]) for value in values]
+    tried = {value for value, _ in results}
+    values = sorted(scores)
+    means = [sum(scores[value]) / len(scores[value]) for value in values]
     best = min(range(len(values)), key=means.__getitem__)
     above = [value for value in sorted(tried) if value > values[best]]
     edge = None
     if len(tried) > 1 and values[best] in (min(tried), max(tried)):
         edge = "lowest" if above else "highest"
-    found = Optimum(values[best], means[best], edge, above[0] if above and above[0] not in losses else None)
+    found = Optimum(values[best], means[best], edge, above[0] if above and above[0] not in scores else None)
     around = values[max(0, best - NEIGHBOURS) : best + NEIGHBOURS + 1]
     if edge or found.diverged or len(around) < 3:
+        return found  # nothing is extrapolated
+    x = np.log10([value for value in around for _ in scores[value]])
+    y = np.array([score for value in around for score in scores[value]])
+    return _with_parabola(found, x, y, negligible)
+
+
+def _with_parabola(found: Optimum, x: NDArray[np.float64], y: NDArray[np.float64], negligible: float) -> Optimum:
+    """Return `found` with the minimum of a least squares parabola, if it has a clear one within the points.
+
+    Args:
+        found: The best of the tried values.
+        x: log10 of the values.
+        y: Their scores; lower is better.
+        negligible: See `find_optimum`.
+    """
+    middle = float(x.mean())  # centred, so that the columns of the fit are close to orthogonal
+    degrees_of_freedom = len(y) - 3
+    if degrees_of_freedom > 0:
+        fit, covariance = np.polyfit(x - middle, y, 2, cov=True)
+    else:
+        fit, covariance = np.polyfit(x - middle, y, 2), None
+    square, linear, constant = (float(coefficient) for coefficient in fit)
+    error = 0.0 if covariance is None else math.sqrt(covariance[0, 0])
+    if square <= CURVATURE_STANDARD_ERRORS * error:
         return found
-    x = np.log10([value for value in around for _ in losses[value]])
-    y = np.array([loss for value in around for loss in losses[value]])
-    # Around the middle of the values, so that the sums are of like size.
-    middle = float(x.mean())
-    design = np.stack([(x - middle) ** 2, x - middle, np.ones_like(x)], axis=1)
-    square, linear, constant = (float(c) for c in np.linalg.lstsq(design, y, rcond=None)[0])
-    covariance = _covariance(design, y, np.array([square, linear, constant]))
-    least = 0.0 if covariance is None else LEAST_BEND * math.sqrt(covariance[0, 0])
-    if square <= least:
-        return found
-    place = -linear / (2 * square)
-    if not x.min() <= middle + place <= x.max():
+    minimum = -linear / (2 * square)
+    if not x.min() <= middle + minimum <= x.max():
         return found
     factor = None
     if covariance is not None:
-        # By the delta method: place is -linear / (2 * square).
+        # Delta method: the variance of minimum(square, linear) = -linear / (2 * square) to first order.
         gradient = np.array([linear / (2 * square**2), -1 / (2 * square), 0.0])
-        factor = float(10 ** (_student(len(y) - 3) * math.sqrt(max(0.0, gradient @ covariance @ gradient))))
-    reach = math.sqrt(NEGLIGIBLE_NATS / square)
-    low, high = max(x.min(), middle + place - reach), min(x.max(), middle + place + reach)
+        variance = max(0.0, float(gradient @ covariance @ gradient))
+        factor = 10 ** (_student(degrees_of_freedom) * math.sqrt(variance))
+    reach = math.sqrt(negligible / square)
+    low, high = max(x.min(), middle + minimum - reach), min(x.max(), middle + minimum + reach)
     return dataclasses.replace(
         found,
-        value=10 ** (middle + place),
-        loss=constant - linear**2 / (4 * square),
+        value=10 ** (middle + minimum),
+        score=constant - linear**2 / (4 * square),
         factor=factor,
         points=len(x),
         as_good=(float(10**low), float(10**high)),
         coefficients=(square, linear - 2 * square * middle, constant - linear * middle + square * middle**2),
-        fitted=(around[0], around[-1]),
+        fitted=(float(10 ** x.min()), float(10 ** x.max())),
     )
 
 
-def _covariance(
-    design: NDArray[np.float64], y: NDArray[np.float64], coefficients: NDArray[np.float64]
-) -> NDArray[np.float64] | None:
-    """Of the coefficients of a least squares fit; None if it has no point more than coefficients."""
-    free = len(y) - len(coefficients)
-    if free < 1:
-        return None
-    residuals = y - design @ coefficients
-    covariance: NDArray[np.float64] = np.linalg.inv(design.T @ design) * float(residuals @ residuals) / free
-    return covariance
-
-
-def _student(free: int) -> float:
-    """See STUDENT; beyond it, about 1 + 1 / (2 * degrees of freedom)."""
-    return STUDENT[free - 1] if free <= len(STUDENT) else 1 + 1 / (2 * free)
+def _student(degrees_of_freedom: int) -> float:
+    """Return the factor of STUDENT; beyond the table, about 1 + 1 / (2 * degrees of freedom)."""
+    if degrees_of_freedom <= len(STUDENT):
+        return STUDENT[degrees_of_freedom - 1]
+    return 1 + 1 / (2 * degrees_of_freedom)

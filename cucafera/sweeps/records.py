@@ -1,8 +1,7 @@
-"""What runs have left in their folders, side by side."""
+"""The results of runs, read from their folders, and tables of them."""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,66 +11,70 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cucafera.config import UserError, shown
-from cucafera.sweeps.jobs import JOB, Job
-from cucafera.training.run_folder import PLUMBING, RunFolder, flat, is_within
+from cucafera.config.errors import UserError
+from cucafera.config.fields import flat, format_value
+from cucafera.objectives import MetricSpec
+from cucafera.runs.compatibility import KEYS_WITHOUT_EFFECT, matches_key
+from cucafera.runs.folder import RunFolder
+from cucafera.sweeps.jobs import JOB_FILE, JobRecord
+from cucafera.sweeps.metrics import objective_of_run, primary_metric, shown_metrics, to_minimize
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RunRecord:
     """One run.
 
     Attributes:
         folder: The run folder.
-        name: What to call it beside others.
-        config: Its configuration, by dotted keys; empty if it was refused before it began.
-        job: What is known of it as a job, if it is one of a sweep.
-        metrics: Its metrics.json; None if it has not come to its end.
-        curve: Its validations so far: step, tokens, loss in nats, bpb.
+        name: Its name in tables.
+        config: Its configuration, by dotted keys; empty if it was refused before it started.
+        job: The record of it as a job, if it is one of a sweep.
+        metrics: Its metrics.json; None if it has not finished.
+        curve: Its validations so far: step, tokens, and each metric by name.
     """
 
     folder: Path
     name: str
     config: dict[str, Any]
-    job: Job | None
+    job: JobRecord | None
     metrics: dict[str, Any] | None
     curve: list[dict[str, float]]
 
     @property
     def status(self) -> str:
-        """How it ended; see `Job`."""
+        """Status of its job; see `JobRecord`."""
         if self.job is not None:
             return self.job.status
         return "finished" if self.metrics is not None else "not finished"
 
     @functools.cached_property
     def settings(self) -> dict[str, str]:
-        """What the command line of a job set."""
+        """The values that the command line of a job set."""
         return settings_of(self.job.overrides if self.job else [])
 
-    @property
-    def loss(self) -> float:
-        """The last validation loss, nats; infinite if the run has none, or diverged or failed."""
-        return self.curve[-1]["loss"] if self.status == "finished" else math.inf
+    def result(self, metric: MetricSpec) -> float | None:
+        """Return the last value of a metric; None if the run has none, or has not finished."""
+        return self.curve[-1].get(metric.name) if self.status == "finished" else None
 
     @property
-    def bpb(self) -> float:
-        """The same in bits a byte, by which runs with different tokenizers can be compared too."""
-        return self.curve[-1]["bpb"] if self.status == "finished" else math.inf
+    def rank(self) -> float:
+        """The primary metric as a number that is smaller the better the run is; infinite without a result."""
+        metric = primary_metric(self.config)
+        return to_minimize(metric, self.result(metric))
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, str]:
-    """Keys and their values as Hydra writes them; of a key that is given twice, the last."""
+    """Return the keys of overrides with their values as Hydra writes them; of repeated keys the last value."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     return {override.key_or_group: override.get_value_element_as_str() for override in parsed}
 
 
-def read_records(folder: Path, within: Path | None) -> list[Record]:
-    """The run in a folder, or all runs below it.
+def read_records(folder: Path, within: Path | None) -> list[RunRecord]:
+    """Return the run in a folder, or all runs below it.
 
     Args:
         folder: The folder.
-        within: Where their names begin; None: they are called by their paths.
+        within: Folder that names are relative to; None: names are paths.
 
     Raises:
         UserError: there is none, or one cannot be read.
@@ -83,101 +86,129 @@ def read_records(folder: Path, within: Path | None) -> list[Record]:
 
 
 def _runs_below(folder: Path) -> list[Path]:
-    return sorted({path.parent for name in (JOB, "config.yaml") for path in folder.rglob(name)})
+    return sorted({path.parent for name in (JOB_FILE, "config.yaml") for path in folder.rglob(name)})
 
 
-def _read_record(path: Path, name: str) -> Record:
+def _read_record(path: Path, name: str) -> RunRecord:
     folder = RunFolder(path)
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder.config)) if folder.config.exists() else None
     except (OSError, YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{folder.config} cannot be read: {error}") from error
     if not config and folder.config.exists():
-        raise UserError(f"{folder.config} is empty, or no configuration")
+        raise UserError(f"{folder.config} is empty, or not a configuration")
     config = config if isinstance(config, dict) else {}
     metrics = folder.read_metrics()
     settings = dict(flat({str(key): value for key, value in config.items()}))
-    curve = metrics["validation"] if metrics else _curve_of_events(path, int(settings.get("batch_tokens", 0)))
-    return Record(path, name, settings, Job.read(path), metrics, curve)
+    try:
+        objective_of_run(settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    curve = metrics["validation"] if metrics else _curve_of_events(path, settings)
+    return RunRecord(path, name, settings, JobRecord.read(path), metrics, curve)
 
 
-def _curve_of_events(path: Path, batch_tokens: int) -> list[dict[str, float]]:
-    """The validations of a run that has not come to its end."""
+def _curve_of_events(path: Path, config: dict[str, Any]) -> list[dict[str, float]]:
+    """Return the validations of a run that has not finished, from its TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
-    if "val/loss" not in events.Tags()["scalars"]:
-        return []
-    bpb = {event.step: event.value for event in events.Scalars("val/bpb")}
+    values: dict[int, dict[str, float]] = {}
+    names = {metric.name for metric in shown_metrics([config])}
+    for name in names:
+        if f"val/{name}" in events.Tags()["scalars"]:
+            for event in events.Scalars(f"val/{name}"):
+                values.setdefault(event.step, {})[name] = event.value
+    batch_tokens = int(config.get("batch_tokens", 0))
     return [
-        {"step": event.step, "tokens": event.step * batch_tokens, "loss": event.value, "bpb": bpb[event.step]}
-        for event in events.Scalars("val/loss")
+        {"step": step, "tokens": step * batch_tokens, **values[step]}
+        for step in sorted(values)
+        if values[step].keys() == names
     ]
 
 
 def differing_keys(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys that do not have the same value in all of them, in the order in which they first stand."""
+    """Return the keys whose values are not equal in all of the settings, in the order in which they first occur."""
     keys = dict.fromkeys(key for one in settings for key in one)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
 
-def differences(records: Sequence[Record]) -> list[list[str]]:
-    """A table of the keys that differ: a column for each run, or, of more runs than keys, a row."""
-    keys = [key for key in differing_keys([record.config for record in records]) if not is_within(key, PLUMBING)]
-    rows = [[key, *(shown(record.config[key]) if key in record.config else "" for record in records)] for key in keys]
+def differences(records: Sequence[RunRecord]) -> list[list[str]]:
+    """Return a table of the keys that differ: a column per run, or a row per run if there are more runs than keys."""
+    keys = [
+        key
+        for key in differing_keys([record.config for record in records])
+        if not matches_key(key, KEYS_WITHOUT_EFFECT)
+    ]
+    rows = [
+        [key, *(format_value(record.config[key]) if key in record.config else "" for record in records)] for key in keys
+    ]
     table = [["", *(record.name for record in records)], *rows]
     return table if len(records) <= len(keys) else [list(row) for row in zip(*table, strict=True)]
 
 
-RESULTS = ["status", "loss", "bpb", "best loss", "best bpb", "steps", "tokens", "tokens/s"]
+def result_columns(metrics: Sequence[MetricSpec]) -> list[str]:
+    """Return the names of the columns of `results_of`."""
+    names = [metric.name for metric in metrics]
+    return ["status", *names, *(f"best {name}" for name in names), "steps", "tokens", "tokens/s"]
 
 
-def results_of(record: Record) -> list[float | str | None]:
-    """What goes under `RESULTS`: losses in nats a token, bpb in bits a byte; None where nothing is known."""
-    if not record.curve or record.status == "refused":  # what lies there is an earlier run's
-        return [record.status, *[None] * (len(RESULTS) - 1)]
+def results_of(record: RunRecord, metrics: Sequence[MetricSpec]) -> list[float | str | None]:
+    """Return the results of a run, one per column of `result_columns`; None for what is unknown."""
+    if not record.curve or record.status == "refused":  # an earlier run left the curve of a run that was refused
+        return [record.status, *[None] * (len(result_columns(metrics)) - 1)]
     last = record.curve[-1]
-    best_loss, best_bpb = (min(point[what] for point in record.curve) for what in ("loss", "bpb"))
+    best = [_best([point.get(metric.name) for point in record.curve], metric) for metric in metrics]
     speed = record.metrics["tokens_per_second"] if record.metrics else None
-    return [record.status, last["loss"], last["bpb"], best_loss, best_bpb, last["step"], last["tokens"], speed]
+    values = [last.get(metric.name) for metric in metrics]
+    return [record.status, *values, *best, last["step"], last["tokens"], speed]
+
+
+def _best(values: Sequence[float | None], metric: MetricSpec) -> float | None:
+    return min(values, key=lambda value: to_minimize(metric, value))
 
 
 def in_figures(values: Sequence[float | str | None]) -> list[str]:
-    """A row of a table for people."""
+    """Return a row of a table as text."""
     texts = []
     for value in values:
         if isinstance(value, str) or value is None:
             texts.append(value or "")
+        elif isinstance(value, int):
+            texts.append(f"{value:,}")
         else:
-            texts.append(
-                f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value > 1000 else f"{value:.3f}"
-            )
+            texts.append(f"{value:,.0f}" if value > 1000 else f"{value:.3f}")
     return texts
 
 
+def units_of(metrics: Sequence[MetricSpec]) -> str:
+    """Return the units of some metrics, for the heading of a table: "loss in nats per token, bpb in bits per byte"."""
+    return ", ".join(f"{metric.name} in {metric.unit}" for metric in metrics)
+
+
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, the first row its head."""
+    """Return a table in Markdown; the first row is its head."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal, the first row its head; figures to the right."""
+    """Return a table for the terminal; the first row is its head, and columns of numbers are aligned to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    to_the_right = [all(_is_figure(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
+    is_numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, to_the_right, strict=True)
+            for cell, width, right in zip(row, widths, is_numeric, strict=True)
         )
         for row in rows
     ]
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def _is_figure(cell: str) -> bool:
+def _is_number(cell: str) -> bool:
     try:
         float(cell.replace(",", "") or 0)
     except ValueError:

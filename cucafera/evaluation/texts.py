@@ -1,0 +1,61 @@
+"""Texts to score, without torch: the documents of files as token ids."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from cucafera.config.schema import ColumnsConfig
+from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.data.sources import CorpusError, ReadContext
+from cucafera.data.sources.files import FilesConfig, FilesSource
+from cucafera.data.tokenizer import Tokenizer
+
+
+class EncodedText(NamedTuple):
+    """A text as token ids.
+
+    Attributes:
+        ids: Token ids; the first is the document start, or the <im_start> of a conversation.
+        scored: Mask of the tokens to score, as long as `ids`; None: all but the first.
+        text_bytes: UTF-8 bytes of the scored tokens.
+    """
+
+    ids: list[int]
+    scored: list[bool] | None
+    text_bytes: int
+
+
+def check_texts(path: str, column: str) -> None:
+    """Read the first document of files. Raises CorpusError as `read_texts` does."""
+    next(_documents(path, column))
+
+
+def read_texts(path: str, column: str, documents: int | None, tokenizer: Tokenizer) -> Iterator[EncodedText]:
+    """Yield the documents of files, encoded.
+
+    Args:
+        path: A file, folder or glob.
+        column: The column of the text, in files that have columns.
+        documents: Maximum number of documents; None: all.
+        tokenizer: Encodes them.
+
+    Raises:
+        CorpusError: the files do not exist, cannot be read, or hold no document.
+    """
+    for text in islice(_documents(path, column), documents):
+        yield EncodedText([DOCUMENT_START_ID, *tokenizer.encode(text)], None, len(text.encode()))
+
+
+def _documents(path: str, column: str) -> Iterator[str]:
+    context = ReadContext("--text", "name one with --column", "Fix it, or name another column with --column")
+    source = FilesSource(FilesConfig(path=path, columns=ColumnsConfig(text=column)), context)
+    for text, _ in source.documents():
+        yield text
+    if not source.counts.documents:
+        raise CorpusError(f"--text {path} holds no document")
+
+
+def task_name(path: str) -> str:
+    """Return the name of a measurement on files: the file name without suffixes; for a glob, its folder's name."""
+    return Path(path).name.split(".")[0].strip("*?[]") or Path(path).resolve().parent.name or "text"
