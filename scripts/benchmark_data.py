@@ -1,23 +1,23 @@
-"""How fast data moves: text into shards, shards into batches, and a stream of ten billion tokens.
+"""Data throughput: text to shards, shards to batches, and a stream of ten billion tokens.
 
-    python scripts/benchmark_data.py tokenize       a corpus into shards, beside the tokenizers library alone
-    python scripts/benchmark_data.py windows        shards into the batches of a run
+    python scripts/benchmark_data.py tokenize       a corpus to shards, against the tokenizers library alone
+    python scripts/benchmark_data.py windows        shards to the batches of a run
     python scripts/benchmark_data.py ten-billion    20 GB of shards: opening, the first batch, memory
 
-tokenize: from the packed file to verified shards on the disk, against the library's encode_batch and
-encode_batch_fast on the same texts in memory. Each measurement has a process of its own, which may use 1, 2, ...
-cores, and a round makes every measurement once; so a machine that is busy for a while is busy for all. The ratio is to
-the library's faster call in the same round. All must find the same number of tokens, or the script fails.
-Without --corpus it makes one: sentences of the embedded corpus in random order. In it one word in twelve is made of
-two halves, so that new words keep coming as in the Catalan Wikipedia (275,000 different ones in 20 MB).
+tokenize: from the compressed file to verified shards on disk, against the library's encode_batch and
+encode_batch_fast on the same texts in memory. Each measurement is a separate process, which may use 1, 2, ... cores,
+and a round runs every measurement once, so that other load affects all of them. The ratio is to the library's faster
+call in the same round. All must give the same number of tokens, or the script fails. Without --corpus it generates one:
+sentences of the embedded corpus in random order, with one word in twelve joined from two halves, so that new words
+occur at the rate of the Catalan Wikipedia (275,000 different ones in 20 MB).
 
-windows: the loader of a run on tokens drawn at random, with as many reading processes as are named, for the default
-model and for the 245M model. Beside it, how many GPUs of 400,000 tokens/s it would feed.
+windows: the loader of a run on random tokens, with the given numbers of worker processes, for the default model and for
+the 245M model, and how many GPUs at 400,000 tokens/s it would feed.
 
-ten-billion: the files have the real format and the real writer's headers; their tokens are zeros that take no disk.
-Windows come from the loader in the run's random order. Every block of tokens is compared with its checksum when it is
-first read, so a first pass reads far more than its windows. What C's allocator keeps of freed batches is resident too,
-and told apart at the end. Needs /proc/self and malloc_trim, as Linux has them. Fails if opening takes a second, or
+ten-billion: the files have the real format and the real writer's headers; their tokens are zeros in sparse files.
+Windows come from the loader in the random order of a run. The checksum of every block of tokens is verified when it is
+first read, so a first pass reads far more than its windows. Freed memory that the C allocator keeps is resident too,
+and reported separately at the end. Needs /proc/self and malloc_trim of Linux. Fails if opening takes a second, or if
 memory grows.
 """
 
@@ -42,13 +42,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tokenizers
 
-from cucafera.composition import composed_config
-from cucafera.config import Config, SourceConfig
-from cucafera.data.corpus import ReadCounts, read_documents
-from cucafera.data.shards import BLOCK_TOKENS, ShardWriter, Tokens, TokenStream, prepare_source
-from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
+from cucafera.config.command_line import composed_config
+from cucafera.config.schema import Config, DataConfig
+from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.data.shards import BLOCK_TOKENS, ShardWriter, Tokens, TokenStream
+from cucafera.data.sources import open_source
+from cucafera.data.sources.embedded import EmbeddedConfig
+from cucafera.data.sources.files import FilesConfig
+from cucafera.data.tokenize import tokenize_source
+from cucafera.data.tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # the processes that tokenize import this file, and in a run they are not made to wait for torch
+if TYPE_CHECKING:  # the tokenizing processes import this file, and do not need torch
     from torch.utils.data import DataLoader
 
     from cucafera.data.packed import StreamWindows
@@ -60,19 +64,19 @@ OURS = "corpus to shards"
 LIBRARY = ("encode_batch", "encode_batch_fast")
 GPU_TOKENS_PER_SECOND = 400_000
 ROW_WINDOWS = 10_000
-MOST_GROWTH_MB = 4
-"""Of what is in use."""
-MOST_KEPT_MB = 64
-"""Of what the allocator keeps: some batches."""
+MAX_GROWTH_MB = 4
+"""Of memory in use."""
+MAX_RESIDENT_GROWTH_MB = 64
+"""Including freed memory that the allocator keeps: a few batches."""
 
 
 # tokenize
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Prints a line a measurement, and the medians."""
+    """Print one line per measurement, and the medians."""
     with tempfile.TemporaryDirectory() as folder:
-        corpus = arguments.corpus or made_corpus(Path(folder) / "corpus.jsonl.gz", arguments.megabytes)
+        corpus = arguments.corpus or generated_corpus(Path(folder) / "corpus.jsonl.gz", arguments.megabytes)
         path = arguments.tokenizer or trained_tokenizer(corpus, Path(folder) / "tokenizer.json")
         rounds: dict[tuple[int, str], list[dict[str, float]]] = {}
         for number in range(arguments.rounds):
@@ -89,7 +93,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
 
 
 def tokenize_table(rounds: dict[tuple[int, str], list[dict[str, float]]]) -> str:
-    """Medians of the rounds, and ratios within a round."""
+    """Return a table of medians over rounds, and of ratios within a round."""
     first, *more = next(iter(rounds.values()))
     lines = [
         f"{first['megabytes']:.1f} MB of text, {first['tokens']:,.0f} tokens; medians of {1 + len(more)} rounds",
@@ -110,13 +114,13 @@ def tokenize_table(rounds: dict[tuple[int, str], list[dict[str, float]]]) -> str
 
 
 def core_counts() -> list[int]:
-    """1, 2, 4, ... up to the cores that this process may use."""
+    """Return 1, 2, 4, ... up to the cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     return sorted({*(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores})
 
 
 def measured_apart(work: str, corpus: str, tokenizer: Path, cores: int) -> dict[str, float]:
-    """A measurement in a new process, which gets so many cores."""
+    """Run a measurement in a new process with this many cores."""
     command = [sys.executable, __file__, "tokenize", "--corpus", corpus, "--tokenizer", str(tokenizer)]
     settings = {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": "true" if cores > 1 else "false"}
     result = subprocess.run(
@@ -128,9 +132,9 @@ def measured_apart(work: str, corpus: str, tokenizer: Path, cores: int) -> dict[
 
 
 def measured(work: str, corpus: str, path: Path, cores: int) -> dict[str, float]:
-    """Seconds by the clock, and seconds of processor time with those of the processes that it started."""
+    """Return wall seconds, processor seconds including child processes, megabytes and tokens."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    texts = [text for text, _ in read_documents("corpus", SourceConfig(path=corpus), False, ReadCounts())]
+    texts = [text for text, _ in open_source("corpus", FilesConfig(path=corpus)).documents()]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer = Tokenizer.load(path)
     cpu, clock = os.times(), time.perf_counter()
@@ -142,7 +146,7 @@ def measured(work: str, corpus: str, path: Path, cores: int) -> dict[str, float]
 
 
 def encode_in_memory(method: str, texts: list[str], path: Path) -> int:
-    """The yardstick: nothing but the library. Returns the number of tokens."""
+    """Encode with the library alone, as the baseline. Return the number of tokens."""
     inner = tokenizers.Tokenizer.from_file(str(path))
     inner.encode_special_tokens = True
     encode = getattr(inner, method)
@@ -151,19 +155,18 @@ def encode_in_memory(method: str, texts: list[str], path: Path) -> int:
 
 
 def to_shards(corpus: str, tokenizer: Tokenizer, cores: int) -> int:
-    """From the packed file to verified shards on the disk. Returns the number of tokens, without document starts."""
+    """Convert the compressed file to verified shards on disk. Return the number of tokens, without document starts."""
     with tempfile.TemporaryDirectory() as folder:
-        found = prepare_source(
-            "corpus", SourceConfig(path=corpus), tokenizer, Path(folder) / "shards", validation_fraction=0.01,
-            shard_tokens=100_000_000, skip_broken_lines=False, processes=cores,
-        )  # fmt: skip
+        found = tokenize_source(
+            "corpus", FilesConfig(path=corpus), tokenizer, DataConfig(processes=cores), Path(folder) / "shards"
+        )
     return found.tokens + found.held_out_tokens - found.documents - found.held_out_documents
 
 
-def made_corpus(path: Path, megabytes: float) -> str:
-    """Writes documents of twenty sentences of the embedded corpus; one word in twelve is made of two halves."""
+def generated_corpus(path: Path, megabytes: float) -> str:
+    """Write documents of twenty sentences of the embedded corpus, with one word in twelve joined from two halves."""
     generator = random.Random(0)
-    documents = read_documents("embedded", SourceConfig(embedded=True), False, ReadCounts())
+    documents = open_source("embedded", EmbeddedConfig(embedded="catalan")).documents()
     sentences = [part for text, _ in documents for part in re.split(r"(?<=[.!?»])\s+", text)]
     words = [word for sentence in sentences for word in sentence.split(" ") if len(word) > 3]
 
@@ -183,11 +186,11 @@ def made_corpus(path: Path, megabytes: float) -> str:
 
 
 def trained_tokenizer(corpus: str, path: Path) -> Path:
-    """A tokenizer of 65,536 entries, trained on the corpus's first documents."""
+    """Train a tokenizer of 65,536 entries on the first documents of the corpus."""
 
     def texts() -> Iterator[str]:
         left = 10e6
-        for text, _ in read_documents("corpus", SourceConfig(path=corpus), False, ReadCounts()):
+        for text, _ in open_source("corpus", FilesConfig(path=corpus)).documents():
             yield text
             left -= len(text.encode())
             if left <= 0:
@@ -201,7 +204,7 @@ def trained_tokenizer(corpus: str, path: Path) -> Path:
 
 
 def windows(arguments: argparse.Namespace) -> None:
-    """Prints a line a model and number of reading processes."""
+    """Print one line per model and number of workers."""
     from cucafera.data.packed import StreamWindows
 
     print(f"{'':16}{'T':>6}{'workers':>9}{'windows/s':>11}{'tokens/s':>14}{'GPUs fed':>10}{'first batch':>13}")
@@ -220,7 +223,7 @@ def windows(arguments: argparse.Namespace) -> None:
 
 
 def random_stream(folder: Path, config: Config) -> TokenStream:
-    """Twenty million tokens, in documents of 500 on average."""
+    """Write twenty million random tokens, in documents of 500 on average."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(10, config.model.vocab_size, 20_000_000, dtype=np.uint16, endpoint=False)
     tokens[generator.integers(0, tokens.size, tokens.size // 500)] = DOCUMENT_START_ID
@@ -231,34 +234,38 @@ def random_stream(folder: Path, config: Config) -> TokenStream:
 
 
 def loader(config: Config, source: "StreamWindows", workers: int) -> "DataLoader[Batch]":
-    """The loader of a run on one device."""
-    from cucafera.data.packed import PackedDataModule
-    from cucafera.data.windows import TrainingSteps
+    """Return the loader of a run on one device."""
+    from types import SimpleNamespace
 
-    data = PackedDataModule(config, num_workers=workers)
-    data.training_steps = TrainingSteps([source], config, left_out_batches=(), rank=0, world_size=1)
-    return data.train_dataloader()
+    from cucafera.data.packed import DocumentData
+    from cucafera.data.windows import OpenedSource
+    from cucafera.training.data_module import WindowDataModule
+
+    sources = {name: OpenedSource(source, source, "benchmark") for name in config.data.sources}
+    module = WindowDataModule(DocumentData(config, SimpleNamespace(fingerprint="benchmark"), sources), 0, workers)  # type: ignore[arg-type]
+    module.setup()
+    return module.train_dataloader()
 
 
 def loading_speed(config: Config, source: "StreamWindows", workers: int, seconds: float) -> tuple[float, float]:
-    """Windows/s once the first batch is there, and the seconds until then."""
+    """Return windows per second after the first batch, and the seconds until the first batch."""
     started = time.perf_counter()
     batches = iter(loader(config, source, workers))
     next(batches)
-    begun = now = time.perf_counter()
+    first_at = now = time.perf_counter()
     steps = 0
-    while now - begun < seconds:
+    while now - first_at < seconds:
         next(batches)
         steps += 1
         now = time.perf_counter()
-    return steps * config.windows_per_step / (now - begun), begun - started
+    return steps * config.windows_per_step / (now - first_at), first_at - started
 
 
 # ten-billion
 
 
 class SparseShardWriter(ShardWriter):
-    """Writes zeros as a hole in the file; everything else is as it is written for any stream."""
+    """A ShardWriter that writes zeros as holes in the file."""
 
     def _write(self, tokens: Tokens) -> None:
         self._file.truncate(self._file.seek(tokens.nbytes, os.SEEK_CUR))
@@ -268,12 +275,12 @@ class SparseShardWriter(ShardWriter):
 
 @functools.cache
 def checksum_of_zeros(size: int) -> int:
-    """CRC-32 of so many bytes."""
+    """Return the CRC-32 of zeros, by their size in bytes."""
     return zlib.crc32(bytes(size))
 
 
 def write_zeros(folder: Path, tokens: int, shard_tokens: int = 100_000_000) -> None:
-    """A stream of zeros, which takes no disk where the file system knows holes."""
+    """Write a stream of zeros, which takes no disk space on a file system with sparse files."""
     writer = SparseShardWriter(folder, "benchmark", shard_tokens)
     block = np.zeros(BLOCK_TOKENS, np.uint16)
     for first in range(0, tokens, shard_tokens):
@@ -284,7 +291,7 @@ def write_zeros(folder: Path, tokens: int, shard_tokens: int = 100_000_000) -> N
 
 
 def ten_billion(arguments: argparse.Namespace) -> None:
-    """Prints a line every ROW_WINDOWS windows."""
+    """Print one line per ROW_WINDOWS windows."""
     from cucafera.data.packed import StreamWindows
 
     config = composed_config(
@@ -308,20 +315,20 @@ def ten_billion(arguments: argparse.Namespace) -> None:
         next(batches)
         print(f"first batch, of {config.windows_per_step} windows, after {time.perf_counter() - started:.3f} s\n")
         first = memory_in_use()
-        read_on(batches, config, read_before)
+        read_all(batches, config, read_before)
         resident, used = memory()["VmRSS"] - first, memory_in_use() - first
     print(
         f"\nafter the first batch, {resident:.1f} MB more are resident: {used:.1f} MB in use, the rest kept when freed"
     )
-    if opened >= 1 or used > MOST_GROWTH_MB or resident > MOST_KEPT_MB:
+    if opened >= 1 or used > MAX_GROWTH_MB or resident > MAX_RESIDENT_GROWTH_MB:
         raise SystemExit(
-            f"opening must take less than a second, and memory not grow by more than {MOST_GROWTH_MB} MB in use and "
-            f"{MOST_KEPT_MB} MB in all"
+            f"opening must take less than a second, and memory not grow by more than {MAX_GROWTH_MB} MB in use and "
+            f"{MAX_RESIDENT_GROWTH_MB} MB in total"
         )
 
 
-def read_on(batches: "Iterator[Batch]", config: Config, read_before: int) -> None:
-    """Reads all batches, and prints the table."""
+def read_all(batches: "Iterator[Batch]", config: Config, read_before: int) -> None:
+    """Read all batches, and print the table."""
     started = time.perf_counter()
     print(f"{'windows':>9}{'seconds':>9}{'GB read':>9}{'own MB':>9}{'of files':>10}{'resident':>10}")
     for step, _ in enumerate(batches, start=2):
@@ -336,40 +343,40 @@ def read_on(batches: "Iterator[Batch]", config: Config, read_before: int) -> Non
 
 
 def memory() -> dict[str, float]:
-    """MB of this process: VmRSS in all, of which RssAnon its own and RssFile mapped from files."""
+    """Return MB of this process: VmRSS in total, of which RssAnon private and RssFile mapped from files."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {line[0][:-1]: int(line[1]) / 1000 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "RssFile:")}
 
 
 def memory_in_use() -> float:
-    """MB that are resident once the allocator has given back what it keeps of freed memory."""
+    """Return resident MB after the allocator has returned its freed memory."""
     ctypes.CDLL(None).malloc_trim(0)
     return memory()["VmRSS"]
 
 
 def bytes_read() -> int:
-    """Bytes that this process has read from files so far, from the disk or not."""
+    """Return the bytes that this process has read from files so far, from disk or page cache."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("tokenize")
-    one.add_argument("--corpus", help="a .jsonl file with a column text, also packed; default: made")
+    one.add_argument("--corpus", help="a .jsonl file with a column text, also compressed; default: generated")
     one.add_argument("--tokenizer", type=Path, help="a tokenizer.json; default: trained on the corpus")
-    one.add_argument("--megabytes", type=float, default=20, help="of the corpus that is made (20)")
+    one.add_argument("--megabytes", type=float, default=20, help="size of the generated corpus (20)")
     one.add_argument("--cores", type=int, nargs="+", help="default: 1, 2, 4, ..., all")
     one.add_argument("--rounds", type=int, default=3)
     one.add_argument("--only", help=argparse.SUPPRESS)
     two = commands.add_parser("windows")
-    two.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes that read (0 1 2)")
-    two.add_argument("--seconds", type=float, default=3, help="of each measurement")
+    two.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes (0 1 2)")
+    two.add_argument("--seconds", type=float, default=3, help="duration of each measurement")
     three = commands.add_parser("ten-billion")
     three.add_argument("--tokens", type=int, default=10_000_000_000)
-    three.add_argument("--windows", type=int, default=100_000, help="of 2,048 tokens, to read")
-    three.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    three.add_argument("--windows", type=int, default=100_000, help="windows of 2,048 tokens to read")
+    three.add_argument("--folder", type=Path, help="folder for shards; default: the system's temporary folder")
     arguments = parser.parse_args()
     if arguments.command == "tokenize" and arguments.only:
         (cores,) = arguments.cores

@@ -1,22 +1,22 @@
-"""Writing beside its peers: the time to the first token, and the speed of those after it, over prompts and batches.
+"""Generation speed against peers: time to first token, and tokens per second after it, by prompt and batch size.
 
     python scripts/benchmark_generation.py                                    the quickstart's model
     python scripts/benchmark_generation.py --model cucafera --prompt 512      the 245M model after 512 tokens
     python scripts/benchmark_generation.py --batch 1 --out generation.json    one text at a time; also as JSON
 
-    cucafera                  the product's key/value cache and loop
+    cucafera                  the KV cache and decode loop of this package
     Hugging Face              `generate` of LlamaForCausalLM with its dynamic cache
     Hugging Face, compiled    the same with a static cache and its forward pass compiled
     llama.cpp                 its `generate`, with the weights of --gguf FILE, which has a model of the same shape
 
-The first three have the same weights. These are random: they decide the text, not the time. Everybody writes greedily,
-and nobody stops early. All must write the same tokens; where one differs, the place is told, and the script fails
-unless the two tokens' logits, computed anew from the text before, are as near as rounding brings them.
+The first three have the same weights. These are random: they affect the text, not the time. All decode greedily and
+never stop early. All must generate the same tokens; where one differs, the position is reported, and the script fails
+unless the logits of the two tokens, recomputed from the text before, differ by no more than rounding.
 
-A prompt longer than the context allows is cut to leave room for the tokens. The peers write in turn, round by round;
-the first round is not counted and its time told, as it holds compilation. tokens/s are those of all texts together,
-after the first token; the ratios are the peer's time over cucafera's in the same round. A peer that is not there, or
-cannot do what is asked, is named as missing.
+A prompt longer than the context allows is shortened by the tokens to generate. The peers run in turn, round by round;
+the first round is a warm-up that includes compilation, and its time is reported. tokens/s count all texts together,
+after the first token; the ratios are the peer's time over cucafera's in the same round. A peer that is not installed,
+or does not support a case, is reported as missing.
 """
 
 import argparse
@@ -32,21 +32,21 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
-from cucafera.composition import composed_config
-from cucafera.config import ModelConfig, SamplingConfig
-from cucafera.data.tokenizer import PAD_ID
-from cucafera.generation.generate import token_columns
+from cucafera.config.command_line import composed_config
+from cucafera.config.schema import ModelConfig, SamplingConfig
+from cucafera.config.tokens import PAD_ID
+from cucafera.generation.generate import decode_steps
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 
 OURS = "cucafera"
 PROMPTS = (128, 512, 1024, 2048)
 ROUNDING = 1e-3
-"""Most difference of two logits that rounding may exchange; their standard deviation is about 0.5."""
+"""Largest difference of two logits that rounding can swap; the standard deviation of logits is about 0.5."""
 
 
-class Written(NamedTuple):
-    """What a peer wrote.
+class Generated(NamedTuple):
+    """Result of a peer.
 
     Attributes:
         first: Seconds to the first token.
@@ -59,25 +59,25 @@ class Written(NamedTuple):
     texts: list[list[int]]
 
 
-class NotThereError(Exception):
-    """Why a peer cannot be measured."""
+class MissingPeerError(Exception):
+    """A peer cannot be measured; the message says why."""
 
 
-Write = Callable[[list[list[int]], int], Written]
-"""Continues prompts of one length by so many tokens."""
+Generate = Callable[[list[list[int]], int], Generated]
+"""Continue prompts of one length by a number of tokens."""
 
 
-def ours(model: Decoder) -> Write:
-    """The product."""
+def ours(model: Decoder) -> Generate:
+    """cucafera's decode loop."""
 
-    def write(prompts: list[list[int]], tokens: int) -> Written:
+    def write(prompts: list[list[int]], tokens: int) -> Generated:
         greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
         started = now(model.cos.device)
-        columns = token_columns(model, prompts, greedy, None)
+        columns = decode_steps(model, prompts, greedy, None)
         written = [next(columns)]
         first = now(model.cos.device)
         written += columns
-        return Written(
+        return Generated(
             first - started, now(model.cos.device) - first, [list(text) for text in zip(*written, strict=True)]
         )
 
@@ -85,7 +85,7 @@ def ours(model: Decoder) -> Write:
 
 
 class FirstTokenClock:
-    """A logits processor that changes nothing, and sees when the first logits are there."""
+    """A logits processor that records the time of the first logits, and changes nothing."""
 
     def __init__(self) -> None:
         self.first: float | None = None
@@ -95,15 +95,15 @@ class FirstTokenClock:
         return logits
 
 
-def hugging_face(model: LlamaForCausalLM, compiled: bool) -> Write:
-    """transformers' generate; compiled also on a CPU, where it would not do so by itself."""
+def hugging_face(model: LlamaForCausalLM, compiled: bool) -> Generate:
+    """transformers' generate; compiled also on a CPU, which is not its default."""
     more: dict[str, Any] = {}
     if compiled:
         settings = CompileConfig()
         settings._compile_all_devices = True
         more = {"cache_implementation": "static", "compile_config": settings}
 
-    def write(prompts: list[list[int]], tokens: int) -> Written:
+    def write(prompts: list[list[int]], tokens: int) -> Generated:
         clock = FirstTokenClock()
         started = now(model.device)
         with torch.inference_mode():
@@ -113,42 +113,42 @@ def hugging_face(model: LlamaForCausalLM, compiled: bool) -> Write:
             )  # fmt: skip
         assert clock.first is not None
         ended = now(model.device)
-        return Written(clock.first - started, ended - clock.first, written[:, len(prompts[0]) :].tolist())
+        return Generated(clock.first - started, ended - clock.first, written[:, len(prompts[0]) :].tolist())
 
     return write
 
 
-def llama_cpp(gguf: Path | None, config: ModelConfig, device: torch.device) -> Write:
-    """llama.cpp by its Python package. Raises NotThereError."""
+def llama_cpp(gguf: Path | None, config: ModelConfig, device: torch.device) -> Generate:
+    """llama.cpp through its Python package. Raises MissingPeerError."""
     if gguf is None:
-        raise NotThereError("no --gguf FILE")
+        raise MissingPeerError("no --gguf FILE")
     try:
         from llama_cpp import Llama
     except ImportError as error:
-        raise NotThereError("the package llama-cpp-python is not installed") from error
+        raise MissingPeerError("the package llama-cpp-python is not installed") from error
     model = Llama(
         str(gguf), n_ctx=config.max_position_embeddings, n_threads=torch.get_num_threads(),
         n_threads_batch=torch.get_num_threads(), n_gpu_layers=-1 if device.type == "cuda" else 0, verbose=False,
     )  # fmt: skip
     if (model.n_vocab(), model.n_embd()) != (config.vocab_size, config.hidden_size):
-        raise NotThereError(f"{gguf} has {model.n_vocab():,} entries of width {model.n_embd():,}: another model")
+        raise MissingPeerError(f"{gguf} has {model.n_vocab():,} entries of width {model.n_embd():,}: another model")
 
-    def write(prompts: list[list[int]], tokens: int) -> Written:
+    def write(prompts: list[list[int]], tokens: int) -> Generated:
         if len(prompts) > 1:
-            raise NotThereError("it writes one text at a time")
-        model.reset()  # or it would keep the prompt's keys and values
+            raise MissingPeerError("one text at a time only")
+        model.reset()  # or it would reuse the KV cache of the prompt
         started = now(device)
         stream = model.generate(prompts[0], temp=0.0, repeat_penalty=1.0)
         text = [next(stream)]
         first = now(device)
         text += [next(stream) for _ in range(tokens - 1)]
-        return Written(first - started, now(device) - first, [text])
+        return Generated(first - started, now(device) - first, [text])
 
     return write
 
 
 def now(device: torch.device) -> float:
-    """The time at which a device has done what it was given."""
+    """Return the time, after waiting for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -156,23 +156,23 @@ def now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def agreement(model: Decoder, prompts: list[list[int]], texts: list[list[int]], others: list[list[int]]) -> str:
-    """Whether two sides wrote the same, or where they part by rounding. Fails if it is by more."""
+    """Return how two sides agree: the same tokens, or a difference by rounding. Exits for any other difference."""
     for number, (prompt, text, other) in enumerate(zip(prompts, texts, others, strict=True)):
         if text == other:
             continue
-        place = next(place for place, pair in enumerate(zip(text, other, strict=True)) if pair[0] != pair[1])
-        before = torch.tensor([prompt + text[:place]], device=model.cos.device)
+        position = next(position for position, pair in enumerate(zip(text, other, strict=True)) if pair[0] != pair[1])
+        before = torch.tensor([prompt + text[:position]], device=model.cos.device)
         logits = model.logits(model(before)[0, -1]).float()
-        difference = (logits[text[place]] - logits[other[place]]).item()
-        told = f"text {number + 1} differs from token {place + 1} on, logits {difference:.1e} apart"
+        difference = (logits[text[position]] - logits[other[position]]).item()
+        description = f"text {number + 1} differs from token {position + 1} on, logits {difference:.1e} apart"
         if abs(difference) > ROUNDING:
-            raise SystemExit(f"not the same model: {told}")
-        return told
+            raise SystemExit(f"not the same model: {description}")
+        return description
     return "the same tokens"
 
 
 class Measured(NamedTuple):
-    """A peer at one batch size and prompt, over the counted rounds."""
+    """A peer at one batch size and prompt length, over the measured rounds."""
 
     batch: int
     prompt: int
@@ -184,12 +184,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    peers: dict[str, Write], model: Decoder, batch: int, length: int, tokens: int, rounds: int
+    peers: dict[str, Generate], model: Decoder, batch: int, length: int, tokens: int, rounds: int
 ) -> tuple[list[Measured], dict[str, str]]:
-    """All peers in turn, ours first; and who could not."""
+    """Run all peers in turn, cucafera first. Return their measurements, and the missing ones with the reason."""
     generator = torch.Generator().manual_seed(length)
     prompts = torch.randint(10, model.config.vocab_size, (batch, length), generator=generator).tolist()
-    torch.compiler.reset()  # after some shapes, it would compile no more
+    torch.compiler.reset()  # or it would reach the limit of recompilations
     results: dict[str, Measured] = {}
     missing: dict[str, str] = {}
     reference: list[list[int]] = []
@@ -199,31 +199,31 @@ def measure(
                 continue
             try:
                 written = write(prompts, tokens)
-            except NotThereError as error:
+            except MissingPeerError as error:
                 missing[peer] = f"batch {batch}: {error}"
                 continue
             if peer == OURS:
                 reference = written.texts
-            told = "its own weights" if peer == "llama.cpp" else agreement(model, prompts, reference, written.texts)
+            agrees = "its own weights" if peer == "llama.cpp" else agreement(model, prompts, reference, written.texts)
             if number:
                 results[peer].first.append(written.first)
                 results[peer].rest.append(written.rest)
             else:
-                results[peer] = Measured(batch, length, peer, written.first + written.rest, [], [], told)
+                results[peer] = Measured(batch, length, peer, written.first + written.rest, [], [], agrees)
     return list(results.values()), missing
 
 
 def table(rows: list[Measured], tokens: int) -> str:
-    """A line a peer."""
-    mine = {(row.batch, row.prompt): row for row in rows if row.peer == OURS}
+    """Return a table with one line per peer."""
+    own = {(row.batch, row.prompt): row for row in rows if row.peer == OURS}
     lines = [
         f"{'batch':>5}{'prompt':>8}  {'':22}{'first token':>13}{'ratio':>7}{'tokens/s':>11}{'ratio':>7}"
         f"{'(rounds)':>16}{'first call':>12}"
     ]
     for row in rows:
-        base = mine[row.batch, row.prompt]
-        first = statistics.median(theirs / own for theirs, own in zip(row.first, base.first, strict=True))
-        ratios = [theirs / own for theirs, own in zip(row.rest, base.rest, strict=True)]
+        base = own[row.batch, row.prompt]
+        first = statistics.median(theirs / ours for theirs, ours in zip(row.first, base.first, strict=True))
+        ratios = [theirs / ours for theirs, ours in zip(row.rest, base.rest, strict=True)]
         speed = row.batch * (tokens - 1) / statistics.median(row.rest)
         lines.append(
             f"{row.batch:>5}{row.prompt:>8}  {row.peer:22}{1000 * statistics.median(row.first):>10,.1f} ms{first:>7.2f}"
@@ -234,16 +234,16 @@ def table(rows: list[Measured], tokens: int) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line, and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a preset of conf/model (tiny)")
-    parser.add_argument("--batch", type=int, action="append", help="texts side by side; may be repeated (1 and 16)")
-    parser.add_argument("--prompt", type=int, action="append", help=f"tokens of it; may be repeated {PROMPTS}")
-    parser.add_argument("--tokens", type=int, default=64, help="to write (64)")
-    parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
+    parser.add_argument("--batch", type=int, action="append", help="batch size; may be repeated (1 and 16)")
+    parser.add_argument("--prompt", type=int, action="append", help=f"tokens of the prompt; may be repeated {PROMPTS}")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate (64)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (5)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gguf", type=Path, help="a model of the same shape, for llama.cpp")
-    parser.add_argument("--out", type=Path, help="where every measurement goes, as JSON")
+    parser.add_argument("--out", type=Path, help="path of a JSON file with every measurement")
     parser.add_argument("overrides", nargs="*", help="overrides, such as model.max_position_embeddings=2048")
     arguments = parser.parse_intermixed_args()
 
@@ -264,23 +264,23 @@ def main() -> None:
     missing: dict[str, str] = {}
     try:
         peers["llama.cpp"] = llama_cpp(arguments.gguf, config, device)
-    except NotThereError as error:
+    except MissingPeerError as error:
         missing["llama.cpp"] = str(error)
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
     print(
         f"{arguments.model}: {parameter_count(config):,} parameters, fp32, on {name}; {arguments.tokens} tokens "
-        f"written, medians of {arguments.rounds} rounds\n"
+        f"generated, medians of {arguments.rounds} rounds\n"
     )
-    room = config.max_position_embeddings - arguments.tokens
+    max_prompt = config.max_position_embeddings - arguments.tokens
     rows: list[Measured] = []
     for batch in arguments.batch or (1, 16):
-        for length in sorted({min(prompt, room) for prompt in arguments.prompt or PROMPTS}):
-            found, could_not = measure(peers, model, batch, length, arguments.tokens, arguments.rounds)
+        for length in sorted({min(prompt, max_prompt) for prompt in arguments.prompt or PROMPTS}):
+            found, not_measured = measure(peers, model, batch, length, arguments.tokens, arguments.rounds)
             lines = table(found, arguments.tokens).splitlines()
             print("\n".join(lines[1:] if rows else lines), flush=True)
             rows += found
-            missing |= could_not
+            missing |= not_measured
     for peer, why in missing.items():
         print(f"{'':15}{peer:22}missing: {why}")
     if arguments.out:

@@ -1,12 +1,12 @@
-"""Time and memory of the loss, forward and backward: the plain one, PyTorch's chunked one and ours.
+"""Time and memory of the loss, forward and backward: plain, PyTorch's chunked one, and cucafera's.
 
     python scripts/benchmark_loss.py
     python scripts/benchmark_loss.py --device cuda --tokens 65536
 
-Each measurement is a process of its own, because the peak of a process's memory cannot be reset, and the methods take
-turns, so that a busy machine slows all of them. Core seconds are processor time summed over threads: other programs
-disturb it least, so on the CPU it decides the speed; on CUDA the clock does. Memory is what the call takes above its
-inputs, both gradients included. The products run in fp32 on the CPU and in bf16 on CUDA, as in training.
+Each measurement is a separate process, because the peak of a process's memory cannot be reset, and the methods run in
+turn, so that other load affects all of them. Core seconds are processor time summed over threads. They depend least on
+other programs, so on the CPU they give the speed; on CUDA wall time does. Memory is the peak of the call beyond its
+inputs, including both gradients. The products run in fp32 on the CPU and in bf16 on CUDA, as in training.
 """
 
 import argparse
@@ -31,18 +31,18 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def pytorch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What torch has from 2.13 on; eager only."""
+    """The chunked loss of torch 2.13 and later; eager only."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, weight, targets, reduction="sum", options=options)
 
 
-METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"plain": plain, "ours": linear_cross_entropy}
+METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"plain": plain, "cucafera": linear_cross_entropy}
 if hasattr(torch.nn, "LinearCrossEntropyOptions"):
     METHODS["pytorch"] = pytorch_chunked
 
 
 def seconds_of(method: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Seconds by the clock, and core seconds, of one forward and backward pass."""
+    """Return wall seconds and core seconds of one forward and backward pass."""
     started, core_started = time.perf_counter(), time.process_time()
     cuda = hidden.device.type == "cuda"
     with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
@@ -54,7 +54,7 @@ def seconds_of(method: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> 
 
 
 def peak_bytes(device: str) -> int:
-    """The most memory that this process has held so far."""
+    """Return the peak memory of this process so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -62,7 +62,7 @@ def peak_bytes(device: str) -> int:
 
 
 def inputs(tokens: int, vocabulary: int, hidden: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and targets, with every eighth target ignored."""
+    """Return hidden states, weight and targets, with every eighth target ignored."""
     states = torch.randn(tokens, hidden, device=device, requires_grad=True)
     weight = torch.randn(vocabulary, hidden, device=device).mul_(0.02).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device=device)
@@ -71,7 +71,7 @@ def inputs(tokens: int, vocabulary: int, hidden: int, device: str) -> tuple[Tens
 
 
 def measure(method: str, arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """Seconds, core seconds and bytes of one forward and backward pass, in this process."""
+    """Return seconds, core seconds and bytes of one forward and backward pass in this process."""
     torch.manual_seed(0)
     seconds_of(method, *inputs(256, 256, arguments.hidden, arguments.device))  # starts threads and kernels
     measured = inputs(arguments.tokens, arguments.vocabulary, arguments.hidden, arguments.device)
@@ -81,7 +81,7 @@ def measure(method: str, arguments: argparse.Namespace) -> tuple[float, float, f
 
 
 def main() -> None:
-    """Measures every method in turn, and prints a table of medians."""
+    """Measure every method in turn, and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=65_536)
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def print_table(results: dict[str, list[list[float]]], device: str) -> None:
-    """One row a method: medians, and how they compare with the plain loss."""
+    """Print one row per method: medians, and ratios to the plain loss."""
     medians = {
         method: [statistics.median(column) for column in zip(*measurements, strict=True)]
         for method, measurements in results.items()

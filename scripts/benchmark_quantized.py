@@ -1,21 +1,21 @@
-"""A run beside its GGUF files: size, speed of writing, and what the smaller weights cost in bits per byte.
+"""A run against its GGUF files: size, generation speed, and the cost of quantization in bits per byte.
 
-    python scripts/benchmark_quantized.py outputs/pretrain                              all types but the rarer ones
-    python scripts/benchmark_quantized.py outputs/finetune --type q8_0 --type q4_k_m    these
+    python scripts/benchmark_quantized.py outputs/pretrain                              the common types
+    python scripts/benchmark_quantized.py outputs/finetune --type q8_0 --type q4_k_m    these types
     python scripts/benchmark_quantized.py outputs/pretrain --text held_out.txt          bpb on another text
 
-    fp32           the run itself, by the product's own decoder
-    f32 to q4_k_m  its GGUF files, written and proved as by the export door, by llama.cpp
+    fp32           the run itself, by cucafera's decoder
+    f32 to q4_k_m  its GGUF files, written and verified as by the export command, by llama.cpp
 
-Needs the packages of `pip install '.[llama]'`. The files go into a folder that is removed, or stay in --files.
+Needs the packages of `pip install '.[llama]'`. The files are written to a temporary folder, or kept in --files.
 
-Writing is greedy, of one text; the prompts are taken from the text, another one each round, because llama.cpp does not
-read again what it knows. The sides write in turn, round by round, and the first round is not counted. tokens/s are
-those after the first token; the ratio is the time of fp32 over that of the file in the same round, so that above 1 the
-file is faster. `same text` counts the prompts after which the file writes what fp32 writes, token for token.
+Decoding is greedy, of one text. The prompts are taken from the text, a new one in each round, because llama.cpp reuses
+its KV cache for a known prefix. The sides run in turn, round by round, and the first round is a warm-up. tokens/s are
+those after the first token; the ratio is the time of fp32 over that of the file in the same round, so above 1 the file
+is faster. `same text` counts the prompts after which the file gives the same tokens as fp32.
 
-bpb is that of `python -m cucafera.evaluate RUN --text`: documents of --text, or of the embedded corpus, which most runs
-were trained on; then only the differences mean something.
+bpb is that of `python -m cucafera.evaluate RUN --text`, on documents of --text, or of the embedded corpus, which most
+runs were trained on; then only differences are meaningful.
 """
 
 import argparse
@@ -29,11 +29,15 @@ from typing import NamedTuple
 
 import torch
 
-from cucafera.config import SamplingConfig, UserError
-from cucafera.data.tokenizer import DOCUMENT_START_ID, Tokenizer
-from cucafera.evaluation.likelihood import DecoderScorer, Scorer
-from cucafera.evaluation.perplexity import Text, measure, texts_of_files
-from cucafera.generation.generate import Reader, reader_of, token_columns
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
+from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.data.tokenizer import Tokenizer
+from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.evaluation.perplexity import score_texts
+from cucafera.evaluation.requests import Scorer
+from cucafera.evaluation.texts import EncodedText, read_texts
+from cucafera.generation.generate import DecodingBackend, backend_for, decode_steps
 from cucafera.interop.gguf import TYPES, write_gguf
 from cucafera.interop.llama_cpp import LlamaCpp
 from cucafera.interop.real_text import documents
@@ -48,21 +52,21 @@ class Side(NamedTuple):
 
     Attributes:
         size: Bytes of its weights, or of its file.
-        reader: What writes.
-        scorer: What measures.
+        reader: Decodes.
+        scorer: Measures.
     """
 
     size: int
-    reader: Reader
+    reader: DecodingBackend
     scorer: Scorer
 
 
 class Measured(NamedTuple):
-    """What one side did.
+    """Measurements of one side.
 
     Attributes:
         first, rest: Seconds to the first token, and from there to the last, of each round.
-        texts: What it wrote, of each round.
+        texts: Generated tokens of each round.
         bpb: Bits per byte.
     """
 
@@ -72,22 +76,24 @@ class Measured(NamedTuple):
     bpb: float
 
 
-def write(reader: Reader, prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
-    """Seconds to the first token, seconds of the others, and all of them."""
+def write(reader: DecodingBackend, prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
+    """Return seconds to the first token, seconds of the others, and all tokens."""
     greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
     started = time.perf_counter()
-    columns = token_columns(reader, [prompt], greedy, None)
+    columns = decode_steps(reader, [prompt], greedy, None)
     text = next(columns)
     first = time.perf_counter()
     text += [token for (token,) in columns]
     return first - started, time.perf_counter() - first, text
 
 
-def compared(sides: dict[str, Side], texts: list[Text], prompts: list[list[int]], tokens: int) -> dict[str, Measured]:
-    """All sides in turn, round by round; the first round is not counted."""
+def compared(
+    sides: dict[str, Side], texts: list[EncodedText], prompts: list[list[int]], tokens: int
+) -> dict[str, Measured]:
+    """Measure all sides in turn, round by round, without the first round."""
     results = {}
     for name, side in sides.items():
-        score = measure(side.scorer, texts, side.scorer.context // 2)
+        score = score_texts(side.scorer, texts, side.scorer.context // 2)
         results[name] = Measured([], [], [], score.metrics()["bpb"].value)
     for number, prompt in enumerate(prompts):
         for name, side in sides.items():
@@ -100,7 +106,7 @@ def compared(sides: dict[str, Side], texts: list[Text], prompts: list[list[int]]
 
 
 def table(sides: dict[str, Side], results: dict[str, Measured], tokens: int) -> str:
-    """A line a side."""
+    """Return a table with one line per side."""
     ours = results[OURS]
     lines = [
         f"{'':8}{'MB':>9}{'first token':>14}{'tokens/s':>11}{'ratio':>7}{'(rounds)':>16}{'same text':>11}{'bpb':>9}"
@@ -120,16 +126,16 @@ def table(sides: dict[str, Side], results: dict[str, Measured], tokens: int) -> 
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run folder or a checkpoint")
     parser.add_argument("--type", action="append", choices=TYPES, help="may be repeated (f32, f16, q8_0, q4_k_m, q4_0)")
     parser.add_argument("--text", help="files to measure bpb on (the embedded corpus)")
-    parser.add_argument("--documents", type=int, default=40, help="most documents of it (40)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of it, where the context allows (128)")
-    parser.add_argument("--tokens", type=int, default=64, help="to write (64)")
-    parser.add_argument("--rounds", type=int, default=5, help="that count (5)")
-    parser.add_argument("--files", type=Path, help="a folder for the GGUF files, which stay")
+    parser.add_argument("--documents", type=int, default=40, help="maximum number of documents (40)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt, where the context allows (128)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate (64)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (5)")
+    parser.add_argument("--files", type=Path, help="folder to keep the GGUF files in")
     arguments = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -139,11 +145,11 @@ def main() -> None:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
-    """Writes the files, measures all sides, and prints the table."""
+    """Write the files, measure all sides, and print the table."""
     trained = load_trained(arguments.run)
     config, tokenizer = trained.model.config, trained.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {OURS: Side(4 * parameter_count(config), reader_of(trained.model), DecoderScorer(trained.model))}
+    sides = {OURS: Side(4 * parameter_count(config), backend_for(trained.model), DecoderScorer(trained.model))}
     for type_ in arguments.type or ("f32", "f16", "q8_0", "q4_k_m", "q4_0"):
         path = folder / f"{type_}.gguf"
         print(f"{type_}: {write_gguf(trained, path, type_)}\n", flush=True)
@@ -163,13 +169,13 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     print(table(sides, compared(sides, texts, prompts, arguments.tokens), arguments.tokens))
 
 
-def texts_of(path: str | None, most: int, tokenizer: Tokenizer) -> Iterator[Text]:
-    """The documents of files, or the embedded ones."""
+def texts_of(path: str | None, most: int, tokenizer: Tokenizer) -> Iterator[EncodedText]:
+    """Return the documents of files, or the embedded ones."""
     if path is not None:
-        yield from texts_of_files(path, "text", most, tokenizer)
+        yield from read_texts(path, "text", most, tokenizer)
         return
     for text in islice(documents(), most):
-        yield Text([DOCUMENT_START_ID, *tokenizer.encode(text)], None, len(text.encode()))
+        yield EncodedText([DOCUMENT_START_ID, *tokenizer.encode(text)], None, len(text.encode()))
 
 
 if __name__ == "__main__":

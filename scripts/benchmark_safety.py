@@ -1,16 +1,15 @@
-"""What safety costs: a checkpoint, and the guards of a step.
+"""The cost of fault tolerance: checkpoints, and the guards of a step.
 
     python scripts/benchmark_safety.py checkpoint     of the 245M model, trained for two steps of 256 tokens
     python scripts/benchmark_safety.py guards         of the quickstart's model and batch
 
-A checkpoint costs the time for which training stands still, while the state is copied, and the time that steps lose
-while the copy is written. Both are measured beside steps without, and so is a save that training waits for. The share
-of the time between two checkpoints is given for a step time of your choice (--step-seconds, --every-steps).
+A checkpoint costs the time for which training stops, while the state is copied, and the slowdown of steps while the
+copy is written. Both are measured against steps without a checkpoint, and so is a synchronous save. The share of time
+between two checkpoints is given for a chosen step time (--step-seconds, --every-steps).
 
 The guards of a step are timed alone, and steps with and without them in turn.
 
-Set OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait would slow the writing of a
-checkpoint, and be slowed by it.
+Set OMP_WAIT_POLICY=PASSIVE: spinning threads slow the writing of a checkpoint, and are slowed by it.
 """
 
 import argparse
@@ -22,14 +21,15 @@ from typing import Any
 
 import torch
 
-from cucafera.composition import composed_config
-from cucafera.config import Config
+from cucafera.config.command_line import composed_config
+from cucafera.config.schema import Config
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
+from cucafera.optimizers import build_optimizer
+from cucafera.runs.checkpoints import CheckpointFolder
 from cucafera.training.callbacks.guards import LossMonitor
-from cucafera.training.checkpoint_files import CheckpointFolder, CheckpointWriter
-from cucafera.training.hardware import free_memory_bytes
-from cucafera.training.optimizers import build_optimizer
+from cucafera.training.checkpoint_writer import CheckpointWriter
+from cucafera.training.memory import free_memory_bytes
 
 
 class Steps:
@@ -37,8 +37,8 @@ class Steps:
 
     Args:
         config: The model and optimizer.
-        windows: Windows of a step.
-        length: Tokens of a window.
+        windows: Windows per step.
+        length: Tokens per window.
     """
 
     def __init__(self, config: Config, windows: int, length: int) -> None:
@@ -46,33 +46,33 @@ class Steps:
         self.model = Decoder(config.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.ids = torch.randint(config.model.vocab_size, (windows, length + 1))
-        self.unread: list[torch.Tensor] = []
+        self.pending: list[torch.Tensor] = []
         self.monitor = LossMonitor(config.callbacks.guards)
 
     def step(self, guarded: bool = True) -> float:
-        """Seconds of one step."""
-        begun = time.perf_counter()
+        """Run one step, and return its seconds."""
+        started = time.perf_counter()
         loss = self.model(self.ids[:, :-1], self.ids[:, 1:], None) / self.ids[:, 1:].numel()
         loss.backward()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.found_inf = self.guard(loss.detach(), gradient_norm) if guarded else None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
     def guard(self, loss: torch.Tensor, gradient_norm: torch.Tensor) -> torch.Tensor:
-        """What the guards do in each step, and what they do on every tenth."""
-        broken = (~(torch.isfinite(loss) & torch.isfinite(gradient_norm))).float()
-        self.unread.append(torch.stack([loss, gradient_norm, broken]))
-        if len(self.unread) == 10:
-            for value, _, _ in torch.stack(self.unread).tolist():
+        """Do the work of the guards: part of it in each step, part on every tenth."""
+        nonfinite = (~(torch.isfinite(loss) & torch.isfinite(gradient_norm))).float()
+        self.pending.append(torch.stack([loss, gradient_norm, nonfinite]))
+        if len(self.pending) == 10:
+            for value, _, _ in torch.stack(self.pending).tolist():
                 self.monitor.deviations(value)
-            self.unread.clear()
-        return broken
+            self.pending.clear()
+        return nonfinite
 
 
 def checkpoint(arguments: argparse.Namespace) -> None:
-    """Measures saves of one model."""
+    """Measure saves of one model."""
     config = composed_config(["model=" + arguments.model])
     steps = Steps(config, windows=1, length=256)
     for _ in range(2):
@@ -80,48 +80,48 @@ def checkpoint(arguments: argparse.Namespace) -> None:
     alone = [steps.step() for _ in range(arguments.repeat)]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as directory:
         writer = CheckpointWriter(CheckpointFolder(Path(directory)), None, 2, 0, free_memory_bytes)
-        stalls, writing, disturbed = [], [], []
+        stalls, writing, slowdowns = [], [], []
         for number in range(1 + arguments.repeat):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             writer.save_checkpoint(state_of(steps, number), None, None)
-            stalled = time.perf_counter() - begun
+            stalled = time.perf_counter() - started
             thread = writer._thread
             assert thread is not None, "there is too little memory for a copy"
             during = []
             while thread.is_alive():
                 during.append(steps.step())
             writer.finish()
-            writing.append(time.perf_counter() - begun - stalled)
+            writing.append(time.perf_counter() - started - stalled)
             if number == 0:
-                print(f"the first save, which takes new memory, stops training for {stalled:.2f} s")
+                print(f"the first save, which allocates the copy, stops training for {stalled:.2f} s")
                 continue
             stalls.append(stalled)
-            disturbed.append(sum(during) - len(during) * statistics.median(alone))
-            print(f"save {number}: training stood for {stalled:.2f} s, and lost {disturbed[-1]:.2f} s", flush=True)
+            slowdowns.append(sum(during) - len(during) * statistics.median(alone))
+            print(f"save {number}: training stopped for {stalled:.2f} s, and lost {slowdowns[-1]:.2f} s", flush=True)
         waiting = []
         for number in range(100, 100 + arguments.repeat):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             CheckpointWriter(CheckpointFolder(Path(directory)), None, 2, 0, lambda: 0).save_checkpoint(
                 state_of(steps, number), None, None
             )
-            waiting.append(time.perf_counter() - begun)
+            waiting.append(time.perf_counter() - started)
         (size,) = {found.size for found in CheckpointFolder(Path(directory)).complete()}
-    stall, lost = statistics.median(stalls), statistics.median(disturbed)
+    stall, lost = statistics.median(stalls), statistics.median(slowdowns)
     print(
         f"{parameter_count(config.model):,} parameters, {size / 1e9:.2f} GB, "
         f"written in {statistics.median(writing):.1f} s"
     )
-    print(f"a checkpoint costs {stall + lost:.2f} s: {stall:.2f} s standing, {lost:.2f} s of slower steps (medians)")
-    print(f"one that training waits for costs {statistics.median(waiting):.2f} s")
+    print(f"a checkpoint costs {stall + lost:.2f} s: {stall:.2f} s stopped, {lost:.2f} s of slower steps (medians)")
+    print(f"a synchronous one costs {statistics.median(waiting):.2f} s")
     between = arguments.every_steps * arguments.step_seconds
     print(
         f"every {arguments.every_steps} steps of {arguments.step_seconds} s: {(stall + lost) / between:.3%} of the time"
     )
-    print(f"2% would be passed if a step took under {50 * (stall + lost) / arguments.every_steps:.2f} s")
+    print(f"more than 2% if a step takes less than {50 * (stall + lost) / arguments.every_steps:.2f} s")
 
 
 def state_of(steps: Steps, number: int) -> dict[str, Any]:
-    """What a checkpoint holds of weights and optimizer."""
+    """Return weights and optimizer state as in a checkpoint."""
     return {
         "state_dict": steps.model.state_dict(),
         "optimizer_states": [steps.optimizer.state_dict()],
@@ -130,17 +130,17 @@ def state_of(steps: Steps, number: int) -> dict[str, Any]:
 
 
 def guards(arguments: argparse.Namespace) -> None:
-    """Measures the guards of one model's steps."""
+    """Measure the guards of one model's steps."""
     config = composed_config(["model=" + arguments.model])
     length = config.model.max_position_embeddings
     steps = Steps(config, windows=max(1, arguments.batch_tokens // length), length=length)
     for _ in range(3):
         steps.step()
     loss = gradient_norm = torch.tensor(1.0)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(10_000):
         steps.guard(loss, gradient_norm)
-    alone = (time.perf_counter() - begun) / 10_000
+    alone = (time.perf_counter() - started) / 10_000
     plain, guarded, ratios = [], [], []
     for _ in range(arguments.rounds):
         pairs = [(steps.step(guarded=False), steps.step(guarded=True)) for _ in range(arguments.repeat)]
@@ -148,27 +148,27 @@ def guards(arguments: argparse.Namespace) -> None:
         guarded += [pair[1] for pair in pairs]
         ratios.append(statistics.median(guarded[-arguments.repeat :]) / statistics.median(plain[-arguments.repeat :]))
     median = statistics.median(plain)
-    print(f"{parameter_count(config.model):,} parameters, {steps.ids[:, 1:].numel():,} tokens a step")
+    print(f"{parameter_count(config.model):,} parameters, {steps.ids[:, 1:].numel():,} tokens per step")
     print(f"the guards take {1e6 * alone:.0f} microseconds of a step of {1e3 * median:.1f} ms: {alone / median:.3%}")
     print(
-        f"a step with them / without: {statistics.median(ratios):.4f} (rounds: {min(ratios):.4f} to {max(ratios):.4f})"
+        f"step with guards / without: {statistics.median(ratios):.4f} (rounds: {min(ratios):.4f} to {max(ratios):.4f})"
     )
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("checkpoint")
     one.add_argument("--model", default="cucafera")
     one.add_argument("--repeat", type=int, default=3)
-    one.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
+    one.add_argument("--folder", type=Path, help="folder for checkpoints; default: the system's temporary folder")
     one.add_argument("--every-steps", type=int, default=500, help="of callbacks=long")
     one.add_argument("--step-seconds", type=float, default=11.6, help="default: the original's step on an A100")
     two = commands.add_parser("guards")
     two.add_argument("--model", default="tiny")
     two.add_argument("--batch-tokens", type=int, default=2048)
-    two.add_argument("--repeat", type=int, default=10, help="steps of a round")
+    two.add_argument("--repeat", type=int, default=10, help="steps per round")
     two.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     {"checkpoint": checkpoint, "guards": guards}[arguments.command](arguments)

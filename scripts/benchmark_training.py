@@ -1,32 +1,32 @@
-"""Training speed beside its peers: the same batches, optimizer, precision and machine, each in a process of its own.
+"""Training speed against peers, with the same batches, optimizer, precision and machine, each in a separate process.
 
     python scripts/benchmark_training.py                            the quickstart's model on a CPU
     python scripts/benchmark_training.py --model cucafera           the 245M model; on a GPU in bf16, on a CPU in fp32
     python scripts/benchmark_training.py --out outputs/training     also outputs/training.json and outputs/training.png
     python scripts/benchmark_training.py --compiled-only --setting documents --seconds 300
 
-    cucafera        the product's training path: Lightning, guards, curves, data loading
-    bare loop       the same model in a loop with nothing around it: what Lightning costs
+    cucafera        the training path of `cucafera.run`: Lightning, guards, curves, data loading
+    bare loop       the same model in a bare loop: the difference is the cost of Lightning
     Hugging Face    LlamaForCausalLM with SDPA attention and its own loss
-    nanochat-like   a plain loop as nanochat's: SDPA, a residual stream in bf16, all logits in fp32
+    nanochat-like   a plain loop like nanochat's: SDPA, a residual stream in bf16, all logits in fp32
     litgpt          litgpt's GPT
-    original        the original's architecture as a plain loop: attention with its whole matrix, all logits at once
+    original        the original architecture in a plain loop: attention with the full matrix, all logits at once
 
-The settings, of which --setting chooses:
-    windows         attention over whole windows and a small batch (65,536 tokens a step on a GPU); on a GPU everybody
-                    has 8 windows at a time, which is what those who hold all logits have memory for (original: 4)
-    documents       as the product trains: document masking, 524,288 tokens a step on a GPU, and as many windows at a
-                    time as it chooses itself. Peers have the same batch; they cannot mask documents and do not
+Settings, for --setting:
+    windows         attention over full windows and a small batch (65,536 tokens per step on a GPU); on a GPU all peers
+                    have micro-batches of 8 windows, which fit those that hold all logits (original: 4)
+    documents       the training configuration: document masking, 524,288 tokens per step on a GPU, and micro-batches
+                    chosen automatically. Peers have the same batch, but do not support document masking
 
-Each peer is measured as it is written, and compiled by torch.compile. A round starts every process once; it takes some
-steps that are not counted, of which the first holds the compilation, and then those that are. So the peers come in
-turn, and a machine that is busy for a while is busy for all. FILE.json is written after each measurement: what stops
-this script, a limit of --seconds among it, takes nothing of what was measured before.
+Each peer is measured in eager mode, and compiled by torch.compile. A round starts every process once, for some warm-up
+steps, the first of which includes compilation, and then the measured steps. Peers run in turn, so that other load on
+the machine affects all of them. FILE.json is written after each measurement, so that stopping this script, or the limit
+of --seconds, loses no earlier measurement.
 
-Tokens/s is of the median step. MFU counts attention over the whole window (and over its causal half) against the rate
-that this machine reaches in a large matrix product, measured in the same run, or on a GPU also against its data sheet.
-Memory is the most that the process, or the GPU, has held; `above` leaves out weights, gradients and moments, which are
-the same for all. A peer that is not installed is named as missing.
+Tokens/s is of the median step. MFU counts full attention (and its causal half) against the rate of a large matrix
+product on this machine, measured in the same run, and on a GPU also against its data sheet. Memory is the peak of the
+process, or of the GPU; `above` excludes weights, gradients and moments, which are the same for all. A peer that is not
+installed is reported as missing.
 """
 
 import argparse
@@ -50,18 +50,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cucafera.composition import composed_config
-from cucafera.config import Config, ModelConfig
-from cucafera.data.files import write_text
-from cucafera.data.packed import PackedDataModule
+from cucafera.config.command_line import composed_config
+from cucafera.config.schema import Config, ModelConfig
+from cucafera.data.packed import DocumentData, open_documents
 from cucafera.data.windows import Batch
 from cucafera.model.flops import parameter_count, peak_flops, training_flops_per_token
+from cucafera.process import keep_freed_memory, let_threads_wait_briefly
+from cucafera.storage import write_text
 from cucafera.training.hardware import Hardware, decide_hardware
-from cucafera.training.process import keep_freed_memory, let_threads_wait_briefly
 
 PEERS = ("cucafera", "Hugging Face", "nanochat-like", "litgpt", "original", "bare loop")
 OURS = ("cucafera", "bare loop")
-"""Run in a process that is set up as the product's, and mask documents; the others as a person would start them."""
+"""Run with the process settings of `cucafera.run`, and mask documents; the others run with defaults."""
 SETTINGS = {
     "windows": {
         "cpu": ["data.document_masking=false", "batch_tokens=2048"],
@@ -72,26 +72,26 @@ SETTINGS = {
         "cuda": ["data.document_masking=true", "batch_tokens=524_288"],
     },
 }
-"""What the configuration is overridden by, for each device."""
+"""Overrides of the configuration, by setting and device."""
 PEER_WINDOWS = {"original": 4}
-"""Windows at a time on a GPU with 80 GB, for those who hold more than the logits of 8."""
+"""Windows per micro-batch on a GPU with 80 GB, for peers that do not fit 8."""
 UNCOUNTED_STEPS = 2
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 STATE_BYTES = 16
-"""A parameter's weight, gradient and both moments, in fp32."""
-LEAST_SECONDS = 5
-"""With less left of --seconds, no measurement is begun."""
+"""Per parameter: weight, gradient and two moments, in fp32."""
+MIN_SECONDS = 5
+"""No measurement is started with less left of --seconds."""
 MATRIX = "matrix products"
-"""Stands for a peer in the measurement that all MFU is of."""
+"""In place of a peer, in the measurement of the reference rate for MFU."""
 Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch of windows on the device."""
 
 
-# The peers. Each returns its module and what computes its loss; only ours is set up for the hardware.
+# The peers. Each returns its module and its loss function; only the bare loop uses the hardware settings.
 
 
 def bare_loop(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
-    """Our own decoder."""
+    """cucafera's decoder."""
     from cucafera.model.attention import document_limit
     from cucafera.training.module import build_decoder
 
@@ -108,8 +108,8 @@ def bare_loop(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]
 
 
 class PlainBlock(nn.Module):
-    """Attention and gated MLP. As the original's: attention makes its whole matrix, norms and keys are put together
-    from parts. Or `fused`, as nanochat's: SDPA with fewer keys than queries, one operation a norm."""
+    """Attention and gated MLP. Like the original: attention with the full matrix, unfused norms, repeated keys. Or
+    `fused`, like nanochat: SDPA with grouped queries, one operation per norm."""
 
     def __init__(self, config: ModelConfig, fused: bool) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class PlainBlock(nn.Module):
 
 
 def root_mean_square_norm(x: Tensor, gain: Tensor, fused: bool) -> Tensor:
-    """x over the root of its mean square, times the gain."""
+    """Root mean square norm of the last dimension."""
     if fused:
         return F.rms_norm(x, gain.shape, gain.to(x.dtype), 1e-5)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * gain
@@ -186,13 +186,13 @@ class PlainDecoder(nn.Module):
 
 
 def original(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
-    """The original's architecture."""
+    """The original architecture."""
     model = PlainDecoder(config, fused=False)
     return model, lambda batch: model(batch.input_ids, batch.targets)
 
 
 def nanochat_like(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
-    """nanochat's way, with the same arithmetic as all: gains, GeGLU and a tied head, which nanochat has not."""
+    """nanochat's implementation, with the architecture of all peers: gains, GeGLU and a tied head."""
     model = PlainDecoder(config, fused=True)
     return model, lambda batch: model(batch.input_ids, batch.targets)
 
@@ -207,7 +207,7 @@ def hugging_face(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Lo
 
 
 def litgpt(config: ModelConfig, hardware: Hardware) -> tuple[nn.Module, Loss]:
-    """litgpt's GPT with the same shape; its head is not tied, which costs memory and no products."""
+    """litgpt's GPT with the same shape; its head is not tied, which costs memory but no arithmetic."""
     from litgpt import GPT
     from litgpt.config import Config as LitConfig
 
@@ -233,20 +233,18 @@ LOOPS = {
 }  # fmt: skip
 
 
-# One measurement, in a process of its own.
+# One measurement, in a separate process.
 
 
 def measured(peer: str, config: Config) -> dict[str, Any]:
-    """Seconds of each step, the first apart; most memory in use; and of the product, the share of waiting for data."""
+    """Return seconds per step, the first separately; peak memory; and for cucafera, the share of waiting for data."""
     from cucafera.training.callbacks.throughput import peak_memory_bytes
 
     if peer in OURS:
         keep_freed_memory()
     hardware = decide_hardware(config, os.environ)
     device = torch.device(hardware.accelerator)
-    data = PackedDataModule(config)
-    data.prepare_data()
-    data.setup()
+    data = open_documents(config)
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     waiting = None
@@ -265,13 +263,14 @@ def measured(peer: str, config: Config) -> dict[str, Any]:
     }
 
 
-def product(config: Config, hardware: Hardware, data: PackedDataModule) -> tuple[list[float], float]:
-    """The end of each step on the product's training path, and the share of the time spent waiting for data."""
+def product(config: Config, hardware: Hardware, data: DocumentData) -> tuple[list[float], float]:
+    """Return the end of each step of the training path, and the share of the time spent waiting for data."""
     import lightning.pytorch as pl
 
+    from cucafera.runs.folder import RunFolder
     from cucafera.training.callbacks.interruption import Interruption
+    from cucafera.training.data_module import WindowDataModule
     from cucafera.training.module import LanguageModel
-    from cucafera.training.run_folder import RunFolder
     from cucafera.training.trainer import build_callbacks, build_trainer
 
     ends: list[float] = []
@@ -283,16 +282,16 @@ def product(config: Config, hardware: Hardware, data: PackedDataModule) -> tuple
 
     with tempfile.TemporaryDirectory() as directory:
         folder = RunFolder(Path(directory))
-        callbacks = build_callbacks(config, hardware, folder, None, [], Interruption(config, time.monotonic()), [])
+        callbacks = build_callbacks(config, hardware, folder, None, [], Interruption(config, time.monotonic()), [], {})
         trainer = build_trainer(config, hardware, folder, callbacks, first_step=0)
-        # The others do nothing between two validations and checkpoints, which the peers have not.
+        # The others do nothing between two validations and checkpoints, which the peers do not have.
         trainer.callbacks = [callbacks.interruption, callbacks.guards, callbacks.throughput, StepEnds()]  # type: ignore[attr-defined]
-        trainer.fit(LanguageModel(config, hardware), data)
+        trainer.fit(LanguageModel(config, hardware), WindowDataModule(data))
     return ends, callbacks.throughput.waiting_seconds / callbacks.throughput.training_seconds
 
 
-def loop(peer: str, config: Config, hardware: Hardware, data: PackedDataModule, device: torch.device) -> list[float]:
-    """The end of each step of a loop with nothing around it."""
+def loop(peer: str, config: Config, hardware: Hardware, data: DocumentData, device: torch.device) -> list[float]:
+    """Return the end of each step of a bare loop."""
     model, loss_of = LOOPS[peer](config.model, hardware)
     model.to(device)
     if hardware.compile:
@@ -302,7 +301,7 @@ def loop(peer: str, config: Config, hardware: Hardware, data: PackedDataModule, 
     )
     ends = []
     for step in range(config.total_steps):
-        batch = on_device(data.training_steps[step], device, peer in OURS)
+        batch = on_device(data.training_steps(())[step], device, peer in OURS)
         micro_batches = list(batch.split(hardware.micro_batch_windows))
         for micro_batch in micro_batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=hardware.precision == "bf16"):
@@ -317,7 +316,7 @@ def loop(peer: str, config: Config, hardware: Hardware, data: PackedDataModule, 
 
 
 def on_device(batch: Batch, device: torch.device, is_ours: bool) -> Batch:
-    """A step's windows on the device; the peers take int64 and no documents."""
+    """Return a step's windows on the device; the peers take int64 and no documents."""
     ids = {} if is_ours else {"dtype": torch.int64}
     documents = None if batch.documents is None or not is_ours else batch.documents.to(device)
     return batch._replace(
@@ -326,13 +325,13 @@ def on_device(batch: Batch, device: torch.device, is_ours: bool) -> Batch:
 
 
 def waited_for(device: torch.device) -> None:
-    """Waits until a GPU has done what it was given."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product, the best of some."""
+    """Return the FLOP/s of a large matrix product, the best of 12."""
     size = MATRIX_SIZE[device.type]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -346,11 +345,11 @@ def matrix_rate(device: torch.device, precision: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
-# All of them, and what they come to.
+# All measurements, and their tables.
 
 
 class Measurement(NamedTuple):
-    """What one process measures."""
+    """The measurement of one process."""
 
     setting: str
     peer: str
@@ -358,19 +357,19 @@ class Measurement(NamedTuple):
 
     @property
     def row(self) -> str:
-        """Its name in the table of its setting."""
+        """Name in the table of its setting."""
         unmasked = self.setting == "documents" and self.peer not in OURS
         return self.peer + (", compiled" if self.compiled else "") + (" (not masked)" if unmasked else "")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
-    """cpu or cuda."""
+    """Return cpu or cuda."""
     on_cpu = {"trainer=cpu", "trainer.accelerator=cpu"} & set(arguments.overrides)
     return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
 
 
 def configured(arguments: argparse.Namespace, what: Measurement) -> Config:
-    """The configuration of a measurement; those of a setting differ in the windows at a time and the compiler."""
+    """Return the configuration of a measurement; within a setting, micro-batch and compilation differ."""
     device = device_of(arguments)
     size = list(SETTINGS[what.setting][device])
     if device == "cuda" and what.peer not in OURS:
@@ -383,45 +382,45 @@ def configured(arguments: argparse.Namespace, what: Measurement) -> Config:
         ]
     )  # fmt: skip
     config.trainer.compile = what.compiled
-    config.budget_tokens = (UNCOUNTED_STEPS + arguments.steps) * int(config.batch_tokens)
+    config.budget_tokens = (UNCOUNTED_STEPS + arguments.steps) * config.batch_tokens
     return config
 
 
 def measure_apart(what: Measurement, seconds: float | None) -> dict[str, Any] | str:
-    """A measurement in a new process; or what kept it from being made, such as a limit of time."""
-    compiled = "compiled" if what.compiled else "as written"
+    """Run a measurement in a new process. Return it, or the reason why there is none, such as the time limit."""
+    compiled = "compiled" if what.compiled else "eager"
     command = [sys.executable, __file__, *sys.argv[1:], "--only", what.setting, what.peer, compiled]
     environment = dict(os.environ)
     if what.peer in OURS:
         let_threads_wait_briefly(environment)
-    # A group of its own, so that the processes that compile and read data end with it.
+    # In a new process group, so that its compile and data workers are killed with it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, process_group=0
     )
     try:
         output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        return "killed: --seconds were over"
+        return "killed: time limit (--seconds)"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if process.returncode:
-        last = (errors.strip() or f"ended with {process.returncode} and no word").splitlines()[-1]
+        last = (errors.strip() or f"exit status {process.returncode}, without a message").splitlines()[-1]
         return f"not installed: {last}" if "ModuleNotFoundError" in last else f"failed: {last}"
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     return found
 
 
 class Results:
-    """All that was measured, and not.
+    """All measurements.
 
     Attributes:
         setup: Device, model and matrix rate.
-        settings: For each setting, tokens of a step and FLOPs a token.
-        measurements: For each setting and row, what the process of each round found.
-        missing: Rows, or peers, that could not be measured, and why.
-        left_out: What --seconds left no time for.
+        settings: By setting: tokens per step and FLOPs per token.
+        measurements: By setting and row: the measurement of each round.
+        missing: Rows, or peers, that could not be measured, with the reason.
+        skipped: Measurements that the time limit did not allow.
     """
 
     def __init__(self, setup: dict[str, Any], settings: dict[str, dict[str, int]]) -> None:
@@ -429,31 +428,31 @@ class Results:
         self.settings = settings
         self.measurements: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in settings}
         self.missing: dict[str, str] = {}
-        self.left_out: list[str] = []
+        self.skipped: list[str] = []
 
     def rows(self, setting: str) -> list[dict[str, Any]]:
-        """The figures of a table, the fastest first."""
+        """Return the figures of a table, the fastest first."""
         measured, tokens = self.measurements[setting], self.settings[setting]["batch_tokens"]
         if not measured:
             return []
         medians = {
             name: [statistics.median(result["step_seconds"]) for result in found] for name, found in measured.items()
         }
-        ours = [name for name in measured if name.startswith("cucafera")] or list(measured)
-        base = min(ours, key=lambda name: statistics.median(medians[name]))
+        candidates = [name for name in measured if name.startswith("cucafera")] or list(measured)
+        base = min(candidates, key=lambda name: statistics.median(medians[name]))
         rows = []
         for name, found in measured.items():
             speeds = [tokens / seconds for result in found for seconds in result["step_seconds"]]
             speed = statistics.median(speeds)
             low, _, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else (speed, speed, speed)
-            pairs = zip(medians[base], medians[name], strict=False)  # the last round may have ended in the middle
+            pairs = zip(medians[base], medians[name], strict=False)  # the last round may be incomplete
             peak = max(result["peak_bytes"] for result in found)
             mfu = self.settings[setting]["flops_per_token"] * speed / self.setup["matrix_flops"]
             causal = self.settings[setting]["causal_flops_per_token"] / self.settings[setting]["flops_per_token"]
             rows.append(
                 {
                     "name": name, "tokens_per_second": speed, "quartiles": [low, high], "of": base,
-                    "ratio": statistics.median(mine / theirs for mine, theirs in pairs), "mfu": mfu,
+                    "ratio": statistics.median(ours / theirs for ours, theirs in pairs), "mfu": mfu,
                     "mfu_causal": causal * mfu, "peak_bytes": peak, "rounds": len(found),
                     "bytes_above_state": max(0, peak - STATE_BYTES * self.setup["parameters"]),
                     "micro_batch_windows": found[0]["micro_batch_windows"], "data_wait": found[0]["data_wait"],
@@ -463,9 +462,9 @@ class Results:
         return sorted(rows, key=lambda row: -row["tokens_per_second"])
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """Write all results as JSON, atomically."""
         content = {
-            **self.setup, "missing": self.missing, "left_out": self.left_out,
+            **self.setup, "missing": self.missing, "skipped": self.skipped,
             "settings": {
                 name: {**facts, "rows": self.rows(name), "measurements": self.measurements[name]}
                 for name, facts in self.settings.items()
@@ -474,7 +473,7 @@ class Results:
         write_text(path, json.dumps(content, indent=1) + "\n")
 
     def report(self) -> str:
-        """The tables."""
+        """Return the tables."""
         setup = self.setup
         lines = [
             f"{setup['model']}: {setup['parameters']:,} parameters, on {setup['device']}; matrix products reach "
@@ -483,8 +482,8 @@ class Results:
         for setting, facts in self.settings.items():
             if not self.measurements[setting]:
                 continue
-            masked = "; not masked: whole windows, by a peer that cannot mask" if setting == "documents" else ""
-            lines += ["", f"{setting}: {facts['batch_tokens']:,} tokens a step{masked}", ""]
+            masked = "; not masked: full windows, by a peer without document masking" if setting == "documents" else ""
+            lines += ["", f"{setting}: {facts['batch_tokens']:,} tokens per step{masked}", ""]
             lines += [
                 f"{'':32}{'tokens/s':>10}{'quartiles':>21}{'ratio':>7}{'MFU':>8}{'causal':>8}{'memory':>11}{'above':>11}"
                 f"{'first':>9}"
@@ -498,12 +497,12 @@ class Results:
                     f"{row['first_step_seconds']:>7.1f} s"
                 )
         lines += ["", *(f"{name:32}{why}" for name, why in self.missing.items())]
-        if self.left_out:
-            lines.append(f"--seconds left out {len(self.left_out)} measurements, from {self.left_out[0]} on")
+        if self.skipped:
+            lines.append(f"skipped {len(self.skipped)} measurements for lack of time, from {self.skipped[0]} on")
         lines += [
             "ratio: speed over that of the fastest of cucafera in the same table, median of the rounds. MFU: of the",
-            "rate of matrix products, with attention over the whole window, and over its causal half. above: memory",
-            "above weights, gradients and moments. first: the first step, compilation included.",
+            "rate of matrix products, with full attention, and with its causal half. above: memory",
+            "above weights, gradients and moments. first: the first step, including compilation.",
         ]
         for setting, facts in self.settings.items():
             for row in self.rows(setting):
@@ -517,7 +516,7 @@ class Results:
         return "\n".join(lines)
 
     def draw(self, path: Path) -> None:
-        """A bar a row, with the quartiles of its steps."""
+        """Draw one bar per row, with the quartiles of its steps."""
         from matplotlib.figure import Figure
 
         rows = [(setting, row) for setting in self.settings for row in reversed(self.rows(setting))]
@@ -534,16 +533,16 @@ class Results:
 
 
 def facts_of(config: Config) -> dict[str, int]:
-    """Tokens of a step and FLOPs a token of a setting."""
+    """Return tokens per step and FLOPs per token of a setting."""
     return {
-        "batch_tokens": int(config.batch_tokens),
+        "batch_tokens": config.batch_tokens,
         "flops_per_token": training_flops_per_token(config.model, config.sequence_length),
         "causal_flops_per_token": training_flops_per_token(config.model, config.sequence_length, causal_half=True),
     }
 
 
 def measure_all(arguments: argparse.Namespace) -> Results:
-    """Every measurement that there is time for, written as they come."""
+    """Run all measurements that the time limit allows, and write the results after each."""
     deadline = math.inf if arguments.seconds is None else time.monotonic() + arguments.seconds
     first = {name: configured(arguments, Measurement(name, "cucafera", True)) for name in arguments.setting}
     setup: dict[str, Any] = {"model": arguments.model, "parameters": parameter_count(first[arguments.setting[0]].model)}
@@ -559,36 +558,36 @@ def measure_all(arguments: argparse.Namespace) -> Results:
         if what.peer in results.missing or f"{what.row} ({what.setting})" in results.missing:
             continue
         seconds = deadline - time.monotonic()
-        called = f"round {number + 1}, {what.setting}: {what.row}"
+        name = f"round {number + 1}, {what.setting}: {what.row}"
         found = (
-            "not begun" if seconds < LEAST_SECONDS else measure_apart(what, None if math.isinf(seconds) else seconds)
+            "not started" if seconds < MIN_SECONDS else measure_apart(what, None if math.isinf(seconds) else seconds)
         )
         if isinstance(found, dict):
             results.measurements[what.setting].setdefault(what.row, []).append(found)
             speed = results.settings[what.setting]["batch_tokens"] / statistics.median(found["step_seconds"])
-            print(f"{called:60}{speed:>12,.0f} tokens/s", flush=True)
-        elif found.startswith(("not begun", "killed")):
-            results.left_out.append(called)
+            print(f"{name:60}{speed:>12,.0f} tokens/s", flush=True)
+        elif found.startswith(("not started", "killed")):
+            results.skipped.append(name)
         else:
             results.missing[what.peer if found.startswith("not installed") else f"{what.row} ({what.setting})"] = found
             results.measurements[what.setting].pop(what.row, None)
-            print(f"{called:60}{found}", flush=True)
+            print(f"{name:60}{found}", flush=True)
         if arguments.out:
             results.write(arguments.out.with_suffix(".json"))
     return results
 
 
 def main() -> None:
-    """Measures all of them, or one in a process of its own."""
+    """Run all measurements, or one in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a preset of conf/model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="counted steps of a round")
-    parser.add_argument("--peer", action="append", choices=PEERS, help="one to measure; may be repeated; else all")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps per round")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="peer to measure; may be repeated; default: all")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="may be repeated (windows)")
-    parser.add_argument("--compiled-only", action="store_true", help="nobody as written")
-    parser.add_argument("--seconds", type=float, help="begin no measurement after these, and kill one that goes beyond")
-    parser.add_argument("--out", type=Path, help="where FILE.json and FILE.png go")
+    parser.add_argument("--compiled-only", action="store_true", help="no measurements in eager mode")
+    parser.add_argument("--seconds", type=float, help="time limit: measurements beyond it are skipped or killed")
+    parser.add_argument("--out", type=Path, help="path of FILE.json and FILE.png")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of the configuration, such as batch_tokens=16384")
     arguments = parser.parse_intermixed_args()
@@ -604,7 +603,7 @@ def main() -> None:
             what = Measurement(setting, peer, compiled == "compiled")
             print(json.dumps(measured(peer, configured(arguments, what))))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the measuring process is killed too
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     results = measure_all(arguments)

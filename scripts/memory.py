@@ -1,15 +1,15 @@
-"""The memory that a training step takes at its peak, computed without a GPU.
+"""The peak memory of a training step, computed without a GPU.
 
     python scripts/memory.py                          cucafera and large, with and without activation checkpointing
     python scripts/memory.py --model small --windows 1 --windows 8
 
-A step of the model is taken with fake tensors: they have shapes and no numbers, so that nothing is computed, and what
-PyTorch would allocate is added up as it comes and goes. Forward and backward pass twice, as with accumulation, then the
-optimizer, in bf16 autocast (or --precision fp32), without the compiler, which keeps less: what it keeps of a layer for
-the backward pass is asked of its own partitioner, and stands in a line of its own. Not in any of it: a GPU's context,
-which takes half a GB, and what is lost between the pieces.
+A step runs with fake tensors, which have shapes but no values: nothing is computed, and the allocations of PyTorch are
+added up. It has two forward and backward passes, as with gradient accumulation, and the optimizer update, in bf16
+autocast (or --precision fp32), in eager mode. The compiled model keeps less per layer for the backward pass: that is
+counted from the partitioner of the compiler, and printed on a separate line. Not included are the CUDA context, half a
+GB, and fragmentation.
 
-On a machine with a GPU the same step is taken in earnest too, and the most that it allocated stands beside.
+On a machine with a GPU the same step runs on it too, and the measured peak is printed as well.
 """
 
 import argparse
@@ -29,21 +29,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cucafera.composition import composed_config
-from cucafera.config import Config
+from cucafera.config.command_line import composed_config
+from cucafera.config.registry import OPTIMIZERS
+from cucafera.config.schema import Config
 from cucafera.model import loss
 from cucafera.model.flops import layer_shapes, parameter_count
 from cucafera.model.transformer import Decoder
-from cucafera.training.hardware import StepMemory
-from cucafera.training.optimizers import build_optimizer
+from cucafera.optimizers import build_optimizer
+from cucafera.training.memory import StepMemory
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive.
+    """Count the bytes of live tensors.
 
     Attributes:
-        now: At this moment.
-        peak: Most since the beginning, or since it was set to `now`.
+        now: Current bytes.
+        peak: Maximum of `now` so far.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class AllocatedBytes(TorchDispatchMode):
         self._counted: set[int] = set()
 
     def __torch_dispatch__(self, operation, types, arguments=(), settings=None):
-        if operation is torch.ops.cucafera.linear_cross_entropy.default:  # what it takes inside is not seen here
+        if operation is torch.ops.cucafera.linear_cross_entropy.default:  # its internal allocations are not dispatched
             hidden, weight, _, _, chunk_tokens, _ = arguments
             self.peak = max(self.peak, self.now + loss.workspace_bytes(hidden, weight, chunk_tokens, "cuda"))
         result = operation(*arguments, **(settings or {}))
@@ -74,7 +75,7 @@ class AllocatedBytes(TorchDispatchMode):
 
 
 def steps(config: Config, windows: int, precision: str, checkpointing: bool, device: str) -> None:
-    """Two optimizer steps of two micro-batches."""
+    """Run two optimizer steps of two micro-batches each."""
     with torch.device(device):
         model = Decoder(config.model, checkpointing)
         ids = torch.zeros(windows, config.sequence_length, dtype=torch.int64)
@@ -90,13 +91,13 @@ def steps(config: Config, windows: int, precision: str, checkpointing: bool, dev
 
 
 def computed_peak(config: Config, windows: int, precision: str, checkpointing: bool) -> int:
-    """Most bytes that a step on a GPU has allocated at one moment, computed.
+    """Compute the peak of allocated bytes in a step on a GPU.
 
     Args:
         config: The run.
-        windows: Of a micro-batch.
+        windows: Windows per micro-batch.
         precision: bf16 or fp32.
-        checkpointing: Whether activations are computed again.
+        checkpointing: True for activation checkpointing.
     """
     with as_if_for_cuda(), FakeTensorMode(), AllocatedBytes() as allocated:
         steps(config, windows, precision, checkpointing, "cpu")
@@ -105,7 +106,7 @@ def computed_peak(config: Config, windows: int, precision: str, checkpointing: b
 
 @contextlib.contextmanager
 def as_if_for_cuda() -> Iterator[None]:
-    """Within it, the loss cuts its chunks as on CUDA: only a CPU can be pretended everywhere."""
+    """Use CUDA's chunk size of the loss within the context: the fake tensors are on the CPU, for any machine."""
     chunk_tokens = loss._chunk_tokens
     loss._chunk_tokens = lambda device_type, dtype, vocabulary: chunk_tokens("cuda", dtype, vocabulary)
     try:
@@ -115,11 +116,11 @@ def as_if_for_cuda() -> Iterator[None]:
 
 
 def kept_by_compiled_layer(config: Config, windows: int, precision: str, residual_precision: str) -> float:
-    """Bytes that each layer of the compiled model keeps for the backward pass, per token and unit of width.
+    """Count the bytes that each layer of the compiled model keeps for the backward pass, per token and unit of width.
 
-    What the partitioner of torch.compile hands from the forward to the backward graph, views of one tensor counted
-    once; of a model of three layers beside one of two, so that one layer is left, without the copies of its weights:
-    all of them in bf16, or those that stand side by side in fp32.
+    These are the tensors that the partitioner of torch.compile passes from the forward to the backward graph, with
+    views of one tensor counted once. The difference between models of three and of two layers is one layer. Copies of
+    its weights are subtracted: all weights in bf16, or the concatenated ones in fp32.
     """
     sizes = []
     for layers in (2, 3):
@@ -128,9 +129,9 @@ def kept_by_compiled_layer(config: Config, windows: int, precision: str, residua
         sizes.append(kept)
 
         def count(graph: torch.fx.GraphModule, inputs: object, kept: list[int] = kept) -> torch.fx.GraphModule:
-            handed_on = graph.graph.output_node().args[0]
-            made = [node.meta["val"] for node in handed_on if node is not None and node.op != "placeholder"]
-            storages = [tensor.untyped_storage() for tensor in made if isinstance(tensor, Tensor)]
+            outputs = graph.graph.output_node().args[0]
+            saved = [node.meta["val"] for node in outputs if node is not None and node.op != "placeholder"]
+            storages = [tensor.untyped_storage() for tensor in saved if isinstance(tensor, Tensor)]
             kept.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
             return graph
 
@@ -156,7 +157,7 @@ def kept_by_compiled_layer(config: Config, windows: int, precision: str, residua
 
 
 def measured_peak(config: Config, windows: int, precision: str, checkpointing: bool) -> int | None:
-    """The same, measured on the GPU of this machine; None if it has too little."""
+    """Measure the same on the GPU of this machine; None if it runs out of memory."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -167,24 +168,25 @@ def measured_peak(config: Config, windows: int, precision: str, checkpointing: b
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="a preset of conf/model; may be repeated")
-    parser.add_argument("--windows", action="append", type=int, help="windows of a micro-batch; may be repeated")
+    parser.add_argument("--windows", action="append", type=int, help="windows per micro-batch; may be repeated")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     arguments = parser.parse_args()
     measure = torch.cuda.is_available()
+    state_bytes = OPTIMIZERS.get("adamw").state_bytes_per_parameter
     print(f"{'model':12}{'parameters':>15}{'windows':>9}{'checkpointing':>15}{'state':>12}{'peak':>12}{'estimate':>12}"
           + (f"{'measured':>12}" if measure else ""))  # fmt: skip
     for name, windows, checkpointing in itertools.product(
         arguments.model or ("cucafera", "large"), arguments.windows or (1, 4), (False, True)
     ):
         config = composed_config([f"model={name}"])
-        step = StepMemory(config, arguments.precision)
+        step = StepMemory(config, arguments.precision, state_bytes)
         columns = [
             16 * parameter_count(config.model),
             computed_peak(config, windows, arguments.precision, checkpointing),
-            step.at(windows * config.sequence_length, checkpointing),
+            step.peak_bytes(windows * config.sequence_length, checkpointing),
         ]
         if measure:
             columns.append(measured_peak(config, windows, arguments.precision, checkpointing) or math.nan)
@@ -196,8 +198,8 @@ def main() -> None:
     config = composed_config([f"model={(arguments.model or ['cucafera'])[0]}"])
     for residual_precision in ("fp32", "bf16") if arguments.precision == "bf16" else ("fp32",):
         kept = kept_by_compiled_layer(config, 1, arguments.precision, residual_precision)
-        step = StepMemory(config, arguments.precision, residual_precision, compiled=True)
-        estimate = step.per_token(False) / config.model.num_hidden_layers / config.model.hidden_size
+        step = StepMemory(config, arguments.precision, state_bytes, residual_precision, compiled=True)
+        estimate = step.bytes_per_token(False) / config.model.num_hidden_layers / config.model.hidden_size
         print(f"A compiled layer keeps {kept:.1f} bytes per token and unit of width, with the residual stream in "
               f"{residual_precision}; estimate {estimate:.0f}")  # fmt: skip
 

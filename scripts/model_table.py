@@ -1,21 +1,22 @@
-"""Prints the README's table of model presets, computed from conf/model.
+"""Print the README's table of model presets, computed from conf/model.
 
 python scripts/model_table.py
 """
 
-from cucafera.composition import composed_config, config_directory
+from cucafera.config.command_line import composed_config
+from cucafera.config.compose import config_directory
 from cucafera.model.flops import parameter_count, training_flops_per_token
 
 
 def model_table() -> str:
-    """A Markdown table: one row a preset, smallest first."""
+    """Return a Markdown table with one row per preset, smallest first."""
     presets = [path.stem for path in (config_directory() / "model").glob("*.yaml") if path.stem != "inherited"]
     configs = {
         preset: composed_config([f"model={preset}", "batch_tokens=524_288", "budget_tokens=1e9"]) for preset in presets
     }
     rows = [
         "| model | parameters | layers x hidden | query / key-value heads | vocabulary | context "
-        "| GFLOP a token, full / causal |",
+        "| GFLOP per token, full / causal |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for preset, config in sorted(configs.items(), key=lambda item: parameter_count(item[1].model)):

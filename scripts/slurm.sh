@@ -1,12 +1,12 @@
 #!/bin/bash
-# One run on a SLURM cluster, through preemption and time limits until it is complete:
+# A run on a SLURM cluster, requeued after preemption and time limits until it is complete:
 #
 #     sbatch scripts/slurm.sh +experiment=pretrain
 #
-# Five minutes before its time is over, and when it is preempted, the program gets SIGTERM: it finishes the step, saves,
-# and ends with 143 (124 for max_time). Then the job goes back into the queue, and the same command goes on.
+# Five minutes before the time limit, and on preemption, the program gets SIGTERM: it finishes the step, saves a
+# checkpoint, and exits with 143 (124 for max_time). Then the job is requeued, and the same command resumes the run.
 # Several GPUs: sbatch --ntasks-per-node=4 --gpus=4 scripts/slurm.sh +experiment=pretrain trainer=ddp
-# and machines: sbatch --nodes=2 --ntasks-per-node=4 --gpus=8 scripts/slurm.sh +experiment=pretrain trainer=ddp trainer.num_nodes=2
+# Several nodes: sbatch --nodes=2 --ntasks-per-node=4 --gpus=8 scripts/slurm.sh +experiment=pretrain trainer=ddp trainer.num_nodes=2
 #
 #SBATCH --job-name=cucafera
 #SBATCH --ntasks-per-node=1

@@ -1,20 +1,19 @@
-"""Kills, fills and damages a run at random, and compares its end with that of an undisturbed one.
+"""Injects random faults into a run, and compares its result with that of an undisturbed run.
 
-    python scripts/torture.py series --kills 100      one run, killed so often, and disturbed in other ways
-    python scripts/torture.py damage --trials 200     one damaged file a time, then the same command
+    python scripts/torture.py series --kills 100      one run, killed that often, with other faults in between
+    python scripts/torture.py damage --trials 200     one damaged file per trial, then the same command again
+    python scripts/torture.py inject                  NaN, an infinite gradient and a spike: what the guards do
 
-    python scripts/torture.py inject                  NaN, an infinite gradient and a spike, and what becomes of them
-
-The first two end with status 1 if anything differs, a message is missing, or a stack trace is seen. The product runs as
-its own process each time, started by `cucafera.run.main`; only its imports are shared, or the imports would take most
-of the time. The last one runs the quickstart, or what overrides make of it.
+The first two end with status 1 if anything differs, a message is missing, or a stack trace is printed. Each start of
+the run is a process of its own that calls `cucafera.run.main`; a fork server shares the imports, which would take most
+of the time. The last one runs the quickstart, with overrides if any are given.
 
 The faults of a series, at random times:
     kill            SIGKILL
     kill in save    SIGKILL at a random write, flush, rename or removal of a checkpoint
     terminate       SIGTERM: it must save and end with 143
-    full disk       writes of checkpoints, curves and history fail for some saves; it must go on; then SIGKILL
-    damage          bits flipped or a file cut between two starts: the newest checkpoint, its mark, or a shard
+    full disk       writes of checkpoints, curves and history fail for some saves; it must continue; then SIGKILL
+    damage          a bit flipped or a file truncated between two starts: the newest checkpoint, its marker, or a shard
 """
 
 import argparse
@@ -36,7 +35,7 @@ PRELOADED = [
     "cucafera.run",
     "cucafera.data.packed",
     "cucafera.data.conversations",
-    "cucafera.training.report",
+    "cucafera.runs.report",
     "cucafera.training.trainer",
     "cucafera.training.module",
 ]
@@ -65,20 +64,20 @@ LONGEST_START_SECONDS = 120
 
 
 class Ended(NamedTuple):
-    """How a start of the product ended: its status, negative for a signal, and what it printed."""
+    """The exit status of a start of the run, negative for a signal, and its output."""
 
     status: int
     output: str
 
 
 class Fault(NamedTuple):
-    """What happens to one start.
+    """The fault of one start.
 
     Attributes:
-        name: As in the list above.
-        after_seconds: When the signal comes, after the product has begun to train.
-        operation: Number of the file operation that is not survived.
-        saves: First and last save that find the disk full.
+        name: See the list above.
+        after_seconds: Seconds from the first step to the signal.
+        operation: Number of the file operation at which the process is killed.
+        saves: First and last save during which the disk is full.
     """
 
     name: str
@@ -87,8 +86,8 @@ class Fault(NamedTuple):
     saves: tuple[int, int] = (0, 0)
 
 
-def product(arguments: list[str], folder: str, output: str, fault: Fault) -> None:
-    """Runs the product in this process, which is its own."""
+def start_run(arguments: list[str], folder: str, output: str, fault: Fault) -> None:
+    """Run cucafera in this process, with a fault."""
     os.chdir(folder)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -96,7 +95,7 @@ def product(arguments: list[str], folder: str, output: str, fault: Fault) -> Non
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import torch
 
-    torch.set_num_threads(1)  # for a model this small, threads only get in each other's way
+    torch.set_num_threads(1)  # a model this small is slower with several threads
     if fault.name == "kill in save":
         kill_at_operation(fault.operation)
     if fault.name == "full disk":
@@ -109,8 +108,9 @@ def product(arguments: list[str], folder: str, output: str, fault: Fault) -> Non
 
 
 def kill_at_operation(number: int) -> None:
-    """Kills this process at its n-th file operation of the saving of checkpoints."""
-    from cucafera.training import checkpoint_files
+    """Kill this process at the n-th file operation of its saves of checkpoints."""
+    from cucafera.runs import checkpoints
+    from cucafera.training.checkpoint_writer import CheckpointWriter
 
     left = number
     saving = False
@@ -138,12 +138,12 @@ def kill_at_operation(number: int) -> None:
 
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name)))
-    checkpoint_files._HashedFile.write = counted(checkpoint_files._HashedFile.write)  # type: ignore[method-assign]
-    checkpoint_files.CheckpointWriter._write = save(checkpoint_files.CheckpointWriter._write)  # type: ignore[method-assign]
+    checkpoints._HashedFile.write = counted(checkpoints._HashedFile.write)  # type: ignore[method-assign]
+    CheckpointWriter._write = save(CheckpointWriter._write)  # type: ignore[method-assign]
 
 
 def fill_disk(first: int, last: int) -> None:
-    """From the first to the last of these saves, nothing can be brought onto the disk."""
+    """From the first to the last of these saves, let every flush to disk fail with ENOSPC."""
     from cucafera.training.callbacks.checkpoints import Checkpoints
 
     saves = 0
@@ -165,10 +165,10 @@ def fill_disk(first: int, last: int) -> None:
 
 
 class Bench:
-    """Starts the product in a folder, again and again.
+    """Starts a run in a folder, again and again.
 
     Args:
-        folder: Where its outputs are.
+        folder: The folder that contains outputs/.
         overrides: The command line.
     """
 
@@ -179,22 +179,22 @@ class Bench:
         self.context.set_forkserver_preload(PRELOADED)
 
     def start(self, name: str, fault: Fault) -> Ended:
-        """Starts the run of a name, and lets a fault happen to it."""
+        """Start the run of a name with a fault, and wait until it ends."""
         output = self.folder / "output.txt"
         output.unlink(missing_ok=True)
         arguments = [*self.overrides, f"name={name}"]
-        process = self.context.Process(target=product, args=(arguments, str(self.folder), str(output), fault))
+        process = self.context.Process(target=start_run, args=(arguments, str(self.folder), str(output), fault))
         process.start()
         if fault.name in ("kill", "terminate", "full disk") and self._trains(process, output):
             process.join(fault.after_seconds)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, signal.SIGTERM if fault.name == "terminate" else signal.SIGKILL)
         process.join(600)
-        assert process.exitcode is not None, "the product hangs"
+        assert process.exitcode is not None, "the run hangs"
         return Ended(process.exitcode, output.read_text(errors="replace"))
 
     def _trains(self, process: Any, output: Path) -> bool:
-        """Waits until the first step has been told; False if the product ended before."""
+        """Wait until the first step is printed. Return False if the run ended before."""
         deadline = time.monotonic() + LONGEST_START_SECONDS
         while process.is_alive() and time.monotonic() < deadline:
             if output.exists() and "\nstep" in "\n" + output.read_text(errors="replace"):
@@ -203,35 +203,35 @@ class Bench:
         return False
 
 
-def damage(path: Path, dice: random.Random) -> str:
-    """Flips a bit of a file, or cuts it. Returns what was done."""
+def damage(path: Path, rng: random.Random) -> str:
+    """Flip a bit of a file, or truncate it. Return what was done."""
     content = bytearray(path.read_bytes())
-    if dice.random() < 0.5:
-        place = dice.randrange(len(content))
-        content[place] ^= 1 << dice.randrange(8)
+    if rng.random() < 0.5:
+        position = rng.randrange(len(content))
+        content[position] ^= 1 << rng.randrange(8)
         path.write_bytes(content)
-        return f"a bit of byte {place} flipped"
-    length = dice.randrange(len(content))
+        return f"a bit of byte {position} flipped"
+    length = rng.randrange(len(content))
     path.write_bytes(content[:length])
-    return f"cut to {length} bytes"
+    return f"truncated to {length} bytes"
 
 
-def checked(ended: Ended, expected: set[int], what: str) -> None:
-    """Ends everything if a start of the product ended otherwise than it may, or with a stack trace."""
+def check(ended: Ended, expected: set[int], what: str) -> None:
+    """Exit if a start of the run ended with another status than expected, or with a stack trace."""
     if "Traceback" in ended.output or ended.status not in expected:
         sys.exit(f"{what}: status {ended.status}, allowed {sorted(expected)}; it printed:\n{ended.output}")
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """What differs between two run folders: weights, moments, metrics or curves."""
+    """Return what differs between two run folders: weights, moments, metrics or curves."""
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tb_logging
 
-    from cucafera.training.checkpoint_files import read_checkpoint
-    from cucafera.training.run_folder import RunFolder
+    from cucafera.runs.checkpoints import read_checkpoint
+    from cucafera.runs.folder import RunFolder
 
-    tb_logging.get_logger().setLevel("ERROR")  # it tells of each file that goes on after a kill
+    tb_logging.get_logger().setLevel("ERROR")  # it warns about each file that continues after a kill
     found = []
     states = [read_checkpoint(RunFolder(path).checkpoints.marked()[-1]) for path in (left, right)]
     for part in ("state_dict", "optimizer_states", "random_state", "steps_done"):
@@ -266,7 +266,7 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def flattened(value: Any, key: str = "") -> Any:
-    """Every leaf of nested dictionaries, lists and tuples with its place."""
+    """Yield each leaf of nested dictionaries, lists and tuples with its path."""
     if isinstance(value, dict):
         value = list(value.items())
     elif isinstance(value, list | tuple):
@@ -279,8 +279,8 @@ def flattened(value: Any, key: str = "") -> Any:
 
 
 def series(folder: Path, kills: int, steps: int, seed: int) -> None:
-    """Disturbs one run until it was killed so often, and compares."""
-    dice = random.Random(seed)
+    """Inject faults into one run until it was killed that often, and compare it with an undisturbed run."""
+    rng = random.Random(seed)
     bench = Bench(
         folder,
         [
@@ -292,73 +292,73 @@ def series(folder: Path, kills: int, steps: int, seed: int) -> None:
             "callbacks.keep_every_steps=100",
         ],
     )
-    begun = time.monotonic()
-    checked(bench.start("undisturbed", Fault("none")), {0}, "the undisturbed run")
-    print(f"undisturbed: {steps} steps in {time.monotonic() - begun:.0f} s", flush=True)
+    started = time.monotonic()
+    check(bench.start("undisturbed", Fault("none")), {0}, "the undisturbed run")
+    print(f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
     counts: Counter[str] = Counter()
     run = folder / "outputs" / "disturbed"
     while sum(counts[name] for name in KILLS) < kills:
-        name = dice.choices(["kill", "kill in save", "terminate", "full disk", "damage"], weights=[30, 35, 10, 10, 15])[
+        name = rng.choices(["kill", "kill in save", "terminate", "full disk", "damage"], weights=[30, 35, 10, 10, 15])[
             0
         ]
         if name == "damage":
-            counts[name] += damaged_between_starts(bench, run, dice)
+            counts[name] += damaged_between_starts(bench, run, rng)
             continue
         fault = Fault(
             name,
-            after_seconds=dice.uniform(0, 0.8),
-            operation=dice.randint(1, 200),
-            saves=(first := dice.randint(1, 3), first + dice.randint(0, 2)),
+            after_seconds=rng.uniform(0, 0.8),
+            operation=rng.randint(1, 200),
+            saves=(first := rng.randint(1, 3), first + rng.randint(0, 2)),
         )
         ended = bench.start("disturbed", fault)
         allowed = {0, 143, -signal.SIGTERM} if name == "terminate" else {0, -signal.SIGKILL}
-        checked(ended, allowed, name)
+        check(ended, allowed, name)
         if ended.status == 0:
             sys.exit(f"the run is complete after {counts}: give it more --steps")
         if ended.status == 143 and "the same command" not in ended.output:
-            sys.exit(f"SIGTERM was not answered with how to go on:\n{ended.output}")
+            sys.exit(f"after SIGTERM, the message does not say how to resume:\n{ended.output}")
         if name == "full disk" and "COULD NOT BE WRITTEN" not in ended.output:
             continue  # it was killed before a save met the full disk
         counts[name] += 1
     ended = bench.start("disturbed", Fault("none"))
-    checked(ended, {0}, "the last start")
+    check(ended, {0}, "the last start")
     found = differences(folder / "outputs" / "undisturbed", run)
-    print(f"seed {seed}: {sum(counts.values())} faults in one run of {steps} steps, {time.monotonic() - begun:.0f} s")
+    print(f"seed {seed}: {sum(counts.values())} faults in one run of {steps} steps, {time.monotonic() - started:.0f} s")
     for name, count in sorted(counts.items()):
         print(f"  {name:14}{count:5}")
     report(found)
 
 
-def damaged_between_starts(bench: Bench, run: Path, dice: random.Random) -> int:
-    """Damages a file between two starts, and mends what the product says must be mended. Returns 1 if it could."""
-    marks = sorted((run / "checkpoints").glob("step-*.json"))
+def damaged_between_starts(bench: Bench, run: Path, rng: random.Random) -> int:
+    """Damage a file between two starts, and restore it if the run refuses. Return 1, or 0 if there was no file yet."""
+    markers = sorted((run / "checkpoints").glob("step-*.json"))
     shards = sorted((bench.folder / "prepared").rglob("train/*.shard"))  # read, and so verified, at the first step
-    if len(marks) < 2:
+    if len(markers) < 2:
         return 0
-    path = dice.choice([marks[-1].with_suffix(".ckpt"), marks[-1], dice.choice(shards)])
+    path = rng.choice([markers[-1].with_suffix(".ckpt"), markers[-1], rng.choice(shards)])
     content = path.read_bytes()
-    damage(path, dice)
+    damage(path, rng)
     ended = bench.start("disturbed", Fault("kill", after_seconds=0.1))
-    checked(ended, {2} if path in shards else {0, -signal.SIGKILL}, f"{path.name} was damaged")
+    check(ended, {2} if path in shards else {0, -signal.SIGKILL}, f"{path.name} was damaged")
     if path.stem not in ended.output or not ("damaged" in ended.output or "cannot be used" in ended.output):
-        sys.exit(f"{path} was damaged, and that was not told:\n{ended.output}")
+        sys.exit(f"{path} was damaged, and no message says so:\n{ended.output}")
     if path in shards:
         path.write_bytes(content)
     return 1
 
 
 def damage_trials(folder: Path, trials: int, seed: int) -> None:
-    """Damages one file of a run that stands half-way, and gives the same command, again and again."""
-    dice = random.Random(seed)
+    """Damage one file of a half-finished run and start it again, once per trial."""
+    rng = random.Random(seed)
     settings = [*SETTINGS, "callbacks.checkpoint_every_steps=4", "callbacks.validate_every_steps=4"]
-    half, whole = f"budget_tokens={8 * TOKENS_OF_STEP}", f"budget_tokens={12 * TOKENS_OF_STEP}"
+    half, full = f"budget_tokens={8 * TOKENS_OF_STEP}", f"budget_tokens={12 * TOKENS_OF_STEP}"
     settings.append("schedule.horizon_steps=12")
     original = folder / "original"
     original.mkdir()
-    checked(Bench(original, [*settings, half]).start("run", Fault("none")), {0}, "the first half")
+    check(Bench(original, [*settings, half]).start("run", Fault("none")), {0}, "the first half")
     undisturbed = folder / "undisturbed"
     shutil.copytree(original, undisturbed)
-    checked(Bench(undisturbed, [*settings, whole]).start("run", Fault("none")), {0}, "the second half")
+    check(Bench(undisturbed, [*settings, full]).start("run", Fault("none")), {0}, "the second half")
     newest = max((original / "outputs/run/checkpoints").glob("step-*.json"))
     files = [newest, newest.with_suffix(".ckpt"), *(p for p in (original / "prepared").rglob("*") if p.is_file())]
     files = [path for path in files if path.suffix != ".lock"]
@@ -367,23 +367,23 @@ def damage_trials(folder: Path, trials: int, seed: int) -> None:
         path = files[number % len(files)].relative_to(original)
         trial = folder / "trial"
         shutil.copytree(original, trial)
-        done = damage(trial / path, dice)
-        ended = Bench(trial, [*settings, whole]).start("run", Fault("none"))
-        checked(ended, {0, 2}, f"{path} ({done})")
+        done = damage(trial / path, rng)
+        ended = Bench(trial, [*settings, full]).start("run", Fault("none"))
+        check(ended, {0, 2}, f"{path} ({done})")
         if path.name not in ended.output and path.stem not in ended.output:
-            sys.exit(f"{path} ({done}): not told; status {ended.status}:\n{ended.output}")
+            sys.exit(f"{path} ({done}): not reported; status {ended.status}:\n{ended.output}")
         if ended.status == 0 and (found := differences(undisturbed / "outputs/run", trial / "outputs/run")):
             sys.exit(f"{path} ({done}): a wrong result: {found}")
         kind = "checkpoint" if path.suffix == ".ckpt" else path.name
-        outcomes[kind, "refused" if ended.status == 2 else "fell back, same result"] += 1
+        outcomes[kind, "refused" if ended.status == 2 else "fallback, same result"] += 1
         shutil.rmtree(trial)
-    print(f"seed {seed}: {trials} damaged files, each of them told")
+    print(f"seed {seed}: {trials} damaged files, all reported")
     for (kind, outcome), count in sorted(outcomes.items()):
         print(f"  {kind:20}{outcome:26}{count:5}")
 
 
 def inject(overrides: list[str]) -> None:
-    """Trains with three batches that go wrong."""
+    """Train with three faulty batches."""
     import math
 
     from torch import Tensor
@@ -393,7 +393,7 @@ def inject(overrides: list[str]) -> None:
     from cucafera.run import main
 
     item, forward = TrainingSteps.__getitem__, Decoder.forward
-    broken = {59: "nan", 119: "inf", 179: "spike"}  # numbers of batches; the id in the first place tells the model
+    broken = {59: "nan", 119: "inf", 179: "spike"}  # numbers of batches; the first token id marks them for the model
     first_id = 100
 
     def item_with_mark(steps: TrainingSteps, step: int) -> Batch:
@@ -416,23 +416,25 @@ def inject(overrides: list[str]) -> None:
 
 
 def report(found: list[str]) -> None:
-    """Says whether the two runs are the same, and ends with status 1 if not."""
+    """Print whether the two runs are equal, and exit with status 1 if not."""
     if found:
         sys.exit("DIFFERENT:\n" + "\n".join(f"  {line}" for line in found[:20]))
-    print("The end is bit-equal to the undisturbed run: weights, moments, random state, metrics, curves.")
+    print("The result is bit-equal to the undisturbed run: weights, moments, random state, metrics, curves.")
 
 
 def main() -> None:
-    """The command line."""
+    """Parse the command line and run a command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("series", help="one run, disturbed many times")
+    one = commands.add_parser("series", help="one run with many faults")
     one.add_argument("--kills", type=int, default=100)
-    one.add_argument("--steps", type=int, help="of the run; default: 60 a kill")
-    two = commands.add_parser("damage", help="one damaged file a time")
+    one.add_argument("--steps", type=int, help="of the run; default: 60 per kill")
+    two = commands.add_parser("damage", help="one damaged file per trial")
     two.add_argument("--trials", type=int, default=200)
     three = commands.add_parser("inject", help="what the guards do")
-    three.add_argument("overrides", nargs="*", help="of the quickstart, such as callbacks.guards.loss_spike=rollback")
+    three.add_argument(
+        "overrides", nargs="*", help="overrides of the quickstart, such as callbacks.guards.loss_spike=rollback"
+    )
     for command in (one, two):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--folder", type=Path, default=Path("outputs/torture"), help="emptied first")

@@ -1,18 +1,18 @@
-"""Does a learning rate that was found on a narrow model hold on a wide one, with model.base_hidden_size and without?
+"""Test whether a learning rate found on a narrow model holds on a wide one, with and without model.base_hidden_size.
 
-    OMP_WAIT_POLICY=PASSIVE python scripts/transfer.py coordinates   what a few steps change in the model, by width
-    OMP_WAIT_POLICY=PASSIVE python scripts/transfer.py study         the best learning rate of each width
+    OMP_WAIT_POLICY=PASSIVE python scripts/transfer.py coordinates   change of activations in a few steps, by width
+    OMP_WAIT_POLICY=PASSIVE python scripts/transfer.py study         best learning rate of each width
 
 Both print a table and draw a figure (`pip install '.[plots]'`), on the embedded corpus. The narrowest width is the
-base; there the two parametrizations are the same network, which is trained once and stands in both.
+base; there the two parametrizations are the same network, which is trained once for both.
 
 `coordinates` is the check of Yang et al., 2022 (Tensor Programs V, appendix D): after a few steps at one learning rate,
-the root mean square of the change of activations should not depend on the width. Its slope is that of a line through
-the logarithms of both: 0 where it does not depend, 1 where it grows in proportion.
+the root mean square of the change of activations should not depend on the width. The slope is that of a line through
+the logarithms of both: 0 for no dependence, 1 for growth in proportion.
 
-`study` trains every width at every learning rate of a grid, by the product itself, and validates at the end. The
-optimum is found as at the end of a sweep (cucafera/sweeps/optimum.py). Finished runs in --folder are kept: the same
-command goes on after an interruption, or adds to the grid.
+`study` trains every width at every learning rate of a grid with `cucafera.run`, and validates at the end. The optimum
+is found as at the end of a sweep (cucafera/sweeps/optimum.py). Finished runs in --folder are kept: run the same command
+again to resume after an interruption, or to extend the grid.
 """
 
 import argparse
@@ -33,14 +33,16 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from cucafera.composition import composed_config
-from cucafera.config import ModelConfig, OptimizerConfig, UserError
-from cucafera.data.packed import PackedDataModule
+from cucafera.config.command_line import composed_config
+from cucafera.config.errors import UserError
+from cucafera.config.schema import ModelConfig
+from cucafera.data.packed import open_documents
 from cucafera.model.transformer import Decoder
+from cucafera.optimizers import build_optimizer
+from cucafera.optimizers.adamw import AdamWConfig
 from cucafera.run import train
+from cucafera.runs.folder import RunFolder
 from cucafera.sweeps.optimum import Optimum, find_optimum
-from cucafera.training.optimizers import build_optimizer
-from cucafera.training.run_folder import RunFolder
 
 HEAD_WIDTH = 16
 BATCH_TOKENS = 1024
@@ -51,7 +53,7 @@ SETTINGS = [
     "model.vocab_size=512",
     "model.num_hidden_layers=2",
     "model.max_position_embeddings=64",
-    "model.initializer_range=0.07",  # 0.4 over the root of 32, the base: 0.02 is as much at a width of 400
+    "model.initializer_range=0.07",  # 0.4 / sqrt(32), for the base width of 32; 0.02 corresponds to a width of 400
     f"batch_tokens={BATCH_TOKENS}",
     "data.processes=1",
     "callbacks.validate_every_steps=0",
@@ -63,7 +65,7 @@ ACTIVATIONS = ("residual stream", "attention output", "logits")
 
 
 def model_overrides(width: int, base: int | None) -> list[str]:
-    """The shape at a width: heads of one width, and everything else in proportion."""
+    """Return overrides for a width: constant head dim, everything else in proportion."""
     heads = width // HEAD_WIDTH
     return [
         f"model.hidden_size={width}",
@@ -80,24 +82,26 @@ Batch = tuple[Tensor, Tensor, Tensor | None]
 
 @torch.no_grad()
 def activations(decoder: Decoder, batch: Batch) -> dict[str, Tensor]:
-    """What the last block leaves in the residual stream, what its attention adds, and the logits."""
-    seen: dict[str, Tensor] = {}
+    """Return the residual stream after the last block, the output of its attention, and the logits."""
+    outputs: dict[str, Tensor] = {}
     last = decoder.layers[-1]
     hooks = [
-        last.register_forward_hook(lambda module, inputs, output: seen.update({"residual stream": output})),
-        last.self_attn.register_forward_hook(lambda module, inputs, output: seen.update({"attention output": output})),
+        last.register_forward_hook(lambda module, inputs, output: outputs.update({"residual stream": output})),
+        last.self_attn.register_forward_hook(
+            lambda module, inputs, output: outputs.update({"attention output": output})
+        ),
     ]
-    seen["logits"] = decoder.logits(decoder(batch[0], documents=batch[2]))
+    outputs["logits"] = decoder.logits(decoder(batch[0], documents=batch[2]))
     for hook in hooks:
         hook.remove()
-    return seen
+    return outputs
 
 
 def changes(config: ModelConfig, batches: Sequence[Batch], learning_rate: float, seed: int = 0) -> dict[str, float]:
-    """Root mean square of the change of activations on the first batch, by one training step on each."""
+    """Return the root mean square of the change of activations on the first batch after one step on each batch."""
     torch.manual_seed(seed)
     decoder = Decoder(config)
-    optimizer = build_optimizer(decoder, OptimizerConfig(lr=learning_rate))
+    optimizer = build_optimizer(decoder, AdamWConfig(lr=learning_rate))
     before = activations(decoder, batches[0])
     for input_ids, targets, documents in batches:
         (decoder(input_ids, targets, documents) / targets.numel()).backward()
@@ -108,7 +112,7 @@ def changes(config: ModelConfig, batches: Sequence[Batch], learning_rate: float,
 
 
 def slopes(measured: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Of the line through the logarithms of widths and changes, by activation."""
+    """Return the slope of the line through the logarithms of widths and changes, by activation."""
     widths = np.log(list(measured))
     return {
         name: float(np.polyfit(widths, np.log([row[name] for row in measured.values()]), 1)[0]) for name in ACTIVATIONS
@@ -116,14 +120,12 @@ def slopes(measured: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
 
 
 def coordinates(arguments: argparse.Namespace) -> None:
-    """Measures, prints and draws what a few steps change."""
+    """Measure, print and draw the change of activations in a few steps."""
     base = min(arguments.widths)
     config = composed_config(SETTINGS)
     config.data.prepared_dir = str(arguments.folder / "prepared")
-    data = PackedDataModule(config)
-    data.prepare_data()
-    data.setup()
-    batches: list[Batch] = [tuple(data.training_steps[step]) for step in range(arguments.steps)]
+    steps = open_documents(config).training_steps(())
+    batches: list[Batch] = [tuple(steps[step]) for step in range(arguments.steps)]
     measured: dict[bool, dict[int, dict[str, float]]] = {False: {}, True: {}}
     for scaled, width in itertools.product(measured, sorted(arguments.widths)):
         model = composed_config([*SETTINGS, *model_overrides(width, base if scaled else None)]).model
@@ -142,10 +144,10 @@ class Run(NamedTuple):
     """One run of the study.
 
     Attributes:
-        scaled: With a base width, or with none.
-        width: Its width.
-        exponent: Of its peak learning rate, 2 ** exponent.
-        seed: Of weights and order.
+        scaled: True with a base width.
+        width: Hidden size.
+        exponent: The peak learning rate is 2 ** exponent.
+        seed: Seed of weights and order.
     """
 
     scaled: bool
@@ -154,7 +156,7 @@ class Run(NamedTuple):
     seed: int
 
     def overrides(self, base: int, steps: int) -> list[str]:
-        """What the product is called with."""
+        """Return the overrides of the run."""
         return [
             *SETTINGS,
             *model_overrides(self.width, base if self.scaled else None),
@@ -166,9 +168,9 @@ class Run(NamedTuple):
         ]
 
     def loss(self, base: int, steps: int, folder: Path) -> float:
-        """Its last validation loss, in nats a token; of a run that is complete, the one that it has told already.
+        """Return the last validation loss in nats per token, training the run unless it is complete.
 
-        Infinite where the guards gave it up.
+        Infinity if the guards stopped the run.
         """
         overrides = self.overrides(base, steps)
         config = composed_config(overrides)
@@ -182,12 +184,12 @@ class Run(NamedTuple):
             except UserError as error:
                 print(f"{config.name}: {error}")
                 return math.inf
-            run.checkpoints.remove_all()  # nobody asks for them, and those of a large grid would fill a disk
+            run.checkpoints.remove_all()  # they are not needed, and those of a large grid would fill a disk
         return float(json.loads(run.metrics.read_text())["validation"][-1]["loss"])
 
 
 def study(arguments: argparse.Namespace) -> None:
-    """Trains the grid, and prints and draws where the optimum of each width is."""
+    """Train the grid, and print and draw the optimum of each width."""
     started = time.monotonic()
     widths = sorted(arguments.widths)
     exponents = range(arguments.exponents[0], arguments.exponents[1] + 1)
@@ -217,17 +219,17 @@ def study(arguments: argparse.Namespace) -> None:
 
 
 def optimum(curve: Mapping[int, float]) -> Optimum | None:
-    """The optimum of a width, from the loss of each exponent; None where the grid ends at the best."""
+    """Return the optimum of a width from the loss of each exponent; None if the best is at the end of the grid."""
     found = find_optimum((2.0**exponent, loss) for exponent, loss in curve.items())
     return found if found and found.value else None
 
 
 def print_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]]) -> None:
-    """Losses, optima, and what it costs to train a width at the best rate of the base."""
+    """Print losses, optima, and the cost of training a width at the best rate of the base."""
     base, widest = min(curves[False]), max(curves[False])
     exponents = list(curves[False][base])
     best_of_base = min(exponents, key=lambda exponent: curves[False][base][exponent])
-    print(f"\nvalidation loss (nats a token) by peak learning rate; base width {base}\n")
+    print(f"\nvalidation loss (nats per token) by peak learning rate; base width {base}\n")
     print(f"{'':12}{'width':>6}" + "".join(f"{f'2^{exponent}':>8}" for exponent in exponents), end="")
     print(f"{'optimum':>10}{'moved':>8}{'cost':>8}")
     moved: dict[tuple[bool, int], str] = {}
@@ -248,19 +250,19 @@ def print_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]]) -> Non
 
 
 def two_panels() -> tuple[Any, Any]:
-    """A figure as wide as a page, with a panel for each parametrization."""
+    """Return a figure of page width with a panel per parametrization."""
     import matplotlib.pyplot as plt
 
     return plt.subplots(1, 2, figsize=(7.2, 3.2), dpi=200, layout="constrained", sharey=True)
 
 
 def title(scaled: bool, base: int) -> str:
-    """Of a panel."""
+    """Return the title of a panel."""
     return f"{PARAMETRIZATIONS[scaled]}, base width {base}" if scaled else PARAMETRIZATIONS[scaled]
 
 
 def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: Path) -> None:
-    """Loss against learning rate: one line a width, a star at its optimum."""
+    """Draw loss against learning rate: one line per width, with a star at its optimum."""
     import matplotlib
 
     figure, panels = two_panels()
@@ -274,7 +276,7 @@ def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: P
             axes.plot(rates, list(curve.values()), "o-", color=colors[width], markersize=3, linewidth=1.2, label=width)
             if found := optimum(curve):
                 axes.plot(
-                    found.value, found.loss, "*", color=colors[width], markersize=11, markeredgecolor="black",
+                    found.value, found.score, "*", color=colors[width], markersize=11, markeredgecolor="black",
                     markeredgewidth=0.6, zorder=3,
                 )  # fmt: skip
         if found := optimum(curve_of[base]):
@@ -283,7 +285,7 @@ def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: P
         axes.set_xticks(2.0 ** np.array(list(curve_of[base])))
         axes.set_xlabel("peak learning rate")
         axes.set_title(title(scaled, base), fontsize=10)
-    panels[0].set_ylabel("validation loss (nats a token)")
+    panels[0].set_ylabel("validation loss (nats per token)")
     panels[0].plot([], [], "*", color="white", markersize=10, markeredgecolor="black", label="optimum")
     panels[0].plot([], [], ":", color="grey", label=f"optimum at {base}")
     figure.legend(*panels[0].get_legend_handles_labels(), title="width", loc="outside right center", frameon=False)
@@ -291,8 +293,8 @@ def draw_study(curves: Mapping[bool, Mapping[int, Mapping[int, float]]], path: P
     print(path)
 
 
-def draw_coordinates(measured: Mapping[bool, Mapping[int, Mapping[str, float]]], what: str, path: Path) -> None:
-    """Change against width: one line an activation."""
+def draw_coordinates(measured: Mapping[bool, Mapping[int, Mapping[str, float]]], label: str, path: Path) -> None:
+    """Draw change against width: one line per activation."""
     figure, panels = two_panels()
     for axes, (scaled, row_of) in zip(panels, measured.items(), strict=True):
         for name, marker in zip(ACTIVATIONS, "os^", strict=True):
@@ -303,19 +305,19 @@ def draw_coordinates(measured: Mapping[bool, Mapping[int, Mapping[str, float]]],
         axes.minorticks_off()
         axes.set_xlabel("width")
         axes.set_title(title(scaled, min(row_of)), fontsize=10)
-    panels[0].set_ylabel(what)
+    panels[0].set_ylabel(label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path)
     print(path)
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     parts = {
-        "coordinates": (coordinates, "what a few steps change", [32, 64, 128, 256, 512], 4, 3),
-        "study": (study, "where the best learning rate is", [32, 64, 128, 256], 200, 1),
+        "coordinates": (coordinates, "change of activations in a few steps", [32, 64, 128, 256, 512], 4, 3),
+        "study": (study, "best learning rate of each width", [32, 64, 128, 256], 200, 1),
     }
     for name, (_, summary, widths, steps, seeds) in parts.items():
         command = commands.add_parser(name, help=summary)
