@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from cucafera.config import UserError
-from cucafera.data.chat import Message, render
-from cucafera.data.conversations import ChatDataModule
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID
+from cucafera.config.errors import UserError
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID
+from cucafera.data.chatml import Message, render
+from cucafera.data.conversations import ConversationData, open_conversations
 from cucafera.data.windows import IGNORED
 from cucafera.interop.trained import load_trained
 from cucafera.run import train
-from cucafera.training.checkpoint_files import read_checkpoint
-from cucafera.training.run_folder import checkpoint_of
-from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
+from cucafera.runs.checkpoints import read_checkpoint
+from cucafera.runs.folder import checkpoint_of
+from tests.support import assert_close, assert_equal, assert_same_curve, scalars, weights
 
 BASE = "model.max_position_embeddings=128"
 FINETUNE = "init_from=outputs/base"
@@ -36,8 +36,8 @@ def metrics_of(name: str) -> dict:
     return json.loads(Path(f"outputs/{name}/metrics.json").read_text())
 
 
-def held_out_conversations(data: ChatDataModule) -> list[list[int]]:
-    (source,) = data.validation_sources
+def held_out_conversations(data: ConversationData) -> list[list[int]]:
+    (source,) = data.validation
     tokens = source.conversations
     return [tokens.conversation(number).ids.tolist() for number in range(len(tokens))]
 
@@ -47,12 +47,12 @@ def test_a_base_model_becomes_a_chat_model(base, small_chat, caplog):
     config = small_chat("name=chat", FINETUNE)
     bpb = train(config, [])
     metrics = metrics_of("chat")
-    assert metrics["kind"] == "conversations"
+    assert metrics["objective"] == "finetuning"
     assert metrics["validation"][-1]["bpb"] == bpb < metrics["validation"][0]["bpb"]
     assert [sample["prompt"] for sample in metrics["samples"]] == config.callbacks.prompts
-    for text in ("conversations in", "padding", "⟦", "stopped by themselves", "python -m cucafera.chat outputs/chat"):
+    for text in ("conversations in", "padding", "⟦", "ended with <im_end>", "python -m cucafera.chat outputs/chat"):
         assert text in caplog.text
-    assert "stopped by themselves" in Path("outputs/chat/report.md").read_text()
+    assert "ended with <im_end>" in Path("outputs/chat/report.md").read_text()
     assert [step for step, _ in scalars("outputs/chat", "val/accuracy")] == [0, 4, 8, 12]
     assert load_trained("outputs/chat").chats
 
@@ -60,8 +60,7 @@ def test_a_base_model_becomes_a_chat_model(base, small_chat, caplog):
 def test_the_loss_is_that_of_the_answers_alone_and_packing_changes_nothing(base, small_chat):
     config = small_chat("name=chat", FINETUNE)
     train(config, [])
-    data = ChatDataModule(config)
-    data.setup()
+    data = open_conversations(config)
     base_model = load_trained("outputs/base").model
     nats, correct, targets, text_bytes = 0.0, 0, 0, 0
     token_bytes = data.tokenizer.token_bytes()
@@ -86,11 +85,9 @@ def test_the_loss_is_that_of_the_answers_alone_and_packing_changes_nothing(base,
 
 
 def test_changing_one_conversation_changes_no_logit_of_another(base, small_chat):
-    data = ChatDataModule(small_chat("name=chat", FINETUNE, "tokenizer.path=outputs/base/tokenizer.json"))
-    data.prepare_data()
-    data.setup()
+    data = open_conversations(small_chat("name=chat", FINETUNE, "tokenizer.path=outputs/base/tokenizer.json"))
     model = load_trained("outputs/base").model
-    batch = data.training_steps[0]
+    batch = data.training_steps(())[0]
     changed = batch.input_ids.clone()
     second = batch.documents == 1
     assert second.any()
@@ -123,24 +120,23 @@ def test_a_run_in_two_parts_ends_bit_equal_to_one(base, small_chat, adapter):
 def test_epochs_are_turned_into_whole_steps(base, small_chat):
     config = small_chat("name=epochs", FINETUNE, "epochs=2")
     train(config, [])
-    data = ChatDataModule(config)
-    data.setup()
+    data = open_conversations(config)
     steps = metrics_of("epochs")["steps"]
     assert data.epochs_at(steps - 1) < 2 <= data.epochs_at(steps)
     train(small_chat("name=epochs", FINETUNE, "epochs=3"), [])
     assert metrics_of("epochs")["steps"] > steps
     with pytest.raises(
-        UserError, match=r"epochs=2 come to \d+ steps of 512 tokens, fewer than schedule\.warmup_steps=500"
+        UserError, match=r"epochs=2 give \d+ steps of 512 tokens, fewer than schedule\.warmup_steps=500"
     ):
         train(small_chat("name=short", FINETUNE, "epochs=2", "schedule.warmup_steps=500"), [])
 
 
-def test_the_same_command_goes_on_when_the_base_run_is_gone(base, small_chat):
+def test_a_run_resumes_when_the_base_run_is_gone(base, small_chat):
     train(small_chat("name=chat", FINETUNE, "budget_tokens=3072", "schedule.horizon_steps=12"), [])
     shutil.rmtree("outputs/base")
     train(small_chat("name=chat", FINETUNE, "schedule.horizon_steps=12"), [])
     assert metrics_of("chat")["steps"] == 12
-    with pytest.raises(UserError, match="there is no run there whose model could be taken"):
+    with pytest.raises(UserError, match="there is no run there whose model could be inherited"):
         small_chat("name=another", FINETUNE)
 
 
@@ -183,8 +179,6 @@ def test_a_tokenizer_other_than_that_of_the_weights_is_refused(base, small_run, 
 
 
 def test_every_step_has_something_to_train_on(base, small_chat):
-    data = ChatDataModule(small_chat("name=chat", FINETUNE, "tokenizer.path=outputs/base/tokenizer.json"))
-    data.prepare_data()
-    data.setup()
+    data = open_conversations(small_chat("name=chat", FINETUNE, "tokenizer.path=outputs/base/tokenizer.json"))
     for step in range(30):
-        assert ((data.training_steps[step].targets != IGNORED).sum(1) > 0).all()
+        assert ((data.training_steps(())[step].targets != IGNORED).sum(1) > 0).all()

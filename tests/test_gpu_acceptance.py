@@ -1,4 +1,4 @@
-"""The acceptance of a GPU, on a machine without one: what it finds, and what becomes of a stage that goes wrong."""
+"""The GPU acceptance script on a machine without a GPU: its results, and stages that fail."""
 
 import json
 import math
@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cucafera.composition import composed_config
+from cucafera.config.command_line import composed_config
 from cucafera.model.flops import parameter_count
-from tests.conftest import CUCAFERA
-from tests.test_readme import ROOT, load_script
+from tests.support import CUCAFERA, ROOT, load_script
 
 FACTS = {"date": "2026-01-01", "small": True, "command": "python scripts/gpu_acceptance.py"}
 
@@ -31,7 +30,7 @@ def folder(tmp_path):
 
 
 def acceptance(tmp_path, *arguments, first_on_path=""):
-    """Runs the script small, with another folder before all that is installed."""
+    """Run the small version of the script, with another folder first on the path."""
     command = [sys.executable, ROOT / "scripts" / "gpu_acceptance.py", "--small", "--out", tmp_path / "out", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(first_on_path)}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -39,7 +38,7 @@ def acceptance(tmp_path, *arguments, first_on_path=""):
 
 
 def planned(script, folder, **codes):
-    """A stage a name, whose process runs some lines of Python with `bench` at hand."""
+    """One stage per name, whose process runs some Python code with a `bench`."""
     begin = f"import sys, time; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import gpu_acceptance; "
     begin += f"from pathlib import Path; folder = Path({str(folder)!r}); "
 
@@ -49,28 +48,28 @@ def planned(script, folder, **codes):
     return [script.Planned(name, 1, [sys.executable, "-c", source(name, code)]) for name, code in codes.items()]
 
 
-def test_a_stage_that_fails_or_overruns_is_named_and_does_not_stop_the_others(script, folder):
+def test_a_stage_that_fails_or_overruns_does_not_stop_the_others(script, folder):
     stages = planned(
         script, folder,
         silent="sys.exit(7)",
-        slow="bench.tell('half', 'done', number=1); time.sleep(600)",
-        fine="bench.tell('speed', '3', goal='4', is_met=False, number=2); bench.write('passed', '')",
+        slow="bench.record('half', 'done', number=1); time.sleep(600)",
+        fine="bench.record('speed', '3', goal='4', is_met=False, number=2); bench.write('passed', '')",
     )  # fmt: skip
     began = time.monotonic()
     content = script.accept(stages, folder, 24, FACTS)
     assert time.monotonic() - began < 60
     assert json.loads((folder / "acceptance.json").read_text()) == content
     silent, slow, fine = content["stages"]
-    assert (silent["status"], silent["why"]) == ("failed", "it ended without a word")
+    assert (silent["status"], silent["why"]) == ("failed", "ended without a result")
     assert slow["status"] == "overran" and slow["why"].startswith("killed after its ")
-    assert slow["figures"] == {"number": 1}, "what it had found is kept"
+    assert slow["figures"] == {"number": 1}, "its results so far are kept"
     assert (fine["status"], fine["figures"]) == ("passed", {"number": 2})
     table, page = script.terminal_table(content), script.markdown(content)
     assert "OVERRAN" in table and "[goal 4: below goal]" in table
     assert "| speed | 3 | 4: below goal |" in page and "say nothing about a GPU" in page
 
 
-def test_time_that_a_stage_leaves_is_for_those_after_it(script):
+def test_unused_time_of_a_stage_goes_to_later_ones(script):
     stages = [script.Planned("first", 1, []), script.Planned("second", 3, []), script.Planned("last", 4, [])]
     assert script.limit_of(stages, 125) == 15 + 80 / 8
     assert script.limit_of(stages[1:], 100) == 15 + 70 * 3 / 7
@@ -79,8 +78,8 @@ def test_time_that_a_stage_leaves_is_for_those_after_it(script):
     assert script.limit_of(stages, -3) == 1
 
 
-def test_all_that_a_stage_has_started_ends_with_it(script, folder):
-    code = "import subprocess; child = subprocess.Popen(['sleep', '600']); bench.tell('child', '', pid=child.pid); "
+def test_child_processes_of_a_stage_are_killed_with_it(script, folder):
+    code = "import subprocess; child = subprocess.Popen(['sleep', '600']); bench.record('child', '', pid=child.pid); "
     content = script.accept(planned(script, folder, parent=code + "time.sleep(600)"), folder, 8, FACTS)
     pid = content["stages"][0]["figures"]["pid"]
     with pytest.raises(ProcessLookupError):
@@ -91,17 +90,17 @@ def test_all_that_a_stage_has_started_ends_with_it(script, folder):
             time.sleep(0.1)
 
 
-def test_an_overrun_ends_with_status_1(tmp_path):
+def test_an_overrun_exits_with_status_1(tmp_path):
     ended, content = acceptance(tmp_path, "--stage", "environment", "--seconds", "1")
     assert ended.returncode == 1 and "not accepted: environment" in ended.stderr
     assert [stage["status"] for stage in content["stages"]] == ["overran"]
 
 
-def test_a_failed_stage_ends_with_status_1(tmp_path):
+def test_a_failed_stage_exits_with_status_1(tmp_path):
     (tmp_path / "first" / "pytest").mkdir(parents=True)
     (tmp_path / "first" / "pytest" / "__init__.py").touch()
-    told = "print('tests/a.py::test_one PASSED [ 50%]\\ntests/a.py::test_two FAILED [100%]'); raise SystemExit(1)"
-    (tmp_path / "first" / "pytest" / "__main__.py").write_text(told)
+    code = "print('tests/a.py::test_one PASSED [ 50%]\\ntests/a.py::test_two FAILED [100%]'); raise SystemExit(1)"
+    (tmp_path / "first" / "pytest" / "__main__.py").write_text(code)
     ended, content = acceptance(tmp_path, "--stage", "tests", first_on_path=tmp_path / "first")
     assert ended.returncode == 1 and "not accepted: tests" in ended.stderr
     (stage,) = content["stages"]
@@ -109,7 +108,7 @@ def test_a_failed_stage_ends_with_status_1(tmp_path):
     assert stage["figures"]["counts"] == {"passed": 1, "failed": 1}
 
 
-def test_a_gradient_is_wrong_if_it_is_zero_not_finite_or_turned_away(script):
+def test_a_zero_nonfinite_or_deviating_gradient_is_wrong(script):
     expected = {"w": torch.tensor([3.0, 4.0]).double()}
 
     def fault(*values):
@@ -123,7 +122,7 @@ def test_a_gradient_is_wrong_if_it_is_zero_not_finite_or_turned_away(script):
 
 
 @pytest.mark.parametrize(("ours", "is_met"), [(130.0, True), (110.0, False)])
-def test_the_product_is_compared_with_the_fastest_peer(script, folder, ours, is_met):
+def test_cucafera_is_compared_with_the_fastest_peer(script, folder, ours, is_met):
     bench = script.Bench(folder, "benchmark", False, 9, {})
     speeds = {"cucafera, compiled": ours, "bare loop, compiled": 900.0, "slow": 50.0, "fast (not masked)": 100.0}
     script.compare(bench, "documents", speeds)
@@ -131,7 +130,7 @@ def test_the_product_is_compared_with_the_fastest_peer(script, folder, ours, is_
     assert (row["value"], row["goal"], row["is_met"]) == (f"{ours / 100:.2f} (fast (not masked))", "1.2", is_met)
 
 
-def test_what_it_runs_on_a_gpu_is_the_245m_model_at_its_batch(script, folder):
+def test_on_a_gpu_it_runs_the_245m_model_with_its_batch(script, folder):
     bench = script.Bench(folder, "training", False, 9, {})
     config = composed_config(script.product_command(bench, "training", 12, "trainer.profile=true")[3:])
     assert (config.total_steps, config.horizon_steps, config.windows_per_step) == (12, 12, 256)
@@ -149,10 +148,10 @@ def test_what_it_runs_on_a_gpu_is_the_245m_model_at_its_batch(script, folder):
 
 
 @pytest.mark.slow
-def test_it_runs_small_on_a_cpu_without_the_package_of_the_hub(tmp_path):
+def test_the_small_version_runs_on_a_cpu_without_datasets(tmp_path):
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "datasets.py").write_text("raise AssertionError('no stage needs it')")
-    stages = ("environment", "gradients", "training", "checkpoint")  # the others start the product again and again
+    stages = ("environment", "gradients", "training", "checkpoint")  # the others start many processes
     chosen = [word for stage in stages for word in ("--stage", stage)]
     ended, content = acceptance(tmp_path, *chosen, "--seconds", "1500", first_on_path=tmp_path / "first")
     log = (tmp_path / "out" / "acceptance.log").read_text()
@@ -161,7 +160,7 @@ def test_it_runs_small_on_a_cpu_without_the_package_of_the_hub(tmp_path):
     figures = {stage["name"]: stage["figures"] for stage in content["stages"]}
     assert figures["environment"]["matrix_flops"] > 1e9
     for precision, tolerance in (("bf16", 0.05), ("fp32", 1e-3)):
-        for windows in ("documents by dense", "whole windows"):
+        for windows in ("documents by dense", "full windows"):
             errors = figures["gradients"][f"{precision}, {windows}"]
             assert len(errors) == 20 and 0 < max(errors.values()) < tolerance
     assert figures["training"]["tokens_per_second"] > 0 and figures["training"]["mfu"]["of_matrix_products"] > 0

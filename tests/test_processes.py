@@ -1,64 +1,27 @@
-"""Whole runs as processes of their own: kills, signals, several devices, the installed package."""
+"""Runs as processes: kills, signals, several devices, the installed package."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from cucafera.training.checkpoint_files import read_checkpoint
-from cucafera.training.run_folder import RunFolder
-from tests.conftest import SMALL_RUN, write_corpus
-from tests.test_run import assert_close, assert_equal, assert_same_curve, scalars, weights
-
-pytestmark = pytest.mark.slow
-
-
-class Door:
-    """Starts `python -m cucafera.run` on the small run, in the test's own folder."""
-
-    def __init__(self, corpus: Path, folder: Path) -> None:
-        self.arguments = [*SMALL_RUN, f"data.sources.files.path={corpus}"]
-        self.folder = folder
-
-    def start(
-        self, *overrides: str, program: Sequence[str] = ("-m", "cucafera.run"), new_group: bool = False
-    ) -> subprocess.Popen[str]:
-        flags = [override for override in overrides if override.startswith("-")]
-        values = [override for override in overrides if not override.startswith("-")]
-        return subprocess.Popen(
-            [sys.executable, *program, *flags, *self.arguments, *values],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # for a model this small, threads only get in each other's way
-            start_new_session=new_group,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *overrides: str) -> tuple[int, str]:
-        process = self.start(*overrides)
-        output, _ = process.communicate(timeout=180)
-        return process.returncode, output
-
-
-@pytest.fixture
-def door(corpus: Path, tmp_path: Path) -> Door:
-    return Door(corpus, tmp_path)
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.005)
-
+from cucafera.runs.checkpoints import read_checkpoint
+from cucafera.runs.folder import RunFolder
+from tests.support import (
+    Command,
+    assert_close,
+    assert_equal,
+    assert_same_curve,
+    scalars,
+    wait_for,
+    weights,
+    write_corpus,
+)
 
 LONG = ("budget_tokens=51_200", "callbacks.checkpoint_every_steps=20", "callbacks.validate_every_steps=40")
 
@@ -67,7 +30,7 @@ def finished_run(tmp_path_factory, name: str, *overrides: str) -> Path:
     """The folder of a run that nothing has happened to."""
     folder = tmp_path_factory.mktemp(name)
     write_corpus(folder / "corpus.jsonl", documents=80)
-    code, output = Door(folder / "corpus.jsonl", folder).run(*overrides, f"name={name}")
+    code, output = Command(folder / "corpus.jsonl", folder).run(*overrides, f"name={name}")
     assert code == 0, output
     return folder / "outputs" / name
 
@@ -78,33 +41,33 @@ def undisturbed(tmp_path_factory) -> Path:
     return finished_run(tmp_path_factory, "undisturbed", *LONG)
 
 
-def test_a_killed_run_goes_on_and_ends_bit_equal_to_an_undisturbed_one(door, tmp_path, undisturbed):
+def test_a_killed_run_resumes_and_ends_bit_equal_to_an_undisturbed_one(command, tmp_path, undisturbed):
     killed = tmp_path / "outputs" / "killed"
     for step in (20, 100):
-        process = door.start(*LONG, "name=killed")
+        process = command.start(*LONG, "name=killed")
         wait_for(killed / "checkpoints" / f"step-{step:08d}.json", process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert not (killed / "report.md").exists()
-    code, output = door.run(*LONG, "name=killed")
+    code, output = command.run(*LONG, "name=killed")
     assert code == 0, output
-    assert "going on after step" in output
+    assert "resuming after step" in output
     assert_equal(weights(undisturbed), weights(killed))
-    for tag in ("train/loss", "val/loss", "by_tokens/val_loss", "schedule/planned", "layers/activation_rms/01"):
+    for tag in ("train/loss", "val/loss", "by_tokens/val_loss", "layers/activation_rms/01"):
         assert scalars(undisturbed, tag) == scalars(killed, tag)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(door, tmp_path, number, undisturbed):
-    process = door.start(*LONG, "name=stopped")
+def test_a_signal_saves_and_the_same_command_resumes(command, tmp_path, number, undisturbed):
+    process = command.start(*LONG, "name=stopped")
     wait_for(tmp_path / "outputs" / "stopped" / "checkpoints" / "step-00000020.json", process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
-    assert "the same command goes on" in output
+    assert "Run the same command again to resume" in output
     assert "Traceback" not in output
-    assert door.run(*LONG, "name=stopped")[0] == 0
+    assert command.run(*LONG, "name=stopped")[0] == 0
     assert_equal(weights(undisturbed), weights(tmp_path / "outputs" / "stopped"))
 
 
@@ -137,11 +100,12 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert_close(moments[0], moments[1])
 
 
-def test_a_run_goes_on_on_another_number_of_devices(door, tmp_path, one_device):
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_devices(command, tmp_path, one_device):
     moved = tmp_path / "outputs" / "moved"
     starts = ((), ("trainer=fsdp", *TWO_DEVICES), ("trainer=ddp", *TWO_DEVICES), ())
     for start, budget in zip(starts, (768, 1536, 2304, 3072), strict=True):
-        code, output = door.run("name=moved", *start, f"budget_tokens={budget}", *ELASTIC)
+        code, output = command.run("name=moved", *start, f"budget_tokens={budget}", *ELASTIC)
         assert code == 0, output
         assert (f"{start[0].removeprefix('trainer=')}: each has" if start else "Device  CPU") in output
     assert_same_run(one_device, moved)
@@ -150,10 +114,13 @@ def test_a_run_goes_on_on_another_number_of_devices(door, tmp_path, one_device):
     assert history[2]["changed"]["trainer.devices"] == [1, 2]
 
 
-def test_torchrun_starts_a_run_whose_weights_are_shared_out_and_which_is_that_of_one_device(door, tmp_path, one_device):
+@pytest.mark.slow
+def test_torchrun_starts_a_sharded_run_that_equals_the_run_of_one_device(command, tmp_path, one_device):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cucafera.run")
     memory = "trainer.activation_checkpointing=true"
-    process = door.start("name=two", "trainer=fsdp", memory, *TWO_DEVICES, *ELASTIC, program=torchrun)
+    process = command.start(
+        "name=two", "trainer=fsdp", memory, *TWO_DEVICES, *ELASTIC, program=torchrun, is_forked=False
+    )
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert output.count("Trained on        3,072 tokens") == 1
@@ -183,17 +150,18 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "strategy"), [("skip", "fsdp"), ("rollback", "ddp")])
-def test_devices_agree_on_what_is_not_finite_on_one_of_them(door, tmp_path, policy, strategy):
+def test_all_devices_agree_when_one_of_them_has_a_nonfinite_value(command, tmp_path, policy, strategy):
     (tmp_path / "injected.py").write_text(INJECTION)
     for name, devices in (("one", 1), ("two", 2)):
-        process = door.start(
+        process = command.start(
             f"name={name}", f"trainer.devices={devices}", f"trainer.strategy={strategy}",
             f"callbacks.guards.non_finite={policy}", "callbacks.log_every_steps=2", program=["injected.py"],
         )  # fmt: skip
         output, _ = process.communicate(timeout=180)
         assert process.returncode == 0, output
-        assert ("back to step 4, and on without batch 5" if policy == "rollback" else "was not applied") in output
+        assert ("rolling back to step 4, skipping batch 5" if policy == "rollback" else "was not applied") in output
     one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
     assert scalars(two, "guards/skipped_updates")[-1] == (12, 1 if policy == "skip" else 0)
     assert_close(weights(one), weights(two))
@@ -201,64 +169,66 @@ def test_devices_agree_on_what_is_not_finite_on_one_of_them(door, tmp_path, poli
 
 SLOW_DISK = """
 import time
-from cucafera.training.checkpoint_files import CheckpointFolder
+from cucafera.runs.checkpoints import CheckpointFolder
 
 write = CheckpointFolder.write
 
-def slow_write(folder, step, state, validation_loss):
+def slow_write(folder, step, state, score):
     if step != 20:
         time.sleep(8)  # Lightning looks every five seconds whether a process of the job has failed
-    write(folder, step, state, validation_loss)
+    write(folder, step, state, score)
 
 CheckpointFolder.write = slow_write
 """
 
 
-def test_devices_stop_together_and_wait_for_a_slow_disk(door, tmp_path):
+@pytest.mark.slow
+def test_devices_stop_together_and_wait_for_a_slow_disk(command, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_DISK + "from cucafera.run import main\nmain()\n")
-    process = door.start(*LONG, "name=two", "trainer.devices=2", program=["slow.py"])
+    process = command.start(*LONG, "name=two", "trainer.devices=2", program=["slow.py"])
     wait_for(tmp_path / "outputs" / "two" / "checkpoints" / "step-00000020.json", process)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
-    assert "Stopped by SIGTERM" in output and "and saved" in output
+    assert "Stopped by SIGTERM" in output and "checkpoint saved" in output
     assert "Traceback" not in output
 
 
-def test_guards_that_stop_several_devices_wait_for_a_slow_disk(door, tmp_path):
+@pytest.mark.slow
+def test_guards_that_stop_several_devices_wait_for_a_slow_disk(command, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW_DISK + INJECTION)
     policy = ("callbacks.guards.non_finite=stop", "callbacks.log_every_steps=2")
-    process = door.start("name=two", "trainer.devices=2", *policy, program=["slow.py"])
+    process = command.start("name=two", "trainer.devices=2", *policy, program=["slow.py"])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3, output
-    assert output.count("the update of step 6 was not finite, and none was applied") == 1
+    assert output.count("found a non-finite update at step 6; none was applied") == 1
     history = (tmp_path / "outputs" / "two" / "history.jsonl").read_text().splitlines()
     assert json.loads(history[-1])["saved_step"] == 4
 
 
-def test_a_signal_to_every_process_of_a_job_is_answered_by_one(door, tmp_path):
-    process = door.start(*LONG, "name=job", "trainer.num_workers=2", "budget_tokens=512_000", new_group=True)
+def test_a_signal_to_every_process_of_a_job_is_handled_by_one(command, tmp_path):
+    process = command.start(*LONG, "name=job", "trainer.num_workers=2", "budget_tokens=512_000", new_group=True)
     wait_for(tmp_path / "outputs" / "job" / "checkpoints" / "step-00000020.json", process)
     os.killpg(process.pid, signal.SIGUSR1)
     os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
-    assert "and saved; the same command goes on" in output and "Traceback" not in output
+    assert "checkpoint saved. Run the same command again to resume" in output and "Traceback" not in output
 
 
-def test_a_folder_that_cannot_be_made_is_told(door, tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(command, tmp_path):
     (tmp_path / "outputs").write_text("a file")
-    code, output = door.run()
+    code, output = command.run()
     assert code == 2, output
     assert "outputs" in output and "Traceback" not in output
 
 
-def test_a_second_ctrl_c_ends_at_once_and_a_second_start_is_refused(door, tmp_path):
+def test_a_second_ctrl_c_ends_at_once_and_a_second_start_is_refused(command, tmp_path):
     run = tmp_path / "outputs" / "run"
-    process = door.start(*LONG, "name=run")
+    process = command.start(*LONG, "name=run")
     wait_for(run / "checkpoints" / "step-00000020.json", process)
     process.send_signal(signal.SIGSTOP)  # or it would be done before there is another
-    code, refusal = door.run(*LONG, "name=run")
+    code, refusal = command.run(*LONG, "name=run")
     assert code == 2
     assert f"outputs/run is in use by process {process.pid}" in refusal
     process.send_signal(signal.SIGINT)
@@ -268,7 +238,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_start_is_refused(door, tmp_pa
     assert process.returncode in (130, 143), output
     assert "Stopped by" not in output
     assert (run / "lock").exists()
-    code, output = door.run(*LONG, "name=run")
+    code, output = command.run(*LONG, "name=run")
     assert code == 0, output
     assert f"is taken over from process {process.pid}" in output
 
@@ -278,7 +248,8 @@ def stub(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_job_of_slurm_that_is_preempted_goes_back_into_the_queue_and_then_to_its_end(door, tmp_path, undisturbed):
+@pytest.mark.slow
+def test_a_preempted_slurm_job_is_requeued_and_completes(command, tmp_path, undisturbed):
     programs = tmp_path / "programs"
     programs.mkdir()
     stub(programs / "srun", f'echo $$ > {tmp_path}/pid; export SLURM_PROCID=0 SLURM_LOCALID=0; exec "${{@:2}}"\n')
@@ -286,7 +257,7 @@ def test_a_job_of_slurm_that_is_preempted_goes_back_into_the_queue_and_then_to_i
     stub(programs / "python", f'exec {sys.executable} "$@"\n')
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "cucafera", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
     script = Path(__file__).parents[1] / "scripts" / "slurm.sh"
-    arguments = ["bash", script, *door.arguments, *LONG, "name=job"]
+    arguments = ["bash", script, *command.arguments, *LONG, "name=job"]
 
     def submit() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -310,11 +281,12 @@ def test_a_job_of_slurm_that_is_preempted_goes_back_into_the_queue_and_then_to_i
 TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["series", "--kills", "4", "--seed", "3"], "The end is bit-equal to the undisturbed run"),
-        (["damage", "--trials", "9"], "9 damaged files, each of them told"),
+        (["series", "--kills", "4", "--seed", "3"], "The result is bit-equal to the undisturbed run"),
+        (["damage", "--trials", "9"], "9 damaged files, all reported"),
     ],
 )
 def test_a_tortured_run_ends_as_if_nothing_had_happened(tmp_path, arguments, expected):
@@ -326,20 +298,21 @@ def test_a_tortured_run_ends_as_if_nothing_had_happened(tmp_path, arguments, exp
     assert expected in result.stdout
 
 
-def test_what_the_user_can_mend_ends_with_code_2_and_no_stack_trace(door, tmp_path):
+def test_user_errors_end_with_code_2_and_no_stack_trace(command, tmp_path):
     for overrides, message in [
         (["data.sources.files.path=nowhere/*.jsonl"], "nowhere"),
-        (["data.sources.files.column=body"], "body"),
+        (["data.sources.files.columns.text=body"], "body"),
         (["tokenizer.path=nowhere.json"], "nowhere.json"),
         (["init_from=nowhere"], "there is no such run folder or checkpoint"),
     ]:
-        code, output = door.run(*overrides)
+        code, output = command.run(*overrides)
         assert code == 2, output
         assert message in output
         assert "Traceback" not in output
-    assert torch.cuda.is_available() or door.run("trainer=a100")[0] == 2
+    assert torch.cuda.is_available() or command.run("trainer=a100")[0] == 2
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_runs_without_the_source_tree(tmp_path):
     source = Path(__file__).parents[1]
     subprocess.run(

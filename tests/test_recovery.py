@@ -1,6 +1,7 @@
 """Stops, resumes, refusals and full disks of whole runs, in one process."""
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -8,34 +9,26 @@ import random
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cucafera.config import UserError
-from cucafera.data.files import read_sealed, write_sealed
+from cucafera.config.errors import UserError
 from cucafera.interop.trained import load_trained
 from cucafera.run import train
-from cucafera.training import checkpoint_files
+from cucafera.runs.checkpoints import _HashedFile, read_checkpoint
+from cucafera.runs.lock import run_lock
+from cucafera.storage import read_json_with_checksum, write_json_with_checksum
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.interruption import Interruption
-from cucafera.training.checkpoint_files import read_checkpoint
+from cucafera.training.checkpoint_writer import CheckpointWriter
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import RunFolder
-from cucafera.training.run_lock import run_lock
-from tests.test_run import assert_equal, scalars, weights
+from tests.support import assert_equal, folder_of, history_of, scalars, weights
 
 HORIZON = "schedule.horizon_steps=12"
-
-
-def folder_of(name: str) -> RunFolder:
-    return RunFolder(Path("outputs") / name)
-
-
-def history_of(name: str) -> list[dict]:
-    return [json.loads(line) for line in folder_of(name).history.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -61,18 +54,20 @@ def stopped(config, code: int) -> None:
     assert stop.value.code == code
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(small_run, at_step, caplog, capfd, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(small_run, at_step, caplog, capfd, number):
     caplog.set_level("INFO")
     at_step(6, lambda: os.kill(os.getpid(), number))
     stopped(small_run("name=run"), 128 + number)
     assert folder_of("run").checkpoints.complete()[-1].step == 6
-    assert f"Stopped by {number.name} after step 6, and saved; the same command goes on from there." in caplog.text
-    assert f"{number.name}: finishing the step and saving. Once more to end at once." in capfd.readouterr().err
-    assert history_of("run")[-1]["what"] == "stopped"
+    assert (
+        f"Stopped by {number.name} after step 6; checkpoint saved. Run the same command again to resume." in caplog.text
+    )
+    assert f"{number.name} received: saving a checkpoint after this step." in capfd.readouterr().err
+    assert history_of("run")[-1]["event"] == "stopped"
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(small_run, at_step):
+def test_a_stopped_run_resumes_to_the_same_end(small_run, at_step):
     train(small_run("name=whole"), [])
     at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     stopped(small_run("name=run"), 143)
@@ -103,7 +98,7 @@ def test_a_second_signal_ends_at_once(small_run, at_step, monkeypatch):
 
 
 @pytest.mark.parametrize(("tasks", "problem"), [("2", "--ntasks-per-node=2"), ("1", "--nodes=3")])
-def test_devices_that_slurm_has_not_given_are_refused(small_run, monkeypatch, tasks, problem):
+def test_devices_that_slurm_did_not_allocate_are_refused(small_run, monkeypatch, tasks, problem):
     facts = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_NTASKS_PER_NODE": tasks, "SLURM_NNODES": "3"}
     for name, value in facts.items():
         monkeypatch.setenv(name, value)
@@ -111,7 +106,7 @@ def test_devices_that_slurm_has_not_given_are_refused(small_run, monkeypatch, ta
         train(small_run("name=run"), [])
 
 
-def test_devices_that_torchrun_has_not_given_are_refused(small_run, monkeypatch):
+def test_devices_that_torchrun_did_not_start_are_refused(small_run, monkeypatch):
     for name, value in {"TORCHELASTIC_RUN_ID": "job", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"torchrun --nnodes=1 --nproc-per-node=1, or other values of"):
@@ -125,23 +120,23 @@ def test_a_signal_at_the_last_step_changes_nothing(small_run, at_step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_the_first_step_ends_at_once_since_there_is_nothing_to_save(small_run, monkeypatch, number):
+def test_a_signal_before_the_first_step_ends_at_once_with_nothing_to_save(small_run, monkeypatch, number):
     monkeypatch.setattr(LanguageModel, "setup", lambda module, stage: os.kill(os.getpid(), number))
     stopped(small_run("name=run"), 128 + number)
     assert folder_of("run").checkpoints.complete() == []
 
 
-def test_signals_are_given_back(small_run):
+def test_signal_handlers_are_restored(small_run):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     train(small_run("name=run"), [])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_sigusr1_saves_and_training_goes_on(small_run, at_step, caplog):
+def test_sigusr1_saves_and_training_continues(small_run, at_step, caplog):
     caplog.set_level("INFO")
     at_step(6, lambda: os.kill(os.getpid(), signal.SIGUSR1))
     train(small_run("name=run", "callbacks.keep_last=9"), [])
-    assert "Saved after step 6, as asked; training goes on." in caplog.text
+    assert "Checkpoint saved after step 6, as requested; training continues." in caplog.text
     assert [checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()] == [4, 6, 8, 12]
     assert scalars("outputs/run", "train/loss")[-1][0] == 12
 
@@ -151,7 +146,7 @@ def test_max_time_saves_and_stops_with_the_status_of_timeout(small_run, caplog):
     for step in (1, 2):
         stopped(small_run("name=run", "max_time=00:00:00"), 124)
         assert folder_of("run").checkpoints.complete()[-1].step == step
-    assert "Stopped by max_time=00:00:00 after step 2, and saved" in caplog.text
+    assert "Stopped by max_time=00:00:00 after step 2; checkpoint saved" in caplog.text
     train(small_run("name=run", "max_time=1:00:00:00"), [])
     train(small_run("name=whole"), [])
     assert_equal(weights("outputs/whole"), weights("outputs/run"))
@@ -199,9 +194,9 @@ def test_a_changed_value_is_named_with_the_override_that_forces_it(small_run, ca
     changed = ("optimizer.lr=1e-4", "schedule.final_lr_ratio=0.5", "seed=7")
     with pytest.raises(UserError) as refusal:
         train(small_run("name=run", HORIZON, *changed), [])
-    assert "optimizer.lr is 0.0001 here and 0.003 there" in str(refusal.value)
-    assert "'resume_despite=[seed,optimizer.lr,schedule.final_lr_ratio]'" in str(refusal.value)
-    train(small_run("name=run", HORIZON, *changed, "resume_despite=[seed,optimizer.lr,schedule]"), [])
+    assert "optimizer.lr: 0.0001 (requested) != 0.003 (checkpoint)" in str(refusal.value)
+    assert "'resume_allow_changed=[seed,optimizer.lr,schedule.final_lr_ratio]'" in str(refusal.value)
+    train(small_run("name=run", HORIZON, *changed, "resume_allow_changed=[seed,optimizer.lr,schedule]"), [])
     changes = history_of("run")[-2]["changed"]
     assert changes["optimizer.lr"] == [0.003, 0.0001]
     assert changes["budget_tokens"] == [2048, 3072]
@@ -211,15 +206,15 @@ def test_a_changed_value_is_named_with_the_override_that_forces_it(small_run, ca
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("batch_tokens=512", "batch_tokens is 512 here and 256 there; it cannot change in the life of a run"),
-        ("model.hidden_size=64", "model.hidden_size is 64 here and 48 there; it cannot change"),
-        ("sequence_length=16", "sequence_length is 16 here and 32 there; it cannot change"),
+        ("batch_tokens=512", "batch_tokens: 512 (requested) != 256 (checkpoint); this key cannot change within a run"),
+        ("model.hidden_size=64", "model.hidden_size: 64 (requested) != 48 (checkpoint); this key cannot change"),
+        ("sequence_length=16", "sequence_length: 16 (requested) != 32 (checkpoint); this key cannot change"),
     ],
 )
-def test_what_cannot_change_is_refused_even_if_forced_with_the_override_for_another_run(small_run, change, message):
+def test_an_impossible_change_is_refused_with_the_override_for_another_run(small_run, change, message):
     train(small_run("name=run", "budget_tokens=1024"), [])
     with pytest.raises(UserError) as refusal:
-        train(small_run("name=run", change, "resume_despite=[batch_tokens,model,sequence_length]"), [])
+        train(small_run("name=run", change, "resume_allow_changed=[batch_tokens,model,sequence_length]"), [])
     assert message in str(refusal.value)
     assert "name=ANOTHER init_from=outputs/run" in str(refusal.value)
 
@@ -230,14 +225,14 @@ def test_changed_text_is_named_with_both_fingerprints_and_may_be_forced(small_ru
         file.write('{"text": "Un document nou, que abans no hi era."}\n')
     with pytest.raises(UserError) as refusal:
         train(small_run("name=run", HORIZON), [])
-    before = read_checkpoint(folder_of("run").checkpoints.marked()[-1])["identity"]
-    assert f"here and {before['data.sources.files'][:16]} there" in str(refusal.value)
-    assert "'resume_despite=[tokenizer,data.sources.files]'" in str(refusal.value)
-    train(small_run("name=run", HORIZON, "resume_despite=[tokenizer,data]"), [])
+    before = read_checkpoint(folder_of("run").checkpoints.marked()[-1])["fingerprints"]
+    assert f"(now) != {before['data.sources.files'][:16]} (trained with)" in str(refusal.value)
+    assert "'resume_allow_changed=[tokenizer,data.sources.files]'" in str(refusal.value)
+    train(small_run("name=run", HORIZON, "resume_allow_changed=[tokenizer,data]"), [])
     assert scalars("outputs/run", "train/loss")[-1][0] == 12
 
 
-def test_what_may_change_does_and_is_written_into_the_history(small_run):
+def test_allowed_changes_take_effect_and_are_written_to_the_history(small_run):
     train(small_run("name=whole", HORIZON), [])
     train(small_run("name=run", HORIZON, "budget_tokens=2048"), [])
     train(
@@ -247,22 +242,22 @@ def test_what_may_change_does_and_is_written_into_the_history(small_run):
         ),
         ["name=run"],
     )  # fmt: skip
-    began, completed, went_on, completed_again = history_of("run")
-    assert [began["what"], completed["what"], completed_again["what"]] == ["began", "completed", "completed"]
-    assert (went_on["what"], went_on["step"], went_on["overrides"]) == ("went on", 8, ["name=run"])
-    assert went_on["changed"] == {
+    began, completed, resumed_entry, completed_again = history_of("run")
+    assert [began["event"], completed["event"], completed_again["event"]] == ["started", "completed", "completed"]
+    assert (resumed_entry["event"], resumed_entry["step"], resumed_entry["overrides"]) == ("resumed", 8, ["name=run"])
+    assert resumed_entry["changed"] == {
         "budget_tokens": [2048, 3072],
         "trainer.micro_batch_windows": ["auto", 2],
         "trainer.num_workers": [None, 1],
         "callbacks.log_every_steps": [1, 2],
         "callbacks.checkpoint_every_steps": [4, 3],
     }
-    assert went_on["hardware"]["micro_batch_windows"] == 2
+    assert resumed_entry["hardware"]["micro_batch_windows"] == 2
     for name, value in weights("outputs/whole").items():
         torch.testing.assert_close(weights("outputs/run")[name], value, rtol=1e-4, atol=2e-5)
 
 
-def test_checkpoints_of_an_abandoned_future_are_removed_when_the_run_goes_on(small_run, caplog):
+def test_checkpoints_of_an_abandoned_future_are_removed_on_resume(small_run, caplog):
     train(small_run("name=run", "callbacks.keep_last=9"), [])
     undisturbed = weights("outputs/run")
     folder = folder_of("run").checkpoints
@@ -275,7 +270,7 @@ def test_checkpoints_of_an_abandoned_future_are_removed_when_the_run_goes_on(sma
     assert len(history_of("run")[-2]["damaged"]) == 2
 
 
-def test_a_first_save_that_was_cut_off_is_begun_again_and_said(small_run, caplog):
+def test_an_interrupted_first_save_is_reported_and_the_run_starts_again(small_run, caplog):
     train(small_run("name=whole"), [])
     folder = folder_of("run")
     folder.checkpoints.path.mkdir(parents=True)
@@ -283,7 +278,8 @@ def test_a_first_save_that_was_cut_off_is_begun_again_and_said(small_run, caplog
     folder.checkpoints.file_at(3).with_suffix(".ckpt.partial").write_bytes(b"a quarter")
     train(small_run("name=run"), [])
     assert (
-        "step-00000004.ckpt has no mark, so it was never finished: it becomes step-00000004.ckpt.unfin" in caplog.text
+        "step-00000004.ckpt has no marker, so it was never completed: renamed to step-00000004.ckpt.unfin"
+        in caplog.text
     )
     assert folder.checkpoints.path.joinpath("step-00000004.ckpt.unfinished").read_bytes() == b"half of"
     assert not list(folder.checkpoints.path.glob("*.partial"))
@@ -292,7 +288,7 @@ def test_a_first_save_that_was_cut_off_is_begun_again_and_said(small_run, caplog
     assert not list(folder.checkpoints.path.glob("*.unfinished"))
 
 
-def test_every_nth_checkpoint_is_kept_for_good(small_run):
+def test_every_nth_checkpoint_is_kept_forever(small_run):
     train(small_run("name=run", "callbacks.checkpoint_every_steps=1", "callbacks.keep_every_steps=3"), [])
     assert {3, 6, 9, 11, 12} <= {checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()}
     with pytest.raises(UserError, match=r"callbacks\.keep_every_steps is 3; it must be a multiple of"):
@@ -305,17 +301,17 @@ def full_disk(monkeypatch):
     saves = 0
 
     def fill(first: int, last: int) -> None:
-        write = checkpoint_files.CheckpointWriter._write
+        write = CheckpointWriter._write
 
         def fail_or_write(writer, *arguments):
             nonlocal saves
             saves += 1
             with monkeypatch.context() as patch:
                 if first <= saves <= last:
-                    patch.setattr(checkpoint_files._HashedFile, "write", full_write)
+                    patch.setattr(_HashedFile, "write", full_write)
                 write(writer, *arguments)
 
-        monkeypatch.setattr(checkpoint_files.CheckpointWriter, "_write", fail_or_write)
+        monkeypatch.setattr(CheckpointWriter, "_write", fail_or_write)
 
     return fill
 
@@ -329,22 +325,22 @@ def test_a_full_disk_does_not_end_the_run(small_run, full_disk, caplog):
     full_disk(2, 2)
     train(small_run("name=run"), [])
     assert "THE CHECKPOINT OF STEP 8 COULD NOT BE WRITTEN to outputs/run/checkpoints: No space left" in caplog.text
-    assert "the last one is of step 4" in caplog.text
+    assert "the last checkpoint is of step 4" in caplog.text
     assert [checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()] == [4, 12]
 
 
-def test_a_result_that_could_not_be_saved_is_an_error_and_can_be_mended(small_run, full_disk):
+def test_a_result_that_could_not_be_saved_is_an_error_and_can_be_fixed(small_run, full_disk):
     train(small_run("name=whole"), [])
     full_disk(2, 3)
     with pytest.raises(UserError, match=r"training is complete, but its result could not be written.*after step 4"):
         train(small_run("name=run"), [])
-    assert history_of("run")[-1]["why"] == "the result could not be written: No space left on device"
+    assert history_of("run")[-1]["reason"] == "the result could not be written: No space left on device"
     train(small_run("name=run"), [])
     assert_equal(weights("outputs/whole"), weights("outputs/run"))
     assert scalars("outputs/whole", "val/loss") == scalars("outputs/run", "val/loss")
 
 
-def test_a_run_that_was_killed_before_its_report_gets_it_at_the_next_start(small_run):
+def test_a_run_killed_before_its_report_writes_it_at_the_next_start(small_run):
     train(small_run("name=run"), [])
     folder = folder_of("run")
     report = folder.report.read_text()
@@ -352,18 +348,18 @@ def test_a_run_that_was_killed_before_its_report_gets_it_at_the_next_start(small
     folder.report.unlink()
     train(small_run("name=run"), [])
     assert folder.report.read_text() == report
-    assert [line["what"] for line in history_of("run")] == ["began", "completed", "completed"]
+    assert [line["event"] for line in history_of("run")] == ["started", "completed", "completed"]
 
 
-def test_a_stop_that_could_not_be_saved_says_from_where_the_run_goes_on(small_run, full_disk, at_step, caplog):
+def test_a_stop_that_could_not_be_saved_says_where_the_run_resumes(small_run, full_disk, at_step, caplog):
     caplog.set_level("INFO")
     full_disk(2, 2)
     at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
     stopped(small_run("name=run"), 143)
-    assert "after step 6, which could not be saved; the same command goes on after step 4." in caplog.text
+    assert "after step 6, which could not be saved. Run the same command again to resume after step 4." in caplog.text
 
 
-def test_a_disk_that_is_too_small_is_told_before_training(small_run, monkeypatch, caplog):
+def test_a_disk_that_is_too_small_is_reported_before_training(small_run, monkeypatch, caplog):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     train(small_run("name=run", "budget_tokens=256", "schedule.warmup_steps=0"), [])
@@ -374,21 +370,23 @@ def test_a_disk_that_is_too_small_is_told_before_training(small_run, monkeypatch
     assert float(estimate) * 1e9 == pytest.approx(folder_of("run").checkpoints.complete()[-1].size, rel=0.1)
 
 
-def test_a_torn_line_of_the_history_spoils_no_other(small_run):
+def test_a_truncated_line_of_the_history_damages_no_other(small_run):
     train(small_run("name=run", HORIZON, "budget_tokens=2048"), [])
     history = folder_of("run").history
     history.write_bytes(history.read_bytes()[:-10])
     train(small_run("name=run", HORIZON), [])
-    began, torn, went_on, completed = history.read_text().splitlines()
-    assert json.loads(began)["what"] == "began" and torn.startswith('{"time"')
-    assert (json.loads(went_on)["what"], json.loads(completed)["what"]) == ("went on", "completed")
+    began, torn, resumed_entry, completed = history.read_text().splitlines()
+    assert json.loads(began)["event"] == "started" and torn.startswith('{"time"')
+    assert (json.loads(resumed_entry)["event"], json.loads(completed)["event"]) == ("resumed", "completed")
 
 
 def test_a_model_whose_best_checkpoint_is_damaged_is_refused_with_the_other_one(small_run):
     train(small_run("name=run"), [])
     before, newest = folder_of("run").checkpoints.complete()
     mark = newest.path.with_suffix(".json")
-    write_sealed(mark, read_sealed(mark) | {"validation_loss": 99.0})
+    write_json_with_checksum(
+        mark, read_json_with_checksum(mark) | {"score": {"metric": "loss", "value": 99.0, "direction": "lower"}}
+    )
     assert load_trained("outputs/run").step == before.step
     before.path.write_bytes(b"nothing")
     with pytest.raises(UserError, match=rf"is damaged.*There is also .*{newest.path.name}: name it"):
@@ -418,7 +416,7 @@ def flipped(content: bytes, dice: random.Random) -> bytes:
     return bytes(changed)
 
 
-def test_a_folder_that_cannot_be_written_is_told(small_run, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_refused(small_run, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -431,3 +429,17 @@ def test_a_folder_that_cannot_be_written_is_told(small_run, monkeypatch):
         )
         with pytest.raises(UserError, match="outputs/run cannot be written: No space left on device"):
             train(config, [])
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_whose_terminal_or_pipe_is_closed_trains_to_its_end(small_run, monkeypatch, is_terminal):
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def isatty(self) -> bool:
+            return is_terminal
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    train(small_run("name=run"), [])
+    assert folder_of("run").checkpoints.complete()[-1].step == 12

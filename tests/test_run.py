@@ -1,4 +1,4 @@
-"""The front door: whole runs, in one process."""
+"""`cucafera.run`: runs from their first step to their report, in one process."""
 
 import json
 from pathlib import Path
@@ -8,44 +8,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cucafera.config import UserError
+from cucafera.config.errors import UserError
 from cucafera.run import train
-from cucafera.training.checkpoint_files import read_checkpoint
-from cucafera.training.run_folder import RunFolder
-from tests.conftest import write_corpus
+from cucafera.runs.folder import RunFolder
+from tests.support import assert_close, assert_equal, assert_same_curve, scalars, weights, write_corpus
 
 
-def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(RunFolder(Path(run_dir)).checkpoints.marked()[-1])["state_dict"]
-
-
-def scalars(run_dir: str | Path, tag: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
-
-
-def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
-
-
-def assert_close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=2e-5)
-
-
-def assert_same_curve(left: str | Path, right: str | Path, tag: str) -> None:
-    """The same steps, and values equal within the rounding of sums in another order."""
-    steps, values = zip(*scalars(left, tag), strict=True)
-    other_steps, other_values = zip(*scalars(right, tag), strict=True)
-    assert steps == other_steps
-    assert values == pytest.approx(other_values, rel=1e-5)
-
-
-def test_a_run_leaves_a_whole_folder_behind(small_run, caplog):
+def test_a_run_writes_a_complete_folder(small_run, caplog):
     caplog.set_level("INFO")
     config = small_run("name=whole")
     bpb = train(config, ["name=whole"])
@@ -74,7 +43,7 @@ def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_
     assert set(events.Tags()["scalars"]) == {
         "train/loss", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
         "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "val/loss", "val/perplexity", "val/accuracy",
-        "val/bpb", "guards/skipped_updates", "schedule/planned", "by_tokens/val_loss", "by_tokens/val_bpb",
+        "val/bpb", "guards/skipped_updates", "by_tokens/val_loss", "by_tokens/val_bpb",
         "hp/val_loss", "hp/val_bpb", "hp/train_loss", "hp/tokens_per_second",
         *(f"layers/gradient_norm/{name}" for name in ("embedding", "00", "01")),
         *(f"layers/activation_rms/{name}" for name in ("embedding", "00", "01")),
@@ -99,7 +68,7 @@ def test_micro_batches_and_workers_do_not_change_the_trajectory(small_run, other
     assert_close(weights("outputs/first"), weights("outputs/second"))
 
 
-def test_a_longer_budget_goes_on_and_ends_bit_equal_to_one_run(small_run):
+def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run):
     horizon = "schedule.horizon_steps=12"
     train(small_run("name=whole", horizon), [])
     train(small_run("name=parts", horizon, "budget_tokens=1536"), [])
@@ -108,7 +77,7 @@ def test_a_longer_budget_goes_on_and_ends_bit_equal_to_one_run(small_run):
     assert scalars("outputs/whole", "train/loss") == scalars("outputs/parts", "train/loss")
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(small_run, caplog):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(small_run, caplog):
     config = small_run("name=broken")
     train(config, [])
     undisturbed = weights(config.run_dir)
@@ -120,7 +89,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_broken_one(small_run, caplog
     assert_equal(undisturbed, weights(config.run_dir))
 
 
-def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_in_silence(small_run):
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_restarted_silently(small_run):
     config = small_run("name=broken")
     train(config, [])
     for path in RunFolder(Path(config.run_dir)).checkpoints.marked():
@@ -129,7 +98,7 @@ def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew_in_silence(sma
         train(config, [])
 
 
-def test_a_complete_run_says_so_shows_its_report_again_and_changes_nothing(small_run, caplog):
+def test_a_complete_run_reports_again_and_changes_nothing(small_run, caplog):
     config = small_run("name=complete")
     bpb = train(config, [])
     files = {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
@@ -140,19 +109,8 @@ def test_a_complete_run_says_so_shows_its_report_again_and_changes_nothing(small
     assert files == {path: path.read_bytes() for path in Path(config.run_dir).rglob("*") if path.is_file()}
 
 
-def test_a_run_that_was_killed_before_its_report_gets_one(small_run):
-    config = small_run("name=killed")
-    train(config, [])
-    folder = RunFolder(Path(config.run_dir))
-    report = folder.report.read_text()
-    folder.report.unlink()
-    folder.metrics.unlink()
-    train(config, [])
-    assert folder.report.read_text() == report
-
-
 @pytest.mark.parametrize("left", ["of a shorter budget", "half of"])
-def test_a_report_that_is_not_of_this_end_is_written_anew(small_run, left):
+def test_an_outdated_or_damaged_report_is_written_again(small_run, left):
     horizon = "schedule.horizon_steps=12"
     train(small_run("name=run", horizon, "budget_tokens=2048"), [])
     metrics = RunFolder(Path("outputs/run")).metrics
@@ -164,7 +122,7 @@ def test_a_report_that_is_not_of_this_end_is_written_anew(small_run, left):
     assert json.loads(metrics.read_bytes()) == after
 
 
-def test_changed_text_is_not_gone_on_with(small_run, corpus):
+def test_a_run_does_not_resume_with_changed_text(small_run, corpus):
     config = small_run("name=changed", "budget_tokens=1024", "schedule.horizon_steps=12")
     train(config, [])
     tokenizer = Path("outputs/changed/tokenizer.json").read_bytes()
@@ -189,7 +147,7 @@ def test_text_that_changes_during_a_run_does_not_disturb_it(small_run, corpus, m
     assert json.loads(Path("outputs/meanwhile/metrics.json").read_text())["steps"] == 12
 
 
-def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_begins_with(small_run, corpus, tmp_path):
+def test_a_new_run_takes_the_tokenizer_of_its_initial_weights(small_run, corpus, tmp_path):
     train(small_run("name=base"), [])
     write_corpus(tmp_path / "other.jsonl", documents=80, seed=1)
     other = f"data.sources.files.path={tmp_path / 'other.jsonl'}"
@@ -200,17 +158,17 @@ def test_a_new_run_takes_the_tokenizer_of_the_weights_that_it_begins_with(small_
         train(small_run("name=wrong", "init_from=outputs/base", "tokenizer.path=outputs/stranger/tokenizer.json"), [])
 
 
-def test_what_another_program_left_in_the_folder_is_not_erased(small_run):
+def test_files_of_another_program_in_the_folder_are_not_erased(small_run):
     folder = Path("outputs/theirs")
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "mine.pt").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"no checkpoint to go on from, but outputs/theirs/checkpoints/mine\.pt"):
+    with pytest.raises(UserError, match=r"no checkpoint to resume from, but outputs/theirs/checkpoints/mine\.pt"):
         train(small_run("name=theirs"), [])
     train(small_run("name=theirs", "resume=overwrite"), [])
     assert (folder / "checkpoints" / "mine.pt").read_bytes() == b"mine"
 
 
-def test_a_run_is_not_erased_for_one_that_cannot_begin(small_run):
+def test_a_run_is_not_erased_for_one_that_cannot_start(small_run):
     train(small_run("name=kept"), [])
     with pytest.raises(UserError, match=r"nowhere\.json"):
         train(small_run("name=kept", "resume=overwrite", "tokenizer.path=nowhere.json"), [])
@@ -218,7 +176,7 @@ def test_a_run_is_not_erased_for_one_that_cannot_begin(small_run):
     assert len(RunFolder(Path("outputs/kept")).checkpoints.marked()) == 2
 
 
-def test_a_longer_budget_says_what_it_does_to_the_learning_rate(small_run, caplog):
+def test_a_longer_budget_warns_about_its_effect_on_the_learning_rate(small_run, caplog):
     train(small_run("name=longer", "budget_tokens=1536"), [])
     train(small_run("name=longer"), [])
     assert "The budget was 6 steps and is 12 now" in caplog.text
@@ -228,19 +186,19 @@ def test_another_configuration_in_the_same_folder_is_refused_by_name(small_run):
     train(small_run("name=same"), [])
     with pytest.raises(UserError) as error:
         train(small_run("name=same", "optimizer.lr=1e-4", "model.hidden_size=64"), [])
-    assert "optimizer.lr is 0.0001 here and 0.003 there" in str(error.value)
-    assert "model.hidden_size is 64 here and 48 there" in str(error.value)
+    assert "optimizer.lr: 0.0001 (requested) != 0.003 (checkpoint)" in str(error.value)
+    assert "model.hidden_size: 64 (requested) != 48 (checkpoint)" in str(error.value)
     assert "resume=overwrite" in str(error.value)
     train(small_run("name=same", "optimizer.lr=1e-4", "resume=overwrite"), [])
     assert json.loads(Path("outputs/same/metrics.json").read_text())["steps"] == 12
 
 
-def test_resume_required_refuses_to_begin_anew(small_run):
-    with pytest.raises(UserError, match="holds no checkpoint to go on from"):
+def test_resume_required_refuses_to_start_a_new_run(small_run):
+    with pytest.raises(UserError, match="holds no checkpoint to resume from"):
         train(small_run("resume=required"), [])
 
 
-def test_a_new_run_begins_with_the_weights_of_another(small_run):
+def test_a_new_run_starts_from_the_weights_of_another(small_run):
     train(small_run("name=base"), [])
     train(small_run("name=next", "init_from=outputs/base"), [])
     base = json.loads(Path("outputs/base/metrics.json").read_text())
@@ -249,7 +207,7 @@ def test_a_new_run_begins_with_the_weights_of_another(small_run):
     assert following["validation"][-1]["loss"] < base["validation"][-1]["loss"]
 
 
-def test_learning_rates_that_are_scaled_by_the_width_have_their_curves_and_another_run_goes_without(small_run):
+def test_learning_rates_scaled_by_the_width_have_curves_of_their_own(small_run):
     config = small_run("name=scaled", "model.base_hidden_size=12")
     train(config, [])
     unscaled = [value for _, value in scalars(config.run_dir, "train/lr/matrices")]
@@ -267,20 +225,20 @@ def test_init_from_refuses_what_does_not_fit(small_run):
     Path("empty").mkdir()
     with pytest.raises(UserError, match="the folder holds no checkpoint"):
         train(small_run("name=b", "init_from=empty"), [])
-    with pytest.raises(UserError, match=r"model\.hidden_size is 64 here and 48 there"):
+    with pytest.raises(UserError, match=r"model\.hidden_size: 64 \(requested\) != 48 \(init_from\)"):
         train(small_run("name=c", "init_from=outputs/base", "model.hidden_size=64"), [])
     Path("broken.ckpt").write_bytes(b"PK broken")
-    with pytest.raises(UserError, match=r"broken.ckpt cannot be used: there is no broken.json beside it"):
+    with pytest.raises(UserError, match=r"broken.ckpt cannot be used: its marker broken.json is missing"):
         train(small_run("name=d", "init_from=broken.ckpt"), [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_pretraining_without_a_gpu_says_how_to_try_it_small(small_run):
+def test_pretraining_without_a_gpu_is_refused_with_a_small_command_to_try(small_run):
     with pytest.raises(UserError, match=r"this machine has none.*\n.*\n.*trainer=cpu model=tiny data=embedded"):
         train(small_run("trainer=a100"), [])
 
 
-def test_too_little_text_is_told_with_the_key_that_mends_it(small_run, corpus):
+def test_too_little_text_is_refused_with_the_key_to_change(small_run, corpus):
     lines = corpus.read_text().splitlines()
     corpus.write_text(lines[0][:60] + '"}\n')
     with pytest.raises(UserError, match="one window needs 33"):

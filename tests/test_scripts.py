@@ -1,4 +1,4 @@
-"""The scripts around the package, where they can be tested without measuring."""
+"""Scripts, as far as they can be tested without measuring."""
 
 import argparse
 import dataclasses
@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from cucafera.composition import composed_config
+from cucafera.config.command_line import composed_config
 from cucafera.data.order import permutation
 from cucafera.data.shards import HEADER_BYTES, TokenStream
 from cucafera.data.windows import Batch
 from cucafera.model.flops import parameter_count
 from cucafera.training.hardware import decide_hardware
-from tests.test_readme import ROOT, load_script
+from tests.support import ROOT, load_script
 
 
 def wait_until(happened):
-    """Waits for something, a minute at most."""
+    """Wait for something, for at most a minute."""
     deadline = time.monotonic() + 60
     while not happened():
         assert time.monotonic() < deadline
@@ -45,7 +45,7 @@ def test_the_peers_of_the_speed_benchmark_are_the_same_model(peer):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_plain_peers_of_the_speed_benchmark_compute_what_the_product_does(fused):
+def test_the_plain_peers_of_the_speed_benchmark_compute_the_same_loss(fused):
     script = load_script("benchmark_training")
     config = composed_config(["model.vocab_size=320", "model.num_hidden_layers=2", "trainer=cpu"])
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def test_the_plain_peers_of_the_speed_benchmark_compute_what_the_product_does(fu
 
 
 def results_of(script, measured):
-    """Results of a setting with 1,000 tokens a step, from the step times of each row."""
+    """Results of a setting with 1,000 tokens per step, from the step times of each row."""
     setup = {"model": "tiny", "parameters": 10, "device": "cpu", "matrix_flops": 1e9}
     facts = {"batch_tokens": 1000, "flops_per_token": 1e6, "causal_flops_per_token": 5e5}
     results = script.Results(setup, {"documents": facts})
@@ -80,10 +80,10 @@ def results_of(script, measured):
     return results
 
 
-def test_the_speed_benchmark_compares_with_the_fastest_of_ours_also_after_half_a_round(tmp_path):
+def test_the_speed_benchmark_compares_with_the_fastest_cucafera_row(tmp_path):
     script = load_script("benchmark_training")
     results = results_of(script, {"peer": [[3.0]], "cucafera, compiled": [[2.0], [2.0]], "cucafera": [[4.0], [4.0]]})
-    results.left_out.append("round 2, documents: peer")
+    results.skipped.append("round 2, documents: peer")
     rows = results.rows("documents")
     assert [(row["name"], row["tokens_per_second"]) for row in rows] == [
         ("cucafera, compiled", 500), ("peer", pytest.approx(1000 / 3)), ("cucafera", 250)
@@ -91,28 +91,28 @@ def test_the_speed_benchmark_compares_with_the_fastest_of_ours_also_after_half_a
     assert [round(row["ratio"], 2) for row in rows] == [1.0, 0.67, 0.5]
     assert (rows[0]["mfu"], rows[0]["mfu_causal"]) == (0.5, 0.25)
     assert (
-        "documents: 1,000 tokens a step; not masked" in results.report()
+        "documents: 1,000 tokens per step; not masked" in results.report()
         and "round 2, documents: peer on" in results.report()
     )
     results.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["settings"]["documents"]["rows"] == rows
 
 
-def test_the_speed_benchmark_gives_peers_on_a_gpu_what_fits_and_masks_documents_for_ours_only(monkeypatch):
+def test_the_speed_benchmark_masks_documents_for_cucafera_only(monkeypatch):
     script = load_script("benchmark_training")
     monkeypatch.setattr(script, "device_of", lambda arguments: "cuda")
     arguments = argparse.Namespace(model="cucafera", overrides=[], steps=4)
 
-    def windows_at_a_time(setting, peer):
+    def micro_batch_windows(setting, peer):
         config = script.configured(arguments, script.Measurement(setting, peer, True))
         assert config.data.document_masking == (setting == "documents") and config.trainer.compile is True
         assert int(config.batch_tokens) == {"windows": 65_536, "documents": 524_288}[setting]
         return config.trainer.micro_batch_windows
 
     for setting in script.SETTINGS:
-        assert windows_at_a_time(setting, "cucafera") == (8 if setting == "windows" else "auto")
-        assert windows_at_a_time(setting, "Hugging Face") == 8
-        assert windows_at_a_time(setting, "original") == 4
+        assert micro_batch_windows(setting, "cucafera") == (8 if setting == "windows" else "auto")
+        assert micro_batch_windows(setting, "Hugging Face") == 8
+        assert micro_batch_windows(setting, "original") == 4
     ids = torch.ones(2, 8, dtype=torch.int32)
     batch = Batch(input_ids=ids, targets=ids, documents=ids, document_counts=(1,) * len(ids))
     assert script.on_device(batch, torch.device("cpu"), is_ours=True).documents is not None
@@ -122,7 +122,7 @@ def test_the_speed_benchmark_gives_peers_on_a_gpu_what_fits_and_masks_documents_
 
 
 @pytest.mark.slow
-def test_what_the_speed_benchmark_has_measured_outlives_its_limit_of_time(tmp_path):
+def test_measurements_survive_the_time_limit_of_the_speed_benchmark(tmp_path):
     small = ["model.num_hidden_layers=1", "batch_tokens=256", f"data.prepared_dir={tmp_path}/prepared"]
     command = ["--rounds", "1", "--steps", "1", "--peer", "bare loop", "--peer", "cucafera", *small]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -139,8 +139,8 @@ def test_what_the_speed_benchmark_has_measured_outlives_its_limit_of_time(tmp_pa
     assert ended.returncode == 1 and "matrix products could not be measured: killed" in ended.stderr
 
 
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what a process reads")
-def test_a_stream_of_a_billion_tokens_opens_by_its_headers_and_takes_no_memory_to_read(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs /proc/self/io of Linux")
+def test_a_billion_tokens_open_by_their_headers_and_are_read_in_constant_memory(tmp_path):
     script = load_script("benchmark_data")
     script.write_zeros(tmp_path / "s", 1_000_000_000)
     files = list((tmp_path / "s").iterdir())
@@ -155,12 +155,12 @@ def test_a_stream_of_a_billion_tokens_opens_by_its_headers_and_takes_no_memory_t
     memory = script.memory()
     for window in windows:
         stream.read(int(window) * 2048, 2049)
-    assert script.bytes_read() - before > 5e8  # whole blocks were verified
+    assert script.bytes_read() - before > 5e8  # complete blocks were verified
     assert script.memory()["VmRSS"] < memory["VmRSS"] + 5
 
 
-def two_writers():
-    """The script, its model, and the writers of both sides."""
+def two_peers():
+    """The script, its model, and two peers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     script = load_script("benchmark_generation")
@@ -172,24 +172,24 @@ def two_writers():
     return script, model, {"cucafera": script.ours(model), "Hugging Face": script.hugging_face(theirs, compiled=False)}
 
 
-def test_the_benchmark_of_writing_sees_that_its_peers_write_the_same():
-    script, model, peers = two_writers()
-    with pytest.raises(script.NotThereError, match="no --gguf"):
+def test_the_generation_benchmark_checks_that_peers_generate_the_same():
+    script, model, peers = two_peers()
+    with pytest.raises(script.MissingPeerError, match="no --gguf"):
         script.llama_cpp(None, model.config, torch.device("cpu"))
 
-    def not_there(prompts, tokens):
-        raise script.NotThereError("not here")
+    def missing_peer(prompts, tokens):
+        raise script.MissingPeerError("not installed")
 
-    rows, missing = script.measure(peers | {"llama.cpp": not_there}, model, batch=2, length=9, tokens=5, rounds=2)
-    assert missing == {"llama.cpp": "batch 2: not here"}
+    rows, missing = script.measure(peers | {"llama.cpp": missing_peer}, model, batch=2, length=9, tokens=5, rounds=2)
+    assert missing == {"llama.cpp": "batch 2: not installed"}
     assert [(row.peer, row.agreement, len(row.first), len(row.rest)) for row in rows] == [
         ("cucafera", "the same tokens", 2, 2), ("Hugging Face", "the same tokens", 2, 2)
     ]  # fmt: skip
     assert script.table(rows, 5).count("the same tokens") == 2
 
 
-def test_the_benchmark_of_writing_forgives_rounding_and_nothing_else(monkeypatch):
-    script, model, peers = two_writers()
+def test_the_generation_benchmark_accepts_differences_by_rounding_only(monkeypatch):
+    script, model, peers = two_peers()
     prompts = [[20, 30, 40], [50, 60, 70]]
     texts = peers["cucafera"](prompts, 6).texts
     other = [texts[0], [*texts[1][:4], (texts[1][4] + 1) % 320, 5]]

@@ -11,14 +11,17 @@ import torch
 from datasets import Dataset
 from pyarrow import parquet
 
-from cucafera.composition import composed_config
-from cucafera.config import Config, UserError
-from cucafera.data.chat import Message, Rendered, check_conversation, render
-from cucafera.data.conversations import ChatDataModule, ConversationWindows, TokenizedConversations
-from cucafera.data.corpus import embedded_conversations
-from cucafera.data.tokenizer import IM_END_ID, PAD_ID, Tokenizer
+from cucafera.config.command_line import composed_config
+from cucafera.config.errors import UserError
+from cucafera.config.schema import Config
+from cucafera.config.tokens import IM_END_ID, PAD_ID
+from cucafera.data.chatml import Message, Rendered, check_conversation, render
+from cucafera.data.conversations import ConversationWindows, TokenizedConversations
+from cucafera.data.conversations import open_conversations as opened
+from cucafera.data.sources.embedded import embedded_path
+from cucafera.data.tokenizer import Tokenizer
 from cucafera.data.windows import IGNORED, Window
-from tests.conftest import SMALL_RUN
+from tests.support import SMALL_RUN
 
 LENGTH = 64
 
@@ -58,9 +61,9 @@ def pieces(window: Window) -> list[list[int]]:
     """The conversations of a window: their tokens, with the last target."""
     found = []
     for document in range(int(window.documents.max()) + 1):
-        here = np.flatnonzero(window.documents == document)
-        if len(here) and (window.targets[here] != IGNORED).any():
-            found.append([*window.input_ids[here].tolist(), int(window.targets[here[-1]])])
+        positions = np.flatnonzero(window.documents == document)
+        if len(positions) and (window.targets[positions] != IGNORED).any():
+            found.append([*window.input_ids[positions].tolist(), int(window.targets[positions[-1]])])
     return found
 
 
@@ -102,11 +105,11 @@ def test_padding_is_a_document_of_its_own_and_never_a_target(tokenizer):
     padding = 0
     for number in range(len(windows)):
         ids, targets, documents = windows.window(number)
-        here = ids == PAD_ID
-        padding += int(here.sum())
-        assert (targets[here] == IGNORED).all()
-        assert set(documents[here].tolist()).isdisjoint(documents[~here].tolist())
-    assert padding == len(windows) * 200 - windows.places
+        positions = ids == PAD_ID
+        padding += int(positions.sum())
+        assert (targets[positions] == IGNORED).all()
+        assert set(documents[positions].tolist()).isdisjoint(documents[~positions].tolist())
+    assert padding == len(windows) * 200 - windows.tokens
 
 
 def test_a_vocabulary_of_65536_leaves_ignored_targets_ignored():
@@ -116,7 +119,7 @@ def test_a_vocabulary_of_65536_leaves_ignored_targets_ignored():
     assert windows.window(0).input_ids.tolist() == [65_535, 4, 65_436] + [PAD_ID] * 5
 
 
-def test_a_conversation_that_is_too_long_is_cut_behind_the_last_answer_that_fits_or_left_out(tokenizer):
+def test_a_conversation_that_is_too_long_is_cut_after_the_last_answer_that_fits(tokenizer):
     turn = [Message("user", "mar"), Message("assistant", "bosc bosc")]
     endless = [Message("user", "mar"), Message("assistant", "bosc " * 200)]
     data = tokenized([turn * 10, turn, endless], tokenizer)
@@ -157,27 +160,20 @@ def rows_of(conversations: list[list[Message]]) -> list[dict]:
     return [{"messages": [message._asdict() for message in messages]} for messages in conversations]
 
 
-def opened(config: Config) -> ChatDataModule:
-    data = ChatDataModule(config)
-    data.prepare_data()
-    data.setup()
-    return data
-
-
 def test_the_split_is_by_the_first_question_and_does_not_depend_on_the_other_rows(chat_run):
     conversations = random_conversations(120, most_turns=1, seed=3)
     copies = [[messages[0], Message("assistant", "la mar")] for messages in conversations]
     data = opened(chat_run(rows_of(conversations + copies)))
     questions = [set(), set()]
-    for side, sources in enumerate((data.training_steps.sources, data.validation_sources)):
+    for side, sources in enumerate((data.training, data.validation)):
         for number in range(len(sources[0])):
             for piece in pieces(sources[0].window(number)):
                 questions[side].add(data.tokenizer.decode(piece).split("<im_end>")[0])
     assert questions[0] and questions[1]
     assert not questions[0] & questions[1]
     again = opened(chat_run(rows_of(conversations[:60]), path="fewer.jsonl"))
-    for number in range(len(again.validation_sources[0])):
-        for piece in pieces(again.validation_sources[0].window(number)):
+    for number in range(len(again.validation[0])):
+        for piece in pieces(again.validation[0].window(number)):
             assert data.tokenizer.decode(piece).split("<im_end>")[0] in questions[1]
 
 
@@ -200,7 +196,7 @@ def test_the_same_question_is_on_one_side_whatever_surrounds_it(chat_run):
     ):
         data = opened(chat_run(rows(40, before), path=f"{name}.jsonl"))
         sides = []
-        for source in (data.training_steps.sources[0], data.validation_sources[0]):
+        for source in (data.training[0], data.validation[0]):
             texts = [data.tokenizer.decode(piece) for n in range(len(source)) for piece in pieces(source.window(n))]
             sides.append({text.split("user\n")[1].split("<im_end>")[0] for text in texts})
         assert sides[0] and sides[1], name
@@ -225,11 +221,11 @@ def test_rows_that_cannot_even_be_read_are_left_out_and_counted(chat_run):
 def test_prepared_conversations_are_made_once(chat_run, monkeypatch):
     config = chat_run(rows_of(random_conversations(40)))
     first = opened(config)
-    monkeypatch.setattr("cucafera.data.conversations.read_rows", None)
-    assert opened(config).identity == first.identity
+    monkeypatch.setattr("cucafera.data.conversations.render", None)
+    assert opened(config).fingerprints == first.fingerprints
 
 
-def test_damaged_conversations_are_told(chat_run):
+def test_damaged_conversations_are_refused(chat_run):
     config = chat_run(rows_of(random_conversations(40)))
     opened(config)
     (path,) = Path("prepared").glob("conversations-*/train.npz")
@@ -238,7 +234,7 @@ def test_damaged_conversations_are_told(chat_run):
         opened(config)
 
 
-def test_a_broken_row_is_told_with_its_place_or_left_out_and_counted(chat_run):
+def test_a_broken_row_is_refused_with_its_line_or_left_out_and_counted(chat_run):
     rows = rows_of(random_conversations(40))
     rows[7] = {"messages": [{"role": "robot", "content": "x"}]}
     with pytest.raises(UserError, match=r"chat\.jsonl:8: message 1 has the role 'robot'.*skip_broken_lines=true"):
@@ -255,13 +251,13 @@ def test_a_broken_row_is_told_with_its_place_or_left_out_and_counted(chat_run):
 def test_repetitive_answers_are_left_out_and_counted(chat_run):
     rows = rows_of(random_conversations(40))
     rows[3] = {"prompt": "x", "completion": "un dos tres quatre cinc " * 20}
-    data = opened(chat_run(rows, "data.repeated_5grams=15"))
+    data = opened(chat_run(rows, "data.max_5gram_repeats=15"))
     assert "1 more left out: an answer repeats itself" in data.describe()
     (summary,) = Path("prepared").glob("conversations-*/prepared.json")
     assert json.loads(summary.read_text())["repetitive"] == 1
 
 
-def test_a_source_without_a_usable_conversation_is_told(chat_run):
+def test_a_source_without_a_usable_conversation_is_refused(chat_run):
     with pytest.raises(UserError, match=r"holds no conversation to train on: 1 could not be used.*chat\.jsonl:1: no "):
         opened(chat_run([{"text": "x"}], "data.skip_broken_lines=true"))
     endless = {"prompt": "x", "completion": "mar i bosc " * 100}
@@ -279,21 +275,21 @@ def test_a_source_without_a_usable_conversation_is_told(chat_run):
 
 def test_parquet_and_datasets_give_the_same_conversations_as_jsonl(chat_run, monkeypatch):
     rows = rows_of(random_conversations(40))
-    identity = opened(chat_run(rows)).identity["data.sources.files"]
+    fingerprint = opened(chat_run(rows)).fingerprints["data.sources.files"]
     parquet.write_table(pyarrow.Table.from_pylist(rows), "chat.parquet")
     from_parquet = composed_config([*CHAT_RUN, "data=chat_files", "data.sources.files.path=chat.parquet"])
-    assert opened(from_parquet).identity["data.sources.files"] == identity
+    assert opened(from_parquet).fingerprints["data.sources.files"] == fingerprint
     monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **settings: Dataset.from_list(rows))
     from_hub = composed_config([*CHAT_RUN, "data=chat", "data.sources.patufet_conversa.dataset=a/b"])
-    assert opened(from_hub).identity["data.sources.patufet_conversa"] == identity
+    assert opened(from_hub).fingerprints["data.sources.patufet_conversa"] == fingerprint
 
 
 def test_a_step_is_the_same_for_one_device_and_the_shares_of_two(chat_run):
     data = opened(chat_run(rows_of(random_conversations(80))))
-    steps = data.training_steps
+    steps = data.training_steps(())
     for step in range(4):
         whole = steps[step]
-        shares = [type(steps)(steps.sources, steps.config, (), rank, 2)[step] for rank in (0, 1)]
+        shares = [data.training_steps((), rank, 2)[step] for rank in (0, 1)]
         for field in ("input_ids", "targets", "documents"):
             assert torch.equal(getattr(whole, field), torch.cat([getattr(share, field) for share in shares]))
 
@@ -302,15 +298,15 @@ def test_two_sources_are_mixed_by_their_weights(chat_run):
     first, second = random_conversations(60, seed=1), random_conversations(60, seed=2)
     Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(second)))
     data = opened(chat_run(rows_of(first), "+data.sources.other.path=other.jsonl", "+data.sources.other.weight=3"))
-    windows = [len(source) for source in data.training_steps.sources]
-    assert data.training_steps.order.windows_per_epoch == windows[0] + 3 * windows[1]
+    windows = [len(source) for source in data.training]
+    assert data.order.windows_per_epoch == windows[0] + 3 * windows[1]
 
 
 def test_the_first_conversation_is_shown_with_what_is_trained(chat_run):
     conversation = [Message("user", "Hola mar"), Message("assistant", "Bon dia")]
     text = opened(chat_run(rows_of([conversation] * 3 + random_conversations(30)))).describe()
     assert "conversations in" in text and "padding" in text
-    shown = text.split("trained on what stands in ⟦ ⟧:")[1]
+    shown = text.split("the text in ⟦ ⟧ is trained on:")[1]
     assert shown.count("<im_start>assistant") == shown.count("⟦") > 0
     assert all(part.split("⟧")[0].endswith("<im_end>") for part in shown.split("⟦")[1:])
 
@@ -320,10 +316,10 @@ def test_the_first_conversation_is_shown_with_what_is_trained(chat_run):
 
 @pytest.fixture(scope="module")
 def embedded() -> list[dict]:
-    return [json.loads(line) for line in embedded_conversations().read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in embedded_path("conversations").read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_embedded_conversations_are_many_varied_and_whole(embedded):
+def test_the_embedded_conversations_are_many_varied_and_complete(embedded):
     assert len(embedded) >= 80
     topics = {row["topic"] for row in embedded}
     assert {"salutació", "identitat", "tasca"} < topics and len(topics) >= 8

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from cucafera.data.corpus import embedded_corpus
+from cucafera.data.sources.embedded import embedded_path
 
 
 @pytest.fixture(scope="module")
 def documents():
-    return [json.loads(line) for line in embedded_corpus().read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in embedded_path("catalan").read_text(encoding="utf-8").splitlines()]
 
 
 def test_it_is_large_and_varied_enough_to_learn_from(documents):

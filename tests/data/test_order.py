@@ -8,11 +8,11 @@ from cucafera.data.order import BLOCK, WindowOrder, permutation
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
 @pytest.mark.parametrize("key", [0, 1, 2**63 + 12345])
-def test_a_permutation_reaches_each_place_once(size, key):
+def test_a_permutation_reaches_each_position_once(size, key):
     assert sorted(permutation(np.arange(size), size, key)) == list(range(size))
 
 
-def test_every_order_of_three_places_occurs():
+def test_every_order_of_three_occurs():
     orders = {tuple(permutation(np.arange(3), 3, key)) for key in range(200)}
     assert len(orders) == 6
 
@@ -29,7 +29,7 @@ def test_a_permutation_looks_like_chance():
         assert (shuffled == places).sum() < 10
 
 
-def test_each_place_of_a_small_permutation_is_equally_likely():
+def test_each_position_of_a_small_permutation_is_equally_probable():
     counts = np.bincount(permutation(np.zeros(60_000, np.int64), 6, np.arange(60_000, dtype=np.uint64)), minlength=6)
     assert np.all(np.abs(counts - 10_000) < 500)
 
@@ -45,9 +45,9 @@ def test_a_billion_windows_take_no_memory_and_a_million_no_second():
 
 def test_a_part_of_the_order_is_the_same_however_it_is_asked_for():
     order = WindowOrder([5000, 70], [1.0, 2.0], seed=1)
-    whole = pairs(order, 0, 3 * BLOCK)
+    complete = pairs(order, 0, 3 * BLOCK)
     for first, count in ((BLOCK - 3, 8), (5, 1), (2 * BLOCK, 100), (BLOCK - 1, BLOCK + 2), (7, 0), (0, 3 * BLOCK)):
-        assert pairs(order, first, count) == whole[first : first + count]
+        assert pairs(order, first, count) == complete[first : first + count]
 
 
 def test_an_epoch_shows_each_window_once():
@@ -57,7 +57,7 @@ def test_an_epoch_shows_each_window_once():
         assert sorted(pairs(order, epoch * 21, 21)) == [(s, w) for s, n in enumerate([13, 7, 1]) for w in range(n)]
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_every_epoch_and_seed_has_another_order():
     order = WindowOrder([500], [1.0], seed=5)
     assert pairs(order, 0, 500) != pairs(order, 500, 500)
     assert pairs(order, 0, 500) != pairs(WindowOrder([500], [1.0], seed=6), 0, 500)

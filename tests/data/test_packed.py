@@ -1,25 +1,11 @@
 """Windows of a token stream, and batches of them."""
 
-import numpy as np
 import torch
 
+from cucafera.config.tokens import DOCUMENT_START_ID
 from cucafera.data.packed import StreamWindows
-from cucafera.data.tokenizer import DOCUMENT_START_ID
 from cucafera.data.windows import batch_of_windows
-
-
-class Stream:
-    """Tokens in memory."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = np.array(tokens, dtype=np.uint16)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        return self.tokens[start : start + length].copy()
-
+from tests.support import Stream
 
 START = DOCUMENT_START_ID
 

@@ -8,18 +8,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from cucafera.config import SPECIAL_TOKENS, UserError
-from cucafera.data.tokenizer import (
-    BYTE_OF_CHARACTER,
-    DOCUMENT_START_ID,
-    IM_END_ID,
-    IM_START_ID,
-    PAD_ID,
-    PROBE,
-    WORD,
-    Tokenizer,
-    TokenizerError,
-)
+from cucafera.config.errors import UserError
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, PAD_ID, SPECIAL_TOKENS
+from cucafera.data.tokenizer import BYTE_OF_CHARACTER, PROBE, WORD, Tokenizer, TokenizerError
 
 AWKWARD = [
     "",
@@ -79,7 +70,7 @@ def test_a_batch_gives_what_single_texts_give(tokenizer, make_documents):
     assert {ids.dtype for ids in batch} == {np.dtype("uint16")}
 
 
-def test_encoding_word_by_word_gives_what_the_library_gives_for_the_whole(tokenizer, make_documents):
+def test_encoding_by_words_equals_the_library_on_complete_texts(tokenizer, make_documents):
     generator = random.Random(3)
     signs = [*" \n\t\r", *"la'ts..,1\u00a0\u2003\x1c\x1d\x85\u200bç€🐌"]
     texts = ["".join(generator.choices(signs, k=length)) for length in range(400)] + make_documents(20) + AWKWARD
@@ -91,21 +82,21 @@ def test_encoding_word_by_word_gives_what_the_library_gives_for_the_whole(tokeni
 def test_forgetting_words_changes_nothing(make_documents, tokenizer, monkeypatch):
     expected = [tokenizer.encode(text) for text in make_documents(20)]
     forgetful = pickle.loads(pickle.dumps(tokenizer))
-    monkeypatch.setattr("cucafera.data.tokenizer.REMEMBERED_CHARACTERS", 10)
+    monkeypatch.setattr("cucafera.data.tokenizer.CACHED_CHARACTERS", 10)
     assert [forgetful.encode(text) for text in make_documents(20)] == expected
-    assert len(forgetful._ids_of_word) < 20
+    assert len(forgetful._word_cache) < 20
 
 
 def test_the_library_never_gets_a_long_document_at_once(tokenizer, monkeypatch):
     given = []
     fresh = pickle.loads(pickle.dumps(tokenizer))
-    original = fresh._remember
-    monkeypatch.setattr(fresh, "_remember", lambda words: (given.extend(words), original(words)))
+    original = fresh._add_to_cache
+    monkeypatch.setattr(fresh, "_add_to_cache", lambda words: (given.extend(words), original(words)))
     assert len(fresh.encode("la mar i el bosc són lluny\n" * 10_000)) > 100_000
     assert sum(map(len, given)) < 100
 
 
-def test_ids_behind_the_vocabulary_and_half_characters_decode_to_a_replacement(tokenizer):
+def test_ids_beyond_the_vocabulary_and_half_characters_decode_to_a_replacement(tokenizer):
     assert tokenizer.decode([65_000, *tokenizer.encode("la")]) == "\ufffdla"
     assert tokenizer.decode([265]) == "\ufffd"  # byte 0xAD
 
@@ -125,7 +116,7 @@ def test_training_twice_gives_the_same_tokenizer(tokenizer):
     texts = json.dumps([f"{word} {word}s" for word in ("mar", "bosc", "avi", "poble", "gat", "lluna")] * 3)
     prints = {
         subprocess.run([sys.executable, "-c", program], input=texts, text=True, capture_output=True, check=True).stdout
-        for _ in range(2)  # each process has hash seeds of its own
+        for _ in range(2)  # each process has its own hash seed
     }
     assert len(prints) == 1
 

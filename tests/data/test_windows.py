@@ -1,6 +1,7 @@
-"""Batches of windows: what they hold, what becomes of them on the way to the device, and the room that they need."""
+"""Batches of windows: what they hold, their transfer to the device, and the shared memory that they need."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,15 +9,15 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from cucafera.composition import composed_config
-from cucafera.data import windows
+from cucafera.config.command_line import composed_config
+from cucafera.config.tokens import DOCUMENT_START_ID
 from cucafera.data.conversations import ConversationWindows, TokenizedConversations
-from cucafera.data.packed import PackedDataModule, StreamWindows
-from cucafera.data.tokenizer import DOCUMENT_START_ID
-from cucafera.data.windows import IGNORED, Batch, TrainingSteps, batch_of_windows, free_shared_memory
+from cucafera.data.packed import DocumentData, StreamWindows
+from cucafera.data.windows import IGNORED, Batch, OpenedSource, batch_of_windows
 from cucafera.model.transformer import Decoder
-from tests.data.test_packed import Stream
-from tests.test_run import assert_equal
+from cucafera.training import data_module as data_modules
+from cucafera.training.data_module import WindowDataModule, free_shared_memory
+from tests.support import Stream, assert_equal
 
 TINY = ["model.vocab_size=320", "model.max_position_embeddings=32", "batch_tokens=256", "budget_tokens=2560",
         "schedule.warmup_steps=0"]  # fmt: skip
@@ -37,12 +38,16 @@ def batch_of(count: int, document_masking: bool = True) -> Batch:
     return batch_of_windows([source.window(number) for number in range(count)], document_masking)
 
 
-def data_module(workers: int, *overrides: str) -> PackedDataModule:
-    """One that reads a stream in memory."""
-    config = composed_config([*TINY, *overrides])
-    data = PackedDataModule(config, num_workers=workers)
-    data.training_steps = TrainingSteps([stream_windows()], config, left_out_batches=(), rank=0, world_size=1)
-    return data
+def data_in_memory(*overrides: str) -> DocumentData:
+    """The data of a run, from a stream in memory."""
+    source = OpenedSource(stream_windows(), stream_windows(), "fingerprint")
+    return DocumentData(composed_config([*TINY, *overrides]), SimpleNamespace(fingerprint="x"), {"embedded": source})
+
+
+def data_module(workers: int, *overrides: str) -> WindowDataModule:
+    module = WindowDataModule(data_in_memory(*overrides), num_workers=workers)
+    module.setup()
+    return module
 
 
 def test_documents_are_counted_window_by_window():
@@ -53,7 +58,7 @@ def test_documents_are_counted_window_by_window():
     assert batch_of(5, document_masking=False).document_counts is None
 
 
-def test_the_padding_behind_conversations_is_counted_as_a_document():
+def test_the_padding_after_conversations_is_counted_as_a_document():
     lengths = [3, 4, 5, 6, 7]
     ids = np.arange(10, 10 + sum(lengths), dtype=np.uint16)
     source = ConversationWindows(TokenizedConversations(ids, np.ones(len(ids), bool), np.cumsum(lengths)), 8)
@@ -88,7 +93,7 @@ def test_a_batch_comes_unchanged_out_of_workers_pinned_memory_and_the_transfer_t
         assert all(map(torch.equal, batch[:3], wanted[:3]))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_int32_gives_the_loss_gradients_and_scores_of_int64_to_the_bit(compiled):
     config = composed_config(TINY).model
     batch = batch_of(4)
@@ -102,7 +107,7 @@ def test_int32_gives_the_loss_gradients_and_scores_of_int64_to_the_bit(compiled)
         loss = model(*arguments)
         loss.backward()
         with torch.no_grad():
-            nats, correct = model.scores(*arguments)
+            nats, correct = model.loss_and_accuracy(*arguments)
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         found.append({"loss": loss.detach(), "nats": nats, "correct": correct, **gradients})
     assert_equal(*found)
@@ -114,14 +119,14 @@ def test_the_size_of_a_batch_is_that_of_its_tensors():
         assert steps.batch_bytes == sum(part.nbytes for part in steps[0][:3] if part is not None)
 
 
-def test_workers_whose_batches_do_not_fit_into_shared_memory_are_left_out_and_that_is_told(monkeypatch, caplog):
+def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started_with_a_warning(monkeypatch, caplog):
     needed = 2 * 3 * 3 * 4 * 256  # workers, batches of each, tensors, bytes of a number, tokens
     data = data_module(workers=2)
     free = {"enough": needed, "none known": None, "too little": needed - 1}
     workers = {}
     with caplog.at_level(logging.WARNING):
         for name, size in free.items():
-            monkeypatch.setattr(windows, "free_shared_memory", lambda folder, size=size: size)
+            monkeypatch.setattr(data_modules, "free_shared_memory", lambda folder, size=size: size)
             assert not caplog.records
             workers[name] = data.train_dataloader().num_workers
     assert workers == {"enough": 2, "none known": 2, "too little": 0}
@@ -131,9 +136,8 @@ def test_workers_whose_batches_do_not_fit_into_shared_memory_are_left_out_and_th
 
 
 def test_the_workers_of_the_default_batch_fit_the_shared_memory_of_a_container():
-    config = composed_config(["+experiment=pretrain"])
-    steps = TrainingSteps([stream_windows()], config, left_out_batches=(), rank=0, world_size=1)
-    assert 2 * (windows.PREFETCHED_BATCHES + 1) * steps.batch_bytes < 64e6
+    steps = data_in_memory("+experiment=pretrain", "data=embedded").training_steps(())
+    assert 2 * (data_modules.PREFETCHED_BATCHES + 1) * steps.batch_bytes < 64e6
 
 
 def test_shared_memory_is_measured_where_there_is_some(tmp_path):

@@ -1,22 +1,22 @@
-"""The base model and the chat model of a few steps, as they are measured."""
+"""A base model and a chat model of a few steps, loaded for evaluation."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from cucafera.evaluation.subject import Subject, load_subject
+from cucafera.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 
 
 @pytest.fixture
-def base(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
-    """The base model, seen from the folder that it was trained in."""
+def base(runs: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluatedModel:
+    """The base model; the working directory is the one that it was trained in."""
     monkeypatch.chdir(runs)
-    return load_subject("outputs/base", torch.device("cpu"))
+    return load_evaluated_model("outputs/base", torch.device("cpu"))
 
 
 @pytest.fixture
-def chat(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
-    """The chat model, seen from the folder that it was trained in."""
+def chat(runs: Path, monkeypatch: pytest.MonkeyPatch) -> EvaluatedModel:
+    """The chat model; the working directory is the one that it was trained in."""
     monkeypatch.chdir(runs)
-    return load_subject("outputs/chat", torch.device("cpu"))
+    return load_evaluated_model("outputs/chat", torch.device("cpu"))

@@ -1,12 +1,12 @@
-"""Pictures of attention."""
+"""Attention maps as pictures."""
 
 import pytest
 
-from cucafera.config import UserError
-from cucafera.evaluation.attention import draw_attention, numbers_of, token_names
+from cucafera.config.errors import UserError
+from cucafera.evaluation.attention import draw_attention, token_labels
 
 
-def test_a_picture_has_a_panel_for_each_layer_and_head(base, tmp_path, monkeypatch):
+def test_a_picture_has_one_panel_per_layer_and_head(base, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -25,12 +25,12 @@ def test_a_picture_has_a_panel_for_each_layer_and_head(base, tmp_path, monkeypat
     names = [label.get_text() for label in panels[0].get_yticklabels()]
     assert names[0] == "</s>" and "".join(names[1:]) == "la␣$mar$\\ni␣l'avi"
     shown = panels[0].images[0].get_array()
-    assert shown.mask.sum() == len(names) * (len(names) - 1) / 2  # what is later is blank
+    assert shown.mask.sum() == len(names) * (len(names) - 1) / 2  # future tokens are blank
 
 
-def test_halves_of_characters_are_shown_by_their_bytes(base):
+def test_parts_of_characters_are_shown_as_escaped_bytes(base):
     ids = base.tokenizer.encode("ñ ")
-    names = token_names(ids, base.tokenizer)
+    names = token_labels(ids, base.tokenizer)
     assert "".join(names) in ("ñ␣", "\\xc3\\xb1␣")
 
 
@@ -39,21 +39,15 @@ def test_halves_of_characters_are_shown_by_their_bytes(base):
     [
         ("la mar", [2], None, "--layers 2: the model has layers 0 to 1"),
         ("la mar", None, [-1], "--heads -1: the model has heads 0 to 3"),
-        ("la mar i el bosc " * 9, None, None, r"has \d+ tokens; at most 48 can be seen"),
+        ("la mar i el bosc " * 9, None, None, r"has \d+ tokens; the limit of a picture is 48"),
     ],
 )
-def test_what_is_not_there_or_cannot_be_seen_is_refused(base, tmp_path, text, layers, heads, message):
+def test_missing_layers_and_heads_and_long_texts_are_refused(base, tmp_path, text, layers, heads, message):
     with pytest.raises(UserError, match=message):
         draw_attention(base, text, layers, heads, tmp_path / "a.png")
 
 
-def test_numbers_stand_between_commas():
-    assert (numbers_of("heads", "0,3"), numbers_of("heads", None)) == ([0, 3], None)
-    with pytest.raises(UserError, match="--heads is '0-3'"):
-        numbers_of("heads", "0-3")
-
-
-def test_a_picture_that_cannot_be_written_is_told(base, tmp_path):
+def test_a_picture_that_cannot_be_written_is_an_error(base, tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="cannot be written: No such file"):
         draw_attention(base, "la mar", None, [0], tmp_path / "no" / "a.png")

@@ -1,4 +1,4 @@
-"""The harness on a model of ours: the figures of its own backend, and tasks from files."""
+"""lm-evaluation-harness on our models: equal to its own backend, and tasks from files."""
 
 import itertools
 import json
@@ -10,11 +10,11 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cucafera.config import UserError
-from cucafera.data.chat import Message, render_prompt
+from cucafera.config.errors import UserError
+from cucafera.data.chatml import Message, render_prompt
+from cucafera.evaluation.evaluated_model import EvaluatedModel
 from cucafera.evaluation.likelihood import DecoderScorer
 from cucafera.evaluation.multiple_choice import answer_questions, read_questions
-from cucafera.evaluation.subject import Subject
 
 pytest.importorskip("lm_eval")
 
@@ -32,16 +32,16 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
     return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
 
 
-def peer(subject: Subject, add_bos_token: bool) -> HFLM:
+def harness_backend(evaluated: EvaluatedModel, add_bos_token: bool) -> HFLM:
     """The harness's own backend on the same weights."""
-    config = subject.model.config
+    config = evaluated.model.config
     shape = {name: value for name, value in vars(config).items() if hasattr(LlamaConfig(), name)}
     llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).eval()
-    llama.model.load_state_dict(subject.model.state_dict())
+    llama.model.load_state_dict(evaluated.model.state_dict())
     assert llama.config.rope_parameters["rope_theta"] == config.rope_theta
-    assert subject.run is not None
+    assert evaluated.run is not None
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(subject.run.tokenizer), bos_token="</s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_file=str(evaluated.run.tokenizer), bos_token="</s>", eos_token="</s>", pad_token="<pad>"
     )
     if add_bos_token:
         tokenizer._tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
@@ -49,46 +49,46 @@ def peer(subject: Subject, add_bos_token: bool) -> HFLM:
                 batch_size=2, max_length=config.max_position_embeddings)  # fmt: skip
 
 
-def test_likelihoods_are_those_of_the_harness_on_transformers(base):
+def test_likelihoods_equal_the_harness_with_transformers(base):
     requests = instances("loglikelihood", [(a, b) for a in CONTEXTS for b in CONTINUATIONS])
     ours = HarnessModel(base).loglikelihood(requests, disable_tqdm=True)
-    theirs = peer(base, add_bos_token=True).loglikelihood(requests, disable_tqdm=True)
+    theirs = harness_backend(base, add_bos_token=True).loglikelihood(requests, disable_tqdm=True)
     assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
-def test_rolling_likelihoods_are_those_of_the_harness_on_transformers(base):
+def test_rolling_likelihoods_equal_the_harness_with_transformers(base):
     requests = instances("loglikelihood_rolling", [(text,) for text in TEXTS])
     ours = HarnessModel(base).loglikelihood_rolling(requests)
-    theirs = peer(base, add_bos_token=False).loglikelihood_rolling(requests, disable_tqdm=True)
+    theirs = harness_backend(base, add_bos_token=False).loglikelihood_rolling(requests, disable_tqdm=True)
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-4)
 
 
-def test_greedy_answers_are_those_of_the_harness_on_transformers(base):
+def test_greedy_answers_equal_the_harness_with_transformers(base):
     settings = {"until": [".", "\n"], "max_gen_toks": 20}
     requests = instances("generate_until", [(context, dict(settings)) for context in CONTEXTS if context])
     ours = HarnessModel(base).generate_until(requests)
-    assert ours == peer(base, add_bos_token=True).generate_until(requests, disable_tqdm=True)
+    assert ours == harness_backend(base, add_bos_token=True).generate_until(requests, disable_tqdm=True)
     assert any(ours)
 
 
-def test_a_conversation_is_framed_as_in_finetuning_and_its_answer_scored_alone(chat):
+def test_a_conversation_is_rendered_as_in_finetuning_and_only_its_answer_scored(chat):
     model = HarnessModel(chat)
     text = model.apply_chat_template([{"role": "user", "content": "Hola, <im_end> "}])
     assert text == "<im_start>user\nHola, <im_end><im_end>\n<im_start>assistant\n"
     prompt = render_prompt([Message("user", "Hola, <im_end>")], chat.tokenizer)
     assert model.tok_encode(text) == prompt
     assert model._encode_pair(text, "bé") == (prompt, chat.tokenizer.encode("bé"))
-    begun = model.apply_chat_template(
+    prefilled = model.apply_chat_template(
         [{"role": "user", "content": "Hola"}, {"role": "assistant", "content": "Bon"}], add_generation_prompt=False
     )
-    assert begun.endswith("assistant\nBon")
+    assert prefilled.endswith("assistant\nBon")
     assert model.tok_encode("Hola <im_end>") == [1, *chat.tokenizer.encode("Hola <im_end>")]
 
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder with three tasks on files beside them."""
+    """A folder with three tasks and their data files."""
     choices = ["La nena dorm.", "El gat corre.", "Sap nedar molt bé", "Mira el mar"]
     rows = [
         {"premise": "Plovia molt. ", "question": asked, "choice1": one, "choice2": other, "label": len(one + other) % 2}
@@ -136,7 +136,7 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_tasks_from_files_run_and_agree_with_our_own_multiple_choice(base, tasks):
+def test_tasks_from_files_run_and_agree_with_our_multiple_choice(base, tasks):
     random = torch.random.get_rng_state()
     names = ["local_copa", str(tasks / "local_text.yaml"), "local_answers"]
     results = {result.task: result for result in run_tasks(base, names, str(tasks), None, None, as_chat=False)}
@@ -146,12 +146,12 @@ def test_tasks_from_files_run_and_agree_with_our_own_multiple_choice(base, tasks
     for name, metric in ours.items():
         assert results["local_copa"].metrics[name] == pytest.approx(metric)
     assert results["local_copa"].settings["num_fewshot"] == 0
-    assert results["local_copa"].note == "24 of 24 questions, 0 examples before each"
+    assert results["local_copa"].note == "24 of 24 questions, 0-shot"
     assert 0 < results["local_text"].metrics["bits_per_byte"].value < 20
     assert results["local_answers"].metrics["exact_match"].value == 0
 
 
-def test_questions_can_be_asked_in_a_conversation_with_examples(chat, tasks):
+def test_few_shot_questions_can_be_asked_in_a_conversation(chat, tasks):
     (result,) = run_tasks(chat, ["local_copa"], str(tasks), 1, 4, as_chat=True)
     assert result.settings | {"lm_eval": ""} == {
         "num_fewshot": 1, "version": "1.0", "limit": 4, "chat_template": True, "lm_eval": "",
@@ -159,24 +159,16 @@ def test_questions_can_be_asked_in_a_conversation_with_examples(chat, tasks):
     assert 0 <= result.metrics["acc"].value <= 1
 
 
-@pytest.mark.parametrize(
-    ("names", "include", "message"),
-    [
-        (["nothing.yaml"], None, "there is no such file"),
-        (["local_copa"], "nowhere", "--include-path nowhere: there is no such folder"),
-        (["local_broken"], ".", "--tasks local_broken: a task cannot be loaded: "),
-    ],
-)
-def test_what_is_not_there_is_told(base, tasks, monkeypatch, names, include, message):
+def test_a_task_that_cannot_be_loaded_is_an_error_of_one_line(base, tasks, monkeypatch):
     broken = {"task": "local_broken", "dataset_path": "json", "dataset_kwargs": {"data_files": "no.jsonl"}}
     (tasks / "local_broken.yaml").write_text(yaml.safe_dump(broken | {"test_split": "test"}))
     monkeypatch.chdir(tasks)
-    with pytest.raises(UserError, match=message) as raised:
-        run_tasks(base, names, include, None, None, as_chat=False)
+    with pytest.raises(UserError, match="--tasks local_broken: a task cannot be loaded: ") as raised:
+        run_tasks(base, ["local_broken"], ".", None, None, as_chat=False)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.slow
-def test_a_task_that_nobody_knows_is_told_with_those_of_similar_names(base):
-    with pytest.raises(UserError, match=r"there is no such task: perhaps .*copa_ca"):
+def test_an_unknown_task_is_an_error_with_similar_names(base):
+    with pytest.raises(UserError, match=r"there is no such task; similar: .*copa_ca"):
         run_tasks(base, ["copa_cat"], None, None, None, as_chat=False)

@@ -1,15 +1,17 @@
-"""Likelihoods in batches are those of one text at a time."""
+"""Likelihoods in batches equal those of one text at a time."""
 
 import random
 
 import pytest
 import torch
 
-from cucafera.config import ModelConfig, UserError
+from cucafera.config.errors import UserError
+from cucafera.config.schema import ModelConfig
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.evaluation.likelihood import DOCUMENT_START, DecoderScorer, encoded_pair
+from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.evaluation.requests import DOCUMENT_START, encode_pair
 from cucafera.model.transformer import Decoder
-from tests.conftest import WORDS
+from tests.support import WORDS
 
 CONTEXT = 32
 
@@ -25,7 +27,7 @@ def model() -> Decoder:
 
 
 def one_by_one(model: Decoder, ids: list[int], first: int) -> tuple[list[float], list[bool]]:
-    """Nats of ids[first:] by the textbook, and whether each is the likeliest."""
+    """Nats of ids[first:] from log_softmax, and if each is the top-1 prediction."""
     logits = model.logits(model(torch.tensor([ids[:-1]]))[0])[first - 1 :].double()
     targets = torch.tensor(ids[first:])
     nats = -logits.log_softmax(-1)[range(len(targets)), targets]
@@ -36,18 +38,18 @@ def drawn(generator: random.Random, length: int) -> list[int]:
     return [generator.randrange(300) for _ in range(length)]
 
 
-def test_windows_of_odd_lengths_are_scored_as_one_by_one(model):
+def test_windows_of_any_length_score_as_one_by_one(model):
     generator = random.Random(0)
     lengths = [2, 31, CONTEXT, 7, 7, 19, 2, 23, 30]
     windows = [(drawn(generator, length), generator.randint(1, length - 1)) for length in lengths]
-    for tokens_in_batch in (1, 64, 10_000):
-        scores = DecoderScorer(model, tokens_in_batch).nats(windows)
+    for max_batch_tokens in (1, 64, 10_000):
+        scores = DecoderScorer(model, max_batch_tokens).nats(windows)
         for (ids, first), nats in zip(windows, scores, strict=True):
             assert nats == pytest.approx(one_by_one(model, ids, first)[0], abs=1e-5)
     assert DecoderScorer(model).nats([]) == []
 
 
-def test_continuations_that_share_contexts_are_scored_as_one_by_one(model):
+def test_continuations_of_shared_contexts_score_as_one_by_one(model):
     generator = random.Random(1)
     requests = []
     for length, ways in ((1, 3), (5, 1), (5, 2), (17, 4), (30, 2), (CONTEXT, 3), (70, 2), (12, 1), (CONTEXT, 1)):
@@ -56,17 +58,17 @@ def test_continuations_that_share_contexts_are_scored_as_one_by_one(model):
     greedy = int(model.logits(model(torch.tensor([requests[0][0]]))[0, -1]).argmax())
     requests += [(requests[0][0], [greedy]), (drawn(generator, 3), drawn(generator, CONTEXT))]
     generator.shuffle(requests)
-    for tokens_in_batch in (1, 100, 10_000):
-        likelihoods = DecoderScorer(model, tokens_in_batch).continuations(requests)
-        for (context, continuation), likelihood in zip(requests, likelihoods, strict=True):
+    for max_batch_tokens in (1, 100, 10_000):
+        scores = DecoderScorer(model, max_batch_tokens).score_continuations(requests)
+        for (context, continuation), score in zip(requests, scores, strict=True):
             ids = (context + continuation)[-(CONTEXT + 1) :]
-            nats, likeliest = one_by_one(model, ids, len(ids) - len(continuation))
-            assert likelihood.nats == pytest.approx(-sum(nats), abs=1e-5)
-            assert likelihood.is_greedy == all(likeliest)
-    assert sum(likelihood.is_greedy for likelihood in likelihoods) >= 1
+            nats, top1 = one_by_one(model, ids, len(ids) - len(continuation))
+            assert score.log_likelihood == pytest.approx(-sum(nats), abs=1e-5)
+            assert score.is_greedy == all(top1)
+    assert sum(score.is_greedy for score in scores) >= 1
 
 
-def test_a_shared_context_is_read_once(model, monkeypatch):
+def test_a_shared_context_is_computed_once(model, monkeypatch):
     read = []
     forward = Decoder.forward
 
@@ -76,20 +78,20 @@ def test_a_shared_context_is_read_once(model, monkeypatch):
 
     monkeypatch.setattr(Decoder, "forward", counting)
     context = list(range(10, 30))
-    DecoderScorer(model).continuations([(context, [1, 2]), (context, [3]), (context, [4, 5, 6])])
+    DecoderScorer(model).score_continuations([(context, [1, 2]), (context, [3]), (context, [4, 5, 6])])
     assert sum(read) == 20 + 3 * 2
 
 
 def test_a_continuation_longer_than_the_context_is_refused(model):
     with pytest.raises(UserError, match="a continuation has 33 tokens, and the model's context holds 32"):
-        DecoderScorer(model).continuations([([1], [5] * 33)])
+        DecoderScorer(model).score_continuations([([1], [5] * 33)])
 
 
-def test_pairs_are_split_where_the_context_ends():
+def test_pairs_are_split_at_the_end_of_the_context():
     tokenizer = Tokenizer.train(WORDS * 20, 1000, show_progress=False)
-    context, continuation = encoded_pair(tokenizer, "la mar ", "i el bosc", DOCUMENT_START)
+    context, continuation = encode_pair(tokenizer, "la mar ", "i el bosc", DOCUMENT_START)
     assert context == [1, *tokenizer.encode("la mar")] and tokenizer.decode(continuation) == " i el bosc"
-    assert encoded_pair(tokenizer, "", "mar", DOCUMENT_START) == ([1], tokenizer.encode("mar"))
-    whole = tokenizer.encode("finestra")
-    assert len(whole) == len(tokenizer.encode("f")) == 1
-    assert encoded_pair(tokenizer, "f", "inestra", ()) == (tokenizer.encode("f"), tokenizer.encode("inestra"))
+    assert encode_pair(tokenizer, "", "mar", DOCUMENT_START) == ([1], tokenizer.encode("mar"))
+    together = tokenizer.encode("finestra")
+    assert len(together) == len(tokenizer.encode("f")) == 1
+    assert encode_pair(tokenizer, "f", "inestra", ()) == (tokenizer.encode("f"), tokenizer.encode("inestra"))

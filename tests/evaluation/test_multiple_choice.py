@@ -1,14 +1,21 @@
-"""Multiple choice: forms of files, and what is made of likelihoods."""
+"""Multiple choice: file formats and metrics."""
 
 import json
 import statistics
 
 import pytest
 
-from cucafera.config import UserError
-from cucafera.data.corpus import CorpusError
-from cucafera.evaluation.likelihood import DecoderScorer, Likelihood
-from cucafera.evaluation.multiple_choice import Question, answer_questions, mean_of, question_of_row, read_questions
+from cucafera.config.errors import UserError
+from cucafera.data.sources import CorpusError
+from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.evaluation.multiple_choice import (
+    Question,
+    answer_questions,
+    mean_with_stderr,
+    question_of_row,
+    read_questions,
+)
+from cucafera.evaluation.requests import ContinuationScore
 
 
 @pytest.mark.parametrize(
@@ -53,19 +60,19 @@ from cucafera.evaluation.multiple_choice import Question, answer_questions, mean
         ),
     ],
 )
-def test_forms_are_known_by_their_columns(row, question):
+def test_formats_are_recognized_by_their_columns(row, question):
     assert question_of_row(row) == question
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "no question: it has the columns text"),
+        ({"text": "x"}, "not a question: the columns are text"),
         ({"ctx": "x", "endings": ["a", "b"], "label": 2}, "the answer is number 2 of 2 choices"),
         ({"ctx": "x", "endings": ["a", "b"], "label": ""}, "label is ''"),
         ({"ctx": "x", "endings": ["a", "b"], "label": 0.5}, "label is 0.5"),
         ({"ctx": "x", "endings": ["a", ""], "label": 0}, "a choice is empty"),
-        ({"ctx": "x", "endings": "ab", "label": 0}, "endings is no list of texts"),
+        ({"ctx": "x", "endings": "ab", "label": 0}, "endings is not a list of texts"),
         ({"ctx": None, "endings": ["a"], "label": 0}, "ctx is None; it must be a text"),
         ({"question": "x", "choices": {"text": ["a"], "label": []}, "answerKey": "A"}, "choices is neither"),
         ({"question": "x", "choices": ["a"], "answerKey": "A"}, "choices is neither"),
@@ -73,33 +80,35 @@ def test_forms_are_known_by_their_columns(row, question):
         ({"premise": "x", "question": "why", "choice1": "a", "choice2": "b", "label": 0}, "question is 'why'"),
     ],
 )
-def test_a_broken_row_says_what_is_wrong(row, message):
+def test_a_broken_row_is_an_error_with_its_reason(row, message):
     with pytest.raises(UserError, match=message):
         question_of_row(row)
 
 
-def test_a_broken_row_is_told_with_its_line(tmp_path):
+def test_a_broken_row_is_an_error_with_its_line(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"ctx": "x", "endings": ["a"], "label": 0}) + "\n{}\n")
-    with pytest.raises(CorpusError, match=r"q\.jsonl:2: no question: .*Mend it, or take it out$"):
+    with pytest.raises(CorpusError, match=r"q\.jsonl:2: not a question: .*Fix it, or remove it$"):
         read_questions(str(path))
     path.write_text("\n")
     with pytest.raises(CorpusError, match="holds no question"):
         read_questions(str(path))
 
 
-def test_accuracy_is_by_likelihood_and_by_likelihood_a_character(base, monkeypatch):
+def test_accuracy_compares_likelihoods_and_likelihoods_per_character(base, monkeypatch):
     questions = [Question("la mar", ["ab", "abcdefgh"], 0), Question("el sol", ["x", "y"], 1)]
     given = iter([-3.0, -8.0, -1.0, -1.0])
     monkeypatch.setattr(
-        DecoderScorer, "continuations", lambda self, requests: [Likelihood(next(given), False) for _ in requests]
+        DecoderScorer,
+        "score_continuations",
+        lambda self, requests: [ContinuationScore(next(given), False) for _ in requests],
     )
     metrics = answer_questions(questions, DecoderScorer(base.model), base.tokenizer)
-    assert metrics["acc"].value == 0.5  # of equal likelihoods the first is taken
+    assert metrics["acc"].value == 0.5  # the first of equal choices wins
     assert metrics["acc_norm"].value == 0.0
 
 
 def test_the_standard_error_is_that_of_a_mean():
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    assert mean_of(values) == (0.6, pytest.approx(statistics.stdev(values) / 5**0.5))
-    assert mean_of([1.0]).stderr is None
+    assert mean_with_stderr(values) == (0.6, pytest.approx(statistics.stdev(values) / 5**0.5))
+    assert mean_with_stderr([1.0]).stderr is None

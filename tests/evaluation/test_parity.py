@@ -1,4 +1,4 @@
-"""Another way to the same figures: transformers, and the harness's own backend, on the exported model."""
+"""The same metrics from transformers, and from the harness's own backend, on the exported model."""
 
 import json
 import math
@@ -9,23 +9,24 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cucafera.config import SamplingConfig
+from cucafera.config.schema import SamplingConfig
+from cucafera.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 from cucafera.evaluation.likelihood import DecoderScorer
-from cucafera.evaluation.perplexity import measure, texts_of_files
-from cucafera.evaluation.subject import Subject, load_subject
+from cucafera.evaluation.perplexity import score_texts
+from cucafera.evaluation.texts import read_texts
 from cucafera.interop.hugging_face import write_folder
 
 
 @pytest.fixture
-def exported(base: Subject, tmp_path: Path) -> Path:
+def exported(base: EvaluatedModel, tmp_path: Path) -> Path:
     folder = tmp_path / "hf"
     folder.mkdir()
     write_folder(base.model, base.tokenizer, base.chats, SamplingConfig(), "fp32", folder)
     return folder
 
 
-def bits_a_byte(folder: Path, texts: list[str], stride: int) -> float:
-    """By transformers' loss with labels, window by window, as its guide to perplexity has it."""
+def bits_per_byte(folder: Path, texts: list[str], stride: int) -> float:
+    """Compute bpb from transformers' loss with labels, window by window, as in its guide to perplexity."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     context, nats = model.config.max_position_embeddings, 0.0
     for text in texts:
@@ -43,25 +44,25 @@ def bits_a_byte(folder: Path, texts: list[str], stride: int) -> float:
 
 
 @pytest.mark.parametrize("stride", [16, 64, 127])
-def test_bits_a_byte_are_those_of_transformers_on_the_exported_model(base, exported, runs, stride):
-    texts = texts_of_files("corpus.jsonl", "text", 12, base.tokenizer)
-    ours = measure(DecoderScorer(base.model), texts, stride).metrics()["bpb"].value
+def test_bits_per_byte_equal_transformers_on_the_exported_model(base, exported, runs, stride):
+    texts = read_texts("corpus.jsonl", "text", 12, base.tokenizer)
+    ours = score_texts(DecoderScorer(base.model), texts, stride).metrics()["bpb"].value
     documents = [json.loads(line)["text"] for line in (runs / "corpus.jsonl").read_text("utf-8").splitlines()[:12]]
     assert max(len(base.tokenizer.encode(document)) for document in documents) > 128
-    assert ours == pytest.approx(bits_a_byte(exported, documents, stride), rel=1e-5)
+    assert ours == pytest.approx(bits_per_byte(exported, documents, stride), rel=1e-5)
 
 
-def test_an_exported_model_is_measured_like_the_run(base, exported):
-    there = load_subject(str(exported), torch.device("cpu"))
-    assert (there.run, there.step) == (None, None)
+def test_an_exported_model_measures_the_same_as_its_run(base, exported):
+    loaded = load_evaluated_model(str(exported), torch.device("cpu"))
+    assert (loaded.run, loaded.step) == (None, None)
     scores = [
-        measure(DecoderScorer(subject.model), texts_of_files("corpus.jsonl", "text", 5, subject.tokenizer), 64)
-        for subject in (base, there)
+        score_texts(DecoderScorer(evaluated.model), read_texts("corpus.jsonl", "text", 5, evaluated.tokenizer), 64)
+        for evaluated in (base, loaded)
     ]
     assert scores[0] == scores[1]
 
 
-def test_the_harness_finds_the_same_with_its_own_backend_on_the_exported_model(base, exported, tmp_path, monkeypatch):
+def test_the_harness_agrees_with_its_own_backend_on_the_exported_model(base, exported, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
     from cucafera.evaluation.harness import run_tasks
 

@@ -1,4 +1,4 @@
-"""Bits a byte: each token counts once, with enough before it."""
+"""Bits per byte: each token counts once, with enough context."""
 
 import itertools
 import json
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cucafera.data.corpus import CorpusError, is_held_out
+from cucafera.data.sources import CorpusError, is_held_out
 from cucafera.evaluation.likelihood import DecoderScorer
-from cucafera.evaluation.perplexity import Text, held_out_texts, measure, texts_of_files, windows_of
-from cucafera.training.run_folder import RunFolder
+from cucafera.evaluation.perplexity import held_out_texts, score_texts, sliding_windows
+from cucafera.evaluation.texts import EncodedText, read_texts
+from cucafera.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize(("length", "context", "stride"), [
@@ -19,9 +20,9 @@ from cucafera.training.run_folder import RunFolder
     for length, context in itertools.product((1, 2, 7, 8, 9, 15, 16, 17, 40), (8, 16))
     for stride in (1, 3, context // 2, context - 1)
 ])  # fmt: skip
-def test_each_token_is_scored_once_with_enough_before_it(length, context, stride):
+def test_each_token_is_scored_once_with_enough_context(length, context, stride):
     scored = []
-    for ids, first in windows_of(list(range(length)), context, stride):
+    for ids, first in sliding_windows(list(range(length)), context, stride):
         assert len(ids) <= context
         assert ids == list(range(ids[0], ids[-1] + 1))
         scored += ids[first:]
@@ -30,7 +31,7 @@ def test_each_token_is_scored_once_with_enough_before_it(length, context, stride
 
 
 class Coin:
-    """Finds each token as likely as one of two."""
+    """Gives each token probability 1/2."""
 
     context = 8
 
@@ -38,9 +39,9 @@ class Coin:
         return [[math.log(2)] * (len(ids) - first) for ids, first in windows]
 
 
-def test_bits_a_byte_are_bits_over_bytes():
-    texts = [Text(list(range(30)), None, 58), Text([1, 2, 3], [False, False, True], 2)]
-    score = measure(Coin(), texts, stride=4)
+def test_bits_per_byte_are_bits_over_bytes():
+    texts = [EncodedText(list(range(30)), None, 58), EncodedText([1, 2, 3], [False, False, True], 2)]
+    score = score_texts(Coin(), texts, stride=4)
     assert (score.tokens, score.text_bytes, score.texts) == (29 + 1, 60, 2)
     metrics = score.metrics()
     assert metrics["bpb"].value == pytest.approx(0.5)
@@ -48,15 +49,15 @@ def test_bits_a_byte_are_bits_over_bytes():
     assert metrics["perplexity"].value == pytest.approx(2)
 
 
-def test_a_document_that_fits_is_read_at_once(base):
+def test_a_document_that_fits_is_one_window(base):
     ids = [1, *base.tokenizer.encode("la mar i el bosc")]
     assert len(ids) < 128
-    score = measure(DecoderScorer(base.model), [Text(ids, None, 16)], stride=4)
+    score = score_texts(DecoderScorer(base.model), [EncodedText(ids, None, 16)], stride=4)
     tokens = torch.tensor([ids])
     assert score.nats == pytest.approx(float(base.model(tokens[:, :-1], targets=tokens[:, 1:])), rel=1e-5)
 
 
-def test_held_out_documents_are_those_that_training_has_left_out(base):
+def test_held_out_documents_are_those_left_out_of_training(base):
     (texts,) = held_out_texts(base).values()
     found = [(base.tokenizer.decode(text.ids[1:]), text.text_bytes) for text in texts]
     corpus = [json.loads(line)["text"] for line in open("corpus.jsonl", encoding="utf-8")]  # noqa: PTH123, SIM115
@@ -64,9 +65,9 @@ def test_held_out_documents_are_those_that_training_has_left_out(base):
     assert sorted(found) == sorted(expected) and expected
 
 
-def test_the_loss_of_held_out_answers_is_that_of_validation(chat):
+def test_the_loss_of_held_out_answers_equals_validation(chat):
     (texts,) = held_out_texts(chat).values()
-    metrics = measure(DecoderScorer(chat.model), texts, stride=32).metrics()
+    metrics = score_texts(DecoderScorer(chat.model), texts, stride=32).metrics()
     folder = chat.run
     assert isinstance(folder, RunFolder)
     (validation,) = (record for record in folder.read_metrics()["validation"] if record["step"] == chat.step)
@@ -74,7 +75,7 @@ def test_the_loss_of_held_out_answers_is_that_of_validation(chat):
     assert metrics["bpb"].value == pytest.approx(validation["bpb"], rel=1e-4)
 
 
-def test_nothing_is_found_where_the_prepared_tokens_are_gone(base, tmp_path, monkeypatch):
+def test_held_out_texts_are_empty_without_prepared_data(base, tmp_path, monkeypatch):
     outputs = tmp_path / "outputs"
     outputs.symlink_to(Path("outputs").resolve())
     monkeypatch.chdir(tmp_path)
@@ -84,19 +85,19 @@ def test_nothing_is_found_where_the_prepared_tokens_are_gone(base, tmp_path, mon
 @pytest.mark.parametrize(
     ("content", "column", "message"),
     [
-        (None, "text", r"there is no file .*text\.jsonl \(--text\)$"),
+        (None, "text", r"--text: there is no file .*text\.jsonl$"),
         ("", "text", "holds no document$"),
-        ('{"text": "a"}\n{"text"\n', "text", r"text\.jsonl:2: not JSON: .* Mend it, or name another column"),
+        ('{"text": "a"}\n{"text"\n', "text", r"text\.jsonl:2: not JSON: .* Fix it, or name another column"),
         ('{"text": "a"}\n', "words", r"text\.jsonl:1: no column 'words'; it has text\. .*--column$"),
     ],
 )
-def test_text_that_cannot_be_read_is_told_with_its_place(base, tmp_path, content, column, message):
+def test_text_that_cannot_be_read_is_an_error_with_its_position(base, tmp_path, content, column, message):
     path = tmp_path / "text.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(CorpusError, match=message):
-        list(texts_of_files(str(path), column, None, base.tokenizer))
+        list(read_texts(str(path), column, None, base.tokenizer))
 
 
-def test_so_many_documents_are_read(base):
-    assert len(list(texts_of_files("corpus.jsonl", "text", 3, base.tokenizer))) == 3
+def test_only_the_given_number_of_documents_is_read(base):
+    assert len(list(read_texts("corpus.jsonl", "text", 3, base.tokenizer))) == 3

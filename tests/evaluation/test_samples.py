@@ -1,4 +1,4 @@
-"""Texts side by side."""
+"""Generated texts side by side."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,16 +7,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cucafera.config import SamplingConfig, UserError
-from cucafera.evaluation.samples import (
-    OurAuthor,
-    Text,
-    TransformersAuthor,
-    author_called,
-    page,
-    prompts_of_file,
-    write_page,
-)
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
+from cucafera.evaluation.samples import CucaferaGenerator, TransformersGenerator, load_generator, write_samples
+from cucafera.evaluation.samples_page import GeneratedText, read_prompts, samples_page
 
 CPU = torch.device("cpu")
 SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0)
@@ -53,10 +47,10 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_a_page_has_prompts_as_rows_and_models_as_columns_and_says_how(base, chat, foreign, tmp_path):
-    authors = [OurAuthor(base), author_called("outputs/chat", CPU), author_called(str(foreign), CPU)]
+def test_a_page_has_prompts_as_rows_and_models_as_columns(base, chat, foreign, tmp_path):
+    generators = [CucaferaGenerator(base), load_generator("outputs/chat", CPU), load_generator(str(foreign), CPU)]
     path = tmp_path / "samples.html"
-    write_page(authors, ["la mar", "el <b>sol</b> & més"], SAMPLING, 3, path)
+    write_samples(generators, ["la mar", "el <b>sol</b> & més"], SAMPLING, 3, path)
     content = path.read_text(encoding="utf-8")
     read = Page(content)
     assert [read.tags.count(tag) for tag in ("tr", "th", "td", "script", "b", "link", "img")] == [3, 6, 6, 0, 0, 0, 0]
@@ -64,34 +58,36 @@ def test_a_page_has_prompts_as_rows_and_models_as_columns_and_says_how(base, cha
     assert "continues" in content and "step-00000012.ckpt, after 12 steps; answers" in content
     assert "GPT2LMHeadModel of transformers" in content
     assert "temperature 1, top_k 50, top_p 0.9, min_p 0, seed 3 for each text" in content
-    assert "cut at its longest" in content
+    assert "cut at max_new_tokens" in content
 
 
-def test_the_same_seed_gives_the_same_texts_whoever_else_writes(base, foreign):
-    for author in (OurAuthor(base), TransformersAuthor(str(foreign), CPU)):
-        first = author.write("la mar", SAMPLING, 0)
-        author.write("el sol", SAMPLING, 5)
-        assert author.write("la mar", SAMPLING, 0) == first
-        assert len({author.write("la mar", SAMPLING, seed).text for seed in range(5)}) > 1
+def test_the_same_seed_gives_the_same_texts_in_any_order(base, foreign):
+    for generator in (CucaferaGenerator(base), TransformersGenerator(str(foreign), CPU)):
+        first = generator.write("la mar", SAMPLING, 0)
+        generator.write("el sol", SAMPLING, 5)
+        assert generator.write("la mar", SAMPLING, 0) == first
+        assert len({generator.write("la mar", SAMPLING, seed).text for seed in range(5)}) > 1
         greedy = SamplingConfig(max_new_tokens=6, temperature=0.0)
-        assert author.write("la mar", greedy, 0) == author.write("la mar", greedy, 1)
+        assert generator.write("la mar", greedy, 0) == generator.write("la mar", greedy, 1)
 
 
-def test_a_long_prompt_is_read_from_its_end_and_the_full_context_ends_the_text(base, foreign):
-    for author in (OurAuthor(base), TransformersAuthor(str(foreign), CPU)):
-        assert author.write("la mar i el bosc " * 80, SAMPLING, 0).ended in ("context", "stop")
+def test_a_long_prompt_is_truncated_from_the_left(base, foreign):
+    for generator in (CucaferaGenerator(base), TransformersGenerator(str(foreign), CPU)):
+        assert generator.write("la mar i el bosc " * 80, SAMPLING, 0).finish_reason in ("context", "stop")
 
 
-def test_a_stop_text_ends_what_either_kind_of_model_writes(base, foreign):
-    for author in (OurAuthor(base), TransformersAuthor(str(foreign), CPU)):
-        whole = author.write("la mar", SAMPLING, 0)
-        stop = whole.text[2:4]
-        stopped = author.write("la mar", SamplingConfig(max_new_tokens=6, temperature=1.0, stop=[stop]), 0)
-        assert (stopped.text, stopped.ended) == (whole.text[: whole.text.index(stop)], "stop")
+def test_a_stop_text_ends_generation_of_either_backend(base, foreign):
+    for generator in (CucaferaGenerator(base), TransformersGenerator(str(foreign), CPU)):
+        complete = generator.write("la mar", SAMPLING, 0)
+        stop = complete.text[2:4]
+        stopped = generator.write("la mar", SamplingConfig(max_new_tokens=6, temperature=1.0, stop=[stop]), 0)
+        assert (stopped.text, stopped.finish_reason) == (complete.text[: complete.text.index(stop)], "stop")
 
 
-def test_an_empty_text_is_said_to_be_empty(base):
-    assert "(nothing)" in page([OurAuthor(base)], [("x", [Text(" ", "stop")])], SAMPLING, 0)
+def test_an_empty_text_is_marked(base):
+    assert "(empty)" in samples_page(
+        [CucaferaGenerator(base).column], [("x", [GeneratedText(" ", "stop")])], SAMPLING, 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,26 +95,26 @@ def test_an_empty_text_is_said_to_be_empty(base):
     [
         ("outputs/nowhere", "outputs/nowhere: there is no such run folder or checkpoint"),
         ("nowhere", "nowhere: there is no such run folder or checkpoint"),
-        ("broken", "--beside broken: transformers cannot load it: "),
+        ("broken", "--compare broken: transformers cannot load it: "),
     ],
 )
-def test_what_nobody_can_load_is_told_in_a_line(base, tmp_path, monkeypatch, source, message):
+def test_a_model_that_cannot_be_loaded_is_an_error_of_one_line(base, tmp_path, monkeypatch, source, message):
     (tmp_path / "outputs").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as raised:
-        author_called(source, CPU)
+        load_generator(source, CPU)
     assert "\n" not in str(raised.value)
 
 
-def test_prompts_are_the_lines_of_a_file(tmp_path):
+def test_prompts_are_the_non_empty_lines_of_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffla mar \n\n el sol\n".encode())
-    assert prompts_of_file(str(path)) == ["la mar", "el sol"]
+    assert read_prompts(str(path)) == ["la mar", "el sol"]
     for content, message in ((b"\n", "holds no prompt"), (b"\xff", "is not UTF-8")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            prompts_of_file(str(path))
+            read_prompts(str(path))
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        prompts_of_file(str(tmp_path / "none"))
+        read_prompts(str(tmp_path / "none"))

@@ -1,6 +1,8 @@
-"""Writing: as Hugging Face writes, the cache and the batch change nothing, and text comes in whole characters."""
+"""Decoding: equal to Hugging Face's, independent of KV cache and batch; detokenization in complete characters."""
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -12,10 +14,21 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from cucafera.config import SPECIAL_TOKENS, ModelConfig, SamplingConfig
-from cucafera.data.tokenizer import IM_END_ID, PAD_ID, Tokenizer
-from cucafera.generation.generate import ContextFullError, TextWriter, generate, stream
-from cucafera.generation.sampling import SeenTokens, filtered_logits, next_tokens
+from cucafera.config.schema import ModelConfig, SamplingConfig
+from cucafera.config.tokens import IM_END_ID, PAD_ID, SPECIAL_TOKENS
+from cucafera.data.tokenizer import Tokenizer
+from cucafera.generation.generate import (
+    ContextFullError,
+    Finished,
+    GenerationEvent,
+    IncrementalDetokenizer,
+    TextDelta,
+    TorchBackend,
+    Usage,
+    generate,
+    stream,
+)
+from cucafera.generation.sampling import TokenPresence, filtered_logits, sample_tokens
 from cucafera.model.transformer import Decoder
 
 GREEDY = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=20)
@@ -24,12 +37,6 @@ CONFIG = ModelConfig(
     vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=48, initializer_range=0.5,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    texts = ["la mar i el bosc, l'avi cantava cançons 🐌 € " * 5] * 20
-    return Tokenizer.train(texts, vocab_size=300, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +60,11 @@ def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
 
 
 def ids(model: Decoder, tokenizer: Tokenizer, prompts: list[list[int]], sampling: SamplingConfig, **more):
-    return [written.ids for written in generate(model, tokenizer, prompts, sampling, NO_STOP, **more)]
+    return [completion.ids for completion in generate(model, tokenizer, prompts, sampling, NO_STOP, **more)]
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_text_is_that_of_hugging_face_token_for_token(model, theirs, tokenizer, seed):
+def test_greedy_decoding_gives_the_tokens_of_hugging_face(model, theirs, tokenizer, seed):
     (prompt,) = prompts_of(7, seed=seed)
     expected = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=PAD_ID
@@ -66,19 +73,21 @@ def test_greedy_text_is_that_of_hugging_face_token_for_token(model, theirs, toke
     assert ids(model, tokenizer, [prompt], sampling) == [expected.tolist()]
 
 
-def test_greedy_text_with_a_penalty_is_that_of_hugging_face(model, theirs, tokenizer):
+def test_greedy_decoding_with_a_penalty_gives_the_tokens_of_hugging_face(model, theirs, tokenizer):
     (prompt,) = prompts_of(7, seed=3)
     (expected,) = theirs.generate(
         torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=PAD_ID,
         repetition_penalty=1.3,
     )[:, 7:].tolist()  # fmt: skip
     ours = dataclasses.replace(GREEDY, max_new_tokens=30, repetition_penalty=1.3)
-    until = next((place + 1 for place, token in enumerate(expected) if token < 10), 30)  # they penalize control tokens
+    until = next(
+        (position + 1 for position, token in enumerate(expected) if token < 10), 30
+    )  # they penalize control tokens
     assert until > 15
     assert ids(model, tokenizer, [prompt], ours)[0][:until] == expected[:until]
 
 
-def test_different_prompts_side_by_side_give_what_each_gives_alone(model, theirs, tokenizer):
+def test_prompts_of_different_lengths_in_a_batch_give_what_each_gives_alone(model, theirs, tokenizer):
     prompts = prompts_of(3, 11, 7, 1)
     together = ids(model, tokenizer, prompts, GREEDY)
     assert together == [ids(model, tokenizer, [prompt], GREEDY)[0] for prompt in prompts]
@@ -90,34 +99,36 @@ def test_different_prompts_side_by_side_give_what_each_gives_alone(model, theirs
     assert together == expected.tolist()
 
 
-def test_each_text_ends_on_its_own(model, tokenizer):
+def test_each_sequence_of_a_batch_stops_independently(model, tokenizer):
     prompts = prompts_of(5, 9, 2)
     free = ids(model, tokenizer, prompts, GREEDY)
     stop = free[0][4]
-    written = generate(model, tokenizer, prompts, GREEDY, frozenset({stop}))
-    for text, whole in zip(written, free, strict=True):
-        assert text.ids == (whole[: whole.index(stop)] if stop in whole else whole)
-        assert text.ended == ("stop" if stop in whole else "length")
+    completions = generate(model, tokenizer, prompts, GREEDY, frozenset({stop}))
+    for completion, unstopped in zip(completions, free, strict=True):
+        assert completion.ids == (unstopped[: unstopped.index(stop)] if stop in unstopped else unstopped)
+        assert completion.finish_reason == ("stop" if stop in unstopped else "length")
 
 
-def test_text_ends_where_the_context_does(model, tokenizer):
+def test_generation_ends_where_the_context_does(model, tokenizer):
     (prompt,) = prompts_of(7)
-    (written,) = generate(model, tokenizer, [prompt], dataclasses.replace(GREEDY, max_new_tokens=1000), NO_STOP)
-    assert len(written.ids) == 48 - 7
-    assert written.ended == "context"
+    unlimited = dataclasses.replace(GREEDY, max_new_tokens=1000)
+    (completion,) = generate(model, tokenizer, [prompt], unlimited, NO_STOP)
+    assert len(completion.ids) == 48 - 7
+    assert completion.finish_reason == "context"
+    assert list(stream(model, tokenizer, prompt, unlimited, NO_STOP))[-1] == Finished("length", Usage(7, 48 - 7))
     with pytest.raises(ContextFullError, match="the prompt has 48 tokens and the model's context 48"):
         generate(model, tokenizer, prompts_of(48), GREEDY, NO_STOP)
 
 
-def test_a_short_text_goes_on_beside_one_whose_context_is_full(model, tokenizer):
+def test_a_short_prompt_continues_after_a_long_one_has_filled_its_context(model, tokenizer):
     prompts = prompts_of(44, 3)
     sampling = dataclasses.replace(GREEDY, max_new_tokens=30)
-    written = generate(model, tokenizer, prompts, sampling, NO_STOP)
-    assert [(len(text.ids), text.ended) for text in written] == [(4, "context"), (30, "length")]
-    assert [text.ids for text in written] == [ids(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
+    completions = generate(model, tokenizer, prompts, sampling, NO_STOP)
+    assert [(len(text.ids), text.finish_reason) for text in completions] == [(4, "context"), (30, "length")]
+    assert [text.ids for text in completions] == [ids(model, tokenizer, [prompt], sampling)[0] for prompt in prompts]
 
 
-def test_no_prompts_give_no_texts_and_an_empty_prompt_is_refused(model, tokenizer):
+def test_no_prompts_give_no_completions_and_an_empty_prompt_is_refused(model, tokenizer):
     assert generate(model, tokenizer, [], GREEDY, NO_STOP) == []
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, tokenizer, [[], [20]], GREEDY, NO_STOP)
@@ -145,7 +156,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_distribution_is_that_of_transformers(settings):
     torch.manual_seed(0)
-    logits, seen = torch.randn(3, 300) * 3, torch.randint(10, 300, (3, 12))
+    logits, ids = torch.randn(3, 300) * 3, torch.randint(10, 300, (3, 12))
     processors = LogitsProcessorList(
         [RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]), TemperatureLogitsWarper(0.6)]
     )
@@ -156,53 +167,58 @@ def test_the_distribution_is_that_of_transformers(settings):
     if settings.get("min_p"):
         processors.append(MinPLogitsWarper(settings["min_p"]))
     ours = filtered_logits(
-        logits, SeenTokens(seen.tolist(), 300, logits.device).mask, SamplingConfig(temperature=0.6, **settings)
+        logits, TokenPresence(ids.tolist(), 300, logits.device).mask, SamplingConfig(temperature=0.6, **settings)
     )
-    torch.testing.assert_close(ours.softmax(-1), processors(seen, logits.clone()).softmax(-1))
+    torch.testing.assert_close(ours.softmax(-1), processors(ids, logits.clone()).softmax(-1))
 
 
-def test_tokens_are_drawn_with_their_probabilities():
+def test_tokens_are_sampled_with_their_probabilities():
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(20_000, 4)
     sampling = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-    drawn = next_tokens(logits, torch.zeros(20_000, 4, dtype=torch.bool), sampling, torch.Generator().manual_seed(0))
-    frequencies = torch.bincount(drawn[:, 0], minlength=4) / 20_000
+    sampled = sample_tokens(
+        logits, torch.zeros(20_000, 4, dtype=torch.bool), sampling, torch.Generator().manual_seed(0)
+    )
+    frequencies = torch.bincount(sampled[:, 0], minlength=4) / 20_000
     torch.testing.assert_close(frequencies, logits[0].softmax(-1), atol=0.015, rtol=0)
 
 
-def test_temperature_zero_takes_the_likeliest_token_after_the_penalty():
+def test_temperature_zero_takes_the_most_probable_token_after_the_penalty():
     logits = torch.tensor([[0.0, 3.0, 2.9], [2.0, 0.0, 1.0]])
-    seen = torch.tensor([[False, True, False], [False, False, False]])
-    assert next_tokens(logits, seen, GREEDY, None).tolist() == [[1], [0]]
-    assert next_tokens(logits, seen, dataclasses.replace(GREEDY, repetition_penalty=1.2), None).tolist() == [[2], [0]]
+    present = torch.tensor([[False, True, False], [False, False, False]])
+    assert sample_tokens(logits, present, GREEDY, None).tolist() == [[1], [0]]
+    assert sample_tokens(logits, present, dataclasses.replace(GREEDY, repetition_penalty=1.2), None).tolist() == [
+        [2],
+        [0],
+    ]
 
 
 def test_control_tokens_are_never_penalized():
-    seen = SeenTokens([[4, 5, 20, 5], [21]], 300, torch.device("cpu"))
-    seen.add(torch.tensor([[IM_END_ID], [30]]))
-    assert seen.mask[0].nonzero()[:, 0].tolist() == [20]
-    assert seen.mask[1].nonzero()[:, 0].tolist() == [21, 30]
-    assert not seen.mask[:, : len(SPECIAL_TOKENS)].any()
+    presence = TokenPresence([[4, 5, 20, 5], [21]], 300, torch.device("cpu"))
+    presence.add(torch.tensor([[IM_END_ID], [30]]))
+    assert presence.mask[0].nonzero()[:, 0].tolist() == [20]
+    assert presence.mask[1].nonzero()[:, 0].tolist() == [21, 30]
+    assert not presence.mask[:, : len(SPECIAL_TOKENS)].any()
 
 
-# Text as it comes
+# Detokenization
 
 
 @pytest.mark.parametrize("text", ["la mar 🐌 € cançons", "🐌🐌€é", "", "abc"])
-def test_pieces_hold_whole_characters_and_add_up_to_the_text(tokenizer, text):
-    writer = TextWriter(tokenizer, [])
+def test_deltas_hold_complete_characters_and_add_up_to_the_text(tokenizer, text):
+    detokenizer = IncrementalDetokenizer(tokenizer, [])
     byte_tokens = [next(t for t in range(10, 266) if tokenizer.bytes_of(t) == bytes([b])) for b in text.encode()]
-    written = [writer.add(token) for token in byte_tokens]
-    written.append(writer.finish())
-    assert "".join(written) == writer.text == text
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in written)
-    assert len(byte_tokens) >= sum(1 for piece in written if piece)
+    deltas = [detokenizer.add(token) for token in byte_tokens]
+    deltas.append(detokenizer.finish())
+    assert "".join(deltas) == detokenizer.text == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in delta for delta in deltas)
+    assert len(byte_tokens) >= sum(1 for delta in deltas if delta)
 
 
-def test_bytes_that_are_no_character_come_as_a_replacement_at_the_end(tokenizer):
-    writer = TextWriter(tokenizer, [])
+def test_an_incomplete_character_becomes_a_replacement_character_at_the_end(tokenizer):
+    detokenizer = IncrementalDetokenizer(tokenizer, [])
     half = [next(t for t in range(10, 266) if tokenizer.bytes_of(t) == bytes([b])) for b in "🐌".encode()[:2]]
-    assert [writer.add(token) for token in half] == ["", ""]
-    assert writer.finish() == "\N{REPLACEMENT CHARACTER}"
+    assert [detokenizer.add(token) for token in half] == ["", ""]
+    assert detokenizer.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize(
@@ -216,26 +232,63 @@ def test_bytes_that_are_no_character_come_as_a_replacement_at_the_end(tokenizer)
         ("cançons €", ["ç"], "can"),
     ],
 )
-def test_a_stop_text_ends_the_text_and_nothing_of_it_is_shown(tokenizer, text, stop, expected):
-    writer = TextWriter(tokenizer, stop)
+def test_a_stop_text_ends_the_text_and_no_part_of_it_is_shown(tokenizer, text, stop, expected):
+    detokenizer = IncrementalDetokenizer(tokenizer, stop)
     shown = ""
     for token in tokenizer.encode(text):
-        shown += writer.add(token)
+        shown += detokenizer.add(token)
         assert expected.startswith(shown)
-        if writer.stopped:
+        if detokenizer.stopped:
             break
-    shown += writer.finish()
-    assert shown == writer.text == expected
-    assert writer.stopped == any(part in text for part in stop)
+    shown += detokenizer.finish()
+    assert shown == detokenizer.text == expected
+    assert detokenizer.stopped == any(part in text for part in stop)
 
 
-def test_a_stream_is_the_text_of_generate_in_pieces(model, tokenizer):
+def test_a_stream_is_the_text_of_generate_in_deltas(model, tokenizer):
     (prompt,) = prompts_of(6, seed=4)
-    (written,) = generate(model, tokenizer, [prompt], GREEDY, NO_STOP)
-    assert "".join(stream(model, tokenizer, prompt, GREEDY, NO_STOP)) == written.text
-    middle = written.text[len(written.text) // 2 :][:3]
+    (completion,) = generate(model, tokenizer, [prompt], GREEDY, NO_STOP)
+    assert text_of(stream(model, tokenizer, prompt, GREEDY, NO_STOP)) == completion.text
+    middle = completion.text[len(completion.text) // 2 :][:3]
     stopped = dataclasses.replace(GREEDY, stop=[middle])
     (shorter,) = generate(model, tokenizer, [prompt], stopped, NO_STOP)
-    assert shorter.ended == "stop"
-    assert shorter.text == written.text[: written.text.index(middle)]
-    assert "".join(stream(model, tokenizer, prompt, stopped, NO_STOP)) == shorter.text
+    assert shorter.finish_reason == "stop"
+    assert shorter.text == completion.text[: completion.text.index(middle)]
+    assert text_of(stream(model, tokenizer, prompt, stopped, NO_STOP)) == shorter.text
+
+
+def text_of(events: Iterator[GenerationEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def test_a_stream_ends_with_finish_reason_and_usage(model, tokenizer):
+    (prompt,) = prompts_of(6, seed=4)
+    *deltas, last = stream(model, tokenizer, prompt, GREEDY, NO_STOP)
+    assert last == Finished("length", Usage(6, 20))
+    assert len(deltas) >= 20 and all(isinstance(delta, TextDelta) for delta in deltas)
+    (unstopped,) = ids(model, tokenizer, [prompt], GREEDY)
+    stop = unstopped[9]
+    *_, last = stream(model, tokenizer, prompt, GREEDY, frozenset({stop}))
+    assert last == Finished("stop", Usage(6, unstopped.index(stop) + 1))  # the stop token was generated too
+
+
+def test_a_closed_stream_decodes_no_further_token(model, tokenizer, monkeypatch):
+    steps: list[int] = []
+    backend = TorchBackend(model)
+    decode_step = backend.decode_step
+    monkeypatch.setattr(backend, "decode_step", lambda tokens: steps.append(1) or decode_step(tokens))
+    # Nothing of this stop text is final before its end, and yet control returns after each token.
+    events = stream(backend, tokenizer, prompts_of(6)[0], dataclasses.replace(GREEDY, stop=["x" * 100]), NO_STOP)
+    for _ in range(3):
+        next(events)
+    events.close()
+    assert len(steps) == 3  # the prefill, and the steps after the first and the second token
+
+
+def test_backends_of_one_model_do_not_share_a_cache(model, tokenizer):
+    first, second = prompts_of(6, 9)
+    alone = [list(stream(model, tokenizer, prompt, GREEDY, NO_STOP)) for prompt in (first, second)]
+    streams = [stream(TorchBackend(model), tokenizer, prompt, GREEDY, NO_STOP) for prompt in (first, second)]
+    interleaved = list(zip_longest(*streams))
+    for number, expected in enumerate(alone):
+        assert [pair[number] for pair in interleaved if pair[number] is not None] == expected

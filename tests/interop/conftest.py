@@ -1,16 +1,11 @@
 """Models of Hugging Face, made by the tests with transformers."""
 
-import json
 from pathlib import Path
 
 import pytest
-import tokenizers
-import torch
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from cucafera.config import SPECIAL_TOKENS
-from cucafera.data.tokenizer import BYTE_OF_CHARACTER
+from tests.support import full_tokenizer, small_llama
 
 CHATML = (
     "{% for message in messages %}"
@@ -19,33 +14,9 @@ CHATML = (
 )
 
 
-def full_tokenizer(entries: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE with the package's control tokens and so many entries; its merges are pairs of bytes."""
-    letters = list(BYTE_OF_CHARACTER)
-    pairs = [(first, second) for first in letters for second in letters][: entries - len(SPECIAL_TOKENS) - len(letters)]
-    words = [*SPECIAL_TOKENS, *letters, *(first + second for first, second in pairs)]
-    assert len(words) == entries
-    tokenizer = tokenizers.Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, pairs))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in SPECIAL_TOKENS])
-    return tokenizer
-
-
-def small_llama(**changes) -> LlamaForCausalLM:
-    """A random model of transformers."""
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-        "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "initializer_range": 0.3,
-    }  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
-
-
 @pytest.fixture
 def published_chat(tmp_path: Path) -> Path:
-    """A folder laid out like the published chat model: ChatML's tokens stand behind a full vocabulary."""
+    """A folder laid out like the published chat model: ChatML's tokens come after a full vocabulary."""
     folder = tmp_path / "published"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=full_tokenizer(65_536))
     tokenizer.add_special_tokens(
@@ -73,9 +44,3 @@ def folder(tmp_path: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=full_tokenizer(320), eos_token="</s>", pad_token="<pad>")
     tokenizer.save_pretrained(path)
     return path
-
-
-def change_config(folder: Path, **fields) -> None:
-    """Sets fields of config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

@@ -1,4 +1,4 @@
-"""GGUF files, read by others: the package gguf, transformers, and Jinja."""
+"""GGUF files, read by the package gguf, transformers and Jinja."""
 
 import dataclasses
 import json
@@ -11,15 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
-from cucafera.config import SPECIAL_TOKENS, ModelConfig, UserError
-from cucafera.data.chat import CHAT_TEMPLATE
+from cucafera.config.errors import UserError
+from cucafera.config.schema import ModelConfig
+from cucafera.config.tokens import SPECIAL_TOKENS
+from cucafera.data.chatml import CHAT_TEMPLATE
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.interop import gguf as export
-from cucafera.interop.gguf import TYPES, Difference, logits_of, proof_texts, write_gguf
+from cucafera.interop.gguf import TYPES, LogitDifference, logits_of, verification_texts, write_gguf
 from cucafera.interop.gguf_format import open_gguf, tokenizer_in
 from cucafera.interop.trained import TrainedModel
 from cucafera.model.transformer import Decoder
-from tests.conftest import WORDS
+from tests.support import WORDS
 
 gguf = pytest.importorskip("gguf")
 
@@ -42,8 +44,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it is installed."""
-    monkeypatch.setattr(export, "is_there", lambda: False)
+    """Hide llama.cpp, also if it is installed."""
+    monkeypatch.setattr(export, "is_installed", lambda: False)
 
 
 def trained_model(tokenizer: Tokenizer, chats: bool = False, **settings) -> TrainedModel:
@@ -57,13 +59,13 @@ def trained_model(tokenizer: Tokenizer, chats: bool = False, **settings) -> Trai
 
 
 def some_ids(trained: TrainedModel) -> list[int]:
-    return next(iter(proof_texts(trained)))
+    return next(iter(verification_texts(trained)))
 
 
 @pytest.mark.parametrize(("type_", "most"), [("f32", 1e-4), ("f16", 0.05), ("bf16", 0.3), ("q8_0", 1)])
 def test_transformers_gemma_computes_the_same_with_the_tensors_of_a_geglu_model(tokenizer, tmp_path, type_, most):
     trained = trained_model(tokenizer)
-    proof = write_gguf(trained, tmp_path / "model.gguf", type_)
+    verification = write_gguf(trained, tmp_path / "model.gguf", type_)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert reader.get_field("general.architecture").contents() == "gemma"
 
@@ -95,14 +97,14 @@ def test_transformers_gemma_computes_the_same_with_the_tensors_of_a_geglu_model(
     with torch.inference_mode():
         expected = logits_of(trained.model, ids)
         difference = (theirs(torch.tensor([ids])).logits[0] - expected).abs().max().item()
-    assert difference <= most * proof.deviation
-    assert proof.stored.largest == pytest.approx(difference, abs=1e-4)
-    assert proof.deviation == pytest.approx(expected.std().item(), rel=1e-3)
-    assert (proof.positions, proof.size) == (48, (tmp_path / "model.gguf").stat().st_size)
-    assert proof.matrices == {type_: 15}
+    assert difference <= most * verification.deviation
+    assert verification.stored.largest == pytest.approx(difference, abs=1e-4)
+    assert verification.deviation == pytest.approx(expected.std().item(), rel=1e-3)
+    assert (verification.positions, verification.size) == (48, (tmp_path / "model.gguf").stat().st_size)
+    assert verification.matrices == {type_: 15}
 
 
-def test_transformers_reads_a_swiglu_model_by_itself(tokenizer, tmp_path):
+def test_transformers_loads_the_file_of_a_swiglu_model(tokenizer, tmp_path):
     trained = trained_model(tokenizer, hidden_act="silu")
     write_gguf(trained, tmp_path / "model.gguf", "f32")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
@@ -114,21 +116,21 @@ def test_transformers_reads_a_swiglu_model_by_itself(tokenizer, tmp_path):
         )
 
 
-def test_the_file_says_what_the_model_is(tokenizer, tmp_path):
+def test_the_metadata_describes_the_model(tokenizer, tmp_path):
     for chats in (False, True):
         write_gguf(trained_model(tokenizer, chats), tmp_path / "model.gguf", "f16")
         reader = gguf.GGUFReader(tmp_path / "model.gguf")
-        said = {key: field.contents() for key, field in reader.fields.items()}
-        assert (said["general.name"], said["general.languages"]) == ("model", ["ca"])
-        assert said["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
-        assert "general.license" not in said
-        assert {key.removeprefix("gemma."): value for key, value in said.items() if key.startswith("gemma.")} == {
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        assert (metadata["general.name"], metadata["general.languages"]) == ("model", ["ca"])
+        assert metadata["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+        assert "general.license" not in metadata
+        assert {key.removeprefix("gemma."): value for key, value in metadata.items() if key.startswith("gemma.")} == {
             "context_length": 48, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96,
             "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 16,
             "attention.value_length": 16, "rope.dimension_count": 16, "rope.freq_base": 5000.0,
             "attention.layer_norm_rms_epsilon": pytest.approx(1e-5), "vocab_size": 340,
         }  # fmt: skip
-        named = {key.removeprefix("tokenizer.ggml."): value for key, value in said.items()}
+        named = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
         assert (named["model"], named["pre"]) == ("gpt2", "gpt-2")
         assert named["tokens"][:330] == tokenizer.tokens and named["merges"] == tokenizer.merges
         assert named["tokens"][:10] == list(SPECIAL_TOKENS)
@@ -137,12 +139,12 @@ def test_the_file_says_what_the_model_is(tokenizer, tmp_path):
         ids = [named[f"{kind}_token_id"] for kind in ("bos", "eos", "padding", "unknown")]
         assert [SPECIAL_TOKENS[token] for token in ids] == ["</s>", "<im_end>" if chats else "</s>", "<pad>", "<unk>"]
         assert named["add_bos_token"] is not chats
-        assert ("tokenizer.chat_template" in said) is chats
+        assert ("tokenizer.chat_template" in metadata) is chats
         vectors = [tensor for tensor in reader.tensors if len(tensor.shape) == 1]
         assert len(vectors) == 5 and all(tensor.tensor_type.name == "F32" for tensor in vectors)
 
 
-def test_the_chat_template_renders_without_transformers_what_it_renders_with_it(tokenizer, tmp_path):
+def test_the_chat_template_renders_the_same_without_transformers(tokenizer, tmp_path):
     write_gguf(trained_model(tokenizer, chats=True), tmp_path / "model.gguf", "f16")
     template = gguf.GGUFReader(tmp_path / "model.gguf").get_field("tokenizer.chat_template").contents()
     assert "generation %}" not in template
@@ -154,7 +156,7 @@ def test_the_chat_template_renders_without_transformers_what_it_renders_with_it(
         assert compiled.render(messages=messages, add_generation_prompt=asks) == expected
 
 
-def test_the_tokenizer_comes_back_as_it_was(tokenizer, tmp_path):
+def test_the_tokenizer_is_restored(tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(trained_model(tokenizer), path, "f16")
     again = tokenizer_in(open_gguf(path), path)
@@ -163,25 +165,25 @@ def test_the_tokenizer_comes_back_as_it_was(tokenizer, tmp_path):
     assert again.encode(text) == tokenizer.encode(text)
 
 
-def test_rows_that_are_no_multiple_of_a_block_stay_in_half_precision_and_that_is_told(tokenizer, tmp_path):
-    proof = write_gguf(trained_model(tokenizer, hidden_size=48), tmp_path / "model.gguf", "q8_0")
-    assert proof.matrices == {"f16": 13, "q8_0": 2}  # down_proj has rows of 96
-    assert "matrices: 13 f16, 2 q8_0" in str(proof)
-    assert "llama.cpp is not installed, so the file was read back by the package gguf alone" in str(proof)
+def test_rows_that_are_not_a_multiple_of_a_block_stay_in_half_precision(tokenizer, tmp_path):
+    verification = write_gguf(trained_model(tokenizer, hidden_size=48), tmp_path / "model.gguf", "q8_0")
+    assert verification.matrices == {"f16": 13, "q8_0": 2}  # down_proj has rows of 96
+    assert "matrices: 13 f16, 2 q8_0" in str(verification)
+    assert "llama.cpp against the weights of the file: not verified: it is not installed" in str(verification)
 
 
 # Refusals
 
 
-def test_a_model_that_no_graph_computes_is_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"model\.hidden_act is gelu, which none of llama\.cpp's graphs computes"):
+def test_an_unsupported_activation_or_type_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"unsupported model: model\.hidden_act=gelu \(llama\.cpp computes"):
         write_gguf(trained_model(tokenizer, hidden_act="gelu"), tmp_path / "model.gguf", "f32")
-    with pytest.raises(UserError, match="there is no type q3: choose among f32, f16, bf16, q8_0, q4_0"):
+    with pytest.raises(UserError, match="there is no type q3: choose one of f32, f16, bf16, q8_0, q4_0"):
         write_gguf(trained_model(tokenizer), tmp_path / "model.gguf", "q3")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_that_takes_whole_words_first_is_refused(tokenizer, tmp_path):
+def test_a_tokenizer_with_ignore_merges_is_refused(tokenizer, tmp_path):
     described = json.loads(tokenizer._inner.to_str())
     described["model"]["ignore_merges"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
@@ -192,9 +194,9 @@ def test_a_tokenizer_that_takes_whole_words_first_is_refused(tokenizer, tmp_path
 
 
 def test_quantizing_needs_llama_cpp_or_its_program(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("cucafera.interop.llama_cpp.is_there", lambda: False)
+    monkeypatch.setattr("cucafera.interop.llama_cpp.is_installed", lambda: False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"q4_k_m is made by llama\.cpp\. pip install '\.\[llama\]', or put"):
+    with pytest.raises(UserError, match=r"q4_k_m needs llama\.cpp: pip install '\.\[llama\]', or put"):
         write_gguf(trained_model(tokenizer), tmp_path / "model.gguf", "q4_k_m")
     program = tmp_path / "llama-quantize"
     program.write_text("#!/bin/sh\necho it does not like $3 >&2\nexit 1\n")
@@ -204,28 +206,26 @@ def test_quantizing_needs_llama_cpp_or_its_program(tokenizer, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [program]
 
 
-def test_a_file_that_does_not_give_the_same_logits_is_not_written(tokenizer, tmp_path, monkeypatch):
+def test_a_file_with_other_logits_is_not_written(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     path.write_text("an earlier file")
     honest = export.stored_weights
 
     def wrong(model):
         for weight in honest(model):
-            yield weight._replace(value=weight.value * (1.01 if "ffn_up" in weight.theirs else 1))
+            yield weight._replace(value=weight.value * (1.01 if "ffn_up" in weight.gguf_name else 1))
 
     monkeypatch.setattr(export, "stored_weights", wrong)
-    with pytest.raises(
-        UserError, match=r"not written, because it would not be the same model: its weights give logits"
-    ):
+    with pytest.raises(UserError, match=r"not written, because verification failed: its weights give logits"):
         write_gguf(trained_model(tokenizer), path, "f32")
     assert path.read_text() == "an earlier file"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_model_that_is_not_finite_is_refused(tokenizer, tmp_path):
+def test_nonfinite_weights_are_refused(tokenizer, tmp_path):
     trained = trained_model(tokenizer)
     trained.model.norm.weight[3] = math.nan
-    with pytest.raises(UserError, match="differ by up to nan"):
+    with pytest.raises(UserError, match="differ from the model's by up to nan"):
         write_gguf(trained, tmp_path / "model.gguf", "q8_0")
     assert list(tmp_path.iterdir()) == []
 
@@ -235,21 +235,21 @@ def test_an_interrupted_write_leaves_nothing(tokenizer, tmp_path, monkeypatch, t
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "prove", interrupted)
+    monkeypatch.setattr(export, "verify", interrupted)
     monkeypatch.setattr(export, "quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_gguf(trained_model(tokenizer), tmp_path / "model.gguf", type_)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_written_is_told(tokenizer, tmp_path):
+def test_a_folder_that_cannot_be_written_is_an_error(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"nowhere/model\.gguf cannot be written: No such file or directory"):
         write_gguf(trained_model(tokenizer), tmp_path / "nowhere" / "model.gguf", "f32")
     with pytest.raises(UserError, match="cannot be written: Is a directory"):
         write_gguf(trained_model(tokenizer), tmp_path, "f32")
 
 
-def test_a_file_that_is_no_whole_gguf_is_told(tokenizer, tmp_path):
+def test_damaged_and_truncated_files_are_errors(tokenizer, tmp_path):
     path = tmp_path / "model.gguf"
     with pytest.raises(UserError, match=r"model\.gguf cannot be read: No such file"):
         open_gguf(path)
@@ -260,15 +260,17 @@ def test_a_file_that_is_no_whole_gguf_is_told(tokenizer, tmp_path):
     content = path.read_bytes()
     for size in (4, 100, 5000, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(UserError, match=r"model\.gguf is damaged or cut off"):
+        with pytest.raises(UserError, match=r"model\.gguf is damaged or truncated"):
             open_gguf(path)
 
 
-def test_only_what_rounding_explains_passes_for_the_same_model():
-    proof = export.Proof("f16", 1, {}, 1, 2.0, Difference(0.0, 0.0, 1.0), Difference(0.05, 0.01, 1.0))
-    assert proof.problems() == []
-    assert dataclasses.replace(proof, computed=Difference(0.07, 0.01, 1.0)).problems()
-    quantized = dataclasses.replace(proof, type_="q8_0", computed=Difference(1.0, 0.19, 1.0))
+def test_only_rounding_passes_verification():
+    verification = export.Verification(
+        "f16", 1, {}, 1, 2.0, LogitDifference(0.0, 0.0, 1.0), LogitDifference(0.05, 0.01, 1.0)
+    )
+    assert verification.problems() == []
+    assert dataclasses.replace(verification, computed=LogitDifference(0.07, 0.01, 1.0)).problems()
+    quantized = dataclasses.replace(verification, type_="q8_0", computed=LogitDifference(1.0, 0.19, 1.0))
     assert quantized.problems() == []
-    assert dataclasses.replace(quantized, computed=Difference(1.0, 0.21, 1.0)).problems()
-    assert all(kind in (*export.WRITTEN_HERE, *export.BY_LLAMA_CPP) for kind in TYPES)
+    assert dataclasses.replace(quantized, computed=LogitDifference(1.0, 0.21, 1.0)).problems()
+    assert all(kind in (*export.NATIVE_TYPES, *export.LLAMA_CPP_TYPES) for kind in TYPES)

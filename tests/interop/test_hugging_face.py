@@ -1,4 +1,4 @@
-"""Models of Hugging Face in, and ours out: the same weights, ids, logits and texts."""
+"""Import from and export to Hugging Face: the same weights, token ids, logits and texts."""
 
 import json
 import shutil
@@ -9,19 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
-from cucafera.chat import Chat
-from cucafera.composition import composed_config
-from cucafera.config import SamplingConfig, UserError
-from cucafera.data.chat import Message, render, render_prompt
-from cucafera.data.tokenizer import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
-from cucafera.generation.generate import generate
+from cucafera.config.command_line import composed_config
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
+from cucafera.data.chatml import Message, render, render_prompt
+from cucafera.generation.generate import TextDelta, TorchBackend, generate
+from cucafera.generation.session import ChatSession
 from cucafera.interop import hugging_face
-from cucafera.interop.hugging_face import DifferentError, write_folder
-from cucafera.interop.layout import read_layout
+from cucafera.interop.hf_spec import read_hf_spec
+from cucafera.interop.hugging_face import ExportMismatchError, write_folder
 from cucafera.interop.trained import load_trained
-from cucafera.run import train
-from tests.conftest import SMALL_RUN
-from tests.interop.conftest import change_config, full_tokenizer, small_llama
+from cucafera.run import read_model_elsewhere, train
+from tests.support import SMALL_RUN, change_config, full_tokenizer, small_llama
 
 TEXT = "La plaça del poble és plena de gent, i l'àvia canta  una cançó.\n"
 
@@ -35,7 +35,7 @@ def exported(runs: Path, name: str, folder: Path, dtype: str = "fp32") -> Path:
 
 
 @pytest.mark.parametrize("name", ["base", "chat"])
-def test_out_and_in_again_gives_the_same_bits(runs, tmp_path, name):
+def test_export_and_import_give_the_same_bits(runs, tmp_path, name):
     ours = load_trained(str(runs / "outputs" / name))
     back = load_trained(str(exported(runs, name, tmp_path / "hf")))
     assert back.model.config == ours.model.config
@@ -58,7 +58,7 @@ def test_transformers_computes_the_same_logits(runs, tmp_path, dtype):
     assert difference < {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.005}[dtype]
 
 
-def test_generate_of_transformers_writes_what_ours_writes(runs, tmp_path):
+def test_transformers_generates_the_same_text(runs, tmp_path):
     ours = load_trained(str(runs / "outputs" / "chat"))
     folder = exported(runs, "chat", tmp_path / "hf")
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -77,7 +77,7 @@ def test_the_pipeline_answers_a_conversation_and_stops_at_the_stop_token(runs, t
     write = pipeline("text-generation", str(folder))
     (written,) = write([{"role": "user", "content": "Hola"}], do_sample=False, max_new_tokens=8)
     assert [turn["role"] for turn in written["generated_text"]] == ["user", "assistant"]
-    # A model whose likeliest token is always the stop token says nothing, and at once.
+    # A model whose top-1 token is always the stop token gives an empty answer.
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"].zero_()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -88,13 +88,11 @@ def test_the_pipeline_answers_a_conversation_and_stops_at_the_stop_token(runs, t
     assert written["generated_text"][-1]["content"] == ""
 
 
-def test_what_computes_something_else_is_not_written(runs, tmp_path, monkeypatch):
+def test_an_export_that_computes_something_else_is_refused(runs, tmp_path, monkeypatch):
     trained = load_trained(str(runs / "outputs" / "base"))
-    describe = hugging_face._model_description
-    monkeypatch.setattr(
-        hugging_face, "_model_description", lambda *arguments: describe(*arguments) | {"hidden_act": "silu"}
-    )
-    with pytest.raises(DifferentError, match="transformers computes other logits from what was written"):
+    describe = hugging_face._model_config
+    monkeypatch.setattr(hugging_face, "_model_config", lambda *arguments: describe(*arguments) | {"hidden_act": "silu"})
+    with pytest.raises(ExportMismatchError, match="transformers computes other logits from the written files"):
         write_folder(trained.model, trained.tokenizer, False, SamplingConfig(), "fp32", tmp_path)
 
 
@@ -106,12 +104,12 @@ def test_weights_too_large_for_half_precision_are_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu", "silu"])
-def test_a_llama_of_transformers_is_taken_with_the_activation_that_it_names(folder, activation):
+def test_a_llama_is_imported_with_the_activation_in_its_config(folder, activation):
     theirs = small_llama(hidden_act=activation)
     theirs.save_pretrained(folder)
     trained = load_trained(str(folder))
     assert trained.model.config.hidden_act == activation
-    assert any("hidden_act=gelu, the exact one" in note for note in trained.notes) == (activation == "gelu")
+    assert any("computed as the exact GELU" in note for note in trained.notes) == (activation == "gelu")
     inputs = torch.randint(10, 320, (2, 60), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(trained.model.logits(trained.model(inputs)), theirs(inputs).logits, rtol=0, atol=1e-4)
 
@@ -126,12 +124,12 @@ def test_weights_in_several_files_and_in_bf16_are_read(folder):
         assert torch.equal(trained.model.state_dict()[name], value.float()), name
 
 
-def test_the_published_chat_layout_gets_its_control_tokens_at_ids_4_and_5(published_chat, caplog):
+def test_published_chat_models_get_their_control_tokens_at_ids_4_and_5(published_chat, caplog):
     theirs = AutoModelForCausalLM.from_pretrained(published_chat)
     tokenizer = AutoTokenizer.from_pretrained(published_chat)
     trained = load_trained(str(published_chat))
     assert trained.chats and trained.model.config.vocab_size == trained.tokenizer.vocab_size == 65_536
-    assert "65,536 (<|im_start|>) becomes 4, 65,537 (<|im_end|>) becomes 5" in trained.notes[0]
+    assert "<|im_start|> from 65,536 to 4, <|im_end|> from 65,537 to 5" in trained.notes[0]
     turns = [{"role": "user", "content": "Hola, gat!"}, {"role": "assistant", "content": "Bon dia"}]
     before = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
     now = render([[Message(**turn) for turn in turns]], trained.tokenizer)[0].ids.tolist()
@@ -143,14 +141,15 @@ def test_the_published_chat_layout_gets_its_control_tokens_at_ids_4_and_5(publis
     torch.testing.assert_close(ours[:, 6:], logits[:, 6:65_536], rtol=0, atol=1e-4)
 
 
-def test_one_talks_to_the_published_chat_layout(published_chat):
+def test_published_chat_models_can_chat(published_chat):
     trained = load_trained(str(published_chat))
-    chat = Chat(trained, SamplingConfig(max_new_tokens=4), torch.Generator().manual_seed(0))
-    answer = "".join(chat.answer("Hola"))
-    assert [message.role for message in chat.history] == (["user", "assistant"] if answer.strip() else [])
+    backend, settings = TorchBackend(trained.model), SamplingConfig(max_new_tokens=4)
+    session = ChatSession(backend, trained.tokenizer, settings, torch.Generator().manual_seed(0))
+    answer = "".join(event.text for event in session.answer("Hola") if isinstance(event, TextDelta))
+    assert [message.role for message in session.history] == (["user", "assistant"] if answer.strip() else [])
 
 
-def test_finetuning_begins_with_the_published_chat_layout_and_goes_on_without_it(published_chat, tmp_path, monkeypatch):
+def test_finetuning_starts_from_a_published_chat_model_and_resumes_without_it(published_chat, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     conversation = {"messages": [{"role": "user", "content": "Qui ets?"}, {"role": "assistant", "content": "Un gat."}]}
     Path("chat.jsonl").write_text(
@@ -162,17 +161,17 @@ def test_finetuning_begins_with_the_published_chat_layout_and_goes_on_without_it
     settings = [setting for setting in SMALL_RUN if not setting.startswith(("data=", "model.", "budget"))]
     overrides = [*settings, "model=inherited", "data=chat_files", "data.sources.files.path=chat.jsonl",
                  f"init_from={published_chat}", "name=chat"]  # fmt: skip
-    config = composed_config([*overrides, "budget_tokens=512"])
+    config = composed_config([*overrides, "budget_tokens=512"], read_model_elsewhere)
     assert (config.model.vocab_size, config.model.hidden_act) == (65_536, "gelu")
     train(config, [])
     trained = load_trained("outputs/chat")
     assert trained.chats and trained.tokenizer.vocab_size == 65_536
     shutil.rmtree(published_chat)
-    train(composed_config([*overrides, "budget_tokens=768"]), [])
+    train(composed_config([*overrides, "budget_tokens=768"], read_model_elsewhere), [])
     assert load_trained("outputs/chat").step > trained.step
 
 
-def test_another_models_tokenizer_is_rearranged_and_what_it_lacks_begins_as_the_mean(tmp_path):
+def test_other_tokenizers_are_reordered_and_missing_tokens_start_as_the_mean(tmp_path):
     described = json.loads(full_tokenizer(320).to_str())
     words = list(described["model"]["vocab"])[10:]
     described["model"]["vocab"] = {word: number for number, word in enumerate(["<|endoftext|>", *words])}
@@ -185,49 +184,49 @@ def test_another_models_tokenizer_is_rearranged_and_what_it_lacks_begins_as_the_
     theirs.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(described))
     trained = load_trained(str(folder))
-    embedding, there = trained.model.embed_tokens.weight, theirs.model.embed_tokens.weight
+    embedding, original = trained.model.embed_tokens.weight, theirs.model.embed_tokens.weight
     assert trained.model.config.vocab_size == trained.tokenizer.vocab_size == 320
-    assert torch.equal(embedding[[1, 4, 5]], there[[0, 311, 312]])
-    assert torch.equal(embedding[10:], there[1:311])
-    torch.testing.assert_close(embedding[3], there.mean(0))
+    assert torch.equal(embedding[[1, 4, 5]], original[[0, 311, 312]])
+    assert torch.equal(embedding[10:], original[1:311])
+    torch.testing.assert_close(embedding[3], original.mean(0))
     assert any("<think>" in note for note in trained.notes)
     theirs_ids = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))(TEXT)["input_ids"]
     assert trained.tokenizer.encode(TEXT) == [token + 9 for token in theirs_ids]
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is gpt2, and only llama is known"),
-        ({"model_type": None}, "model_type is null"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures is"),
-        ({"attention_bias": True}, "attention_bias is true, and there are no biases here"),
-        ({"mlp_bias": True}, "mlp_bias is true"),
-        ({"hidden_act": "relu"}, "hidden_act is relu"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
-        ({"head_dim": 16}, "head_dim is 16, and is always hidden_size / num_attention_heads here, 8"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling has the type llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "the type linear"),
-        ({"rope_scaling": "yarn", "rope_parameters": None}, "the type yarn"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is given"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads is 3, and must divide num_attention_heads, 4"),
-        ({"hidden_size": 34}, "hidden_size is 34 and num_attention_heads 4"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers is two, and must be a whole number above zero"),
-        ({"vocab_size": 300}, "has the id 319, and .* says vocab_size=300"),
+        ({"model_type": "gpt2"}, r"model_type=gpt2 \(only llama is supported\)"),
+        ({"model_type": None}, "model_type=null"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
+        ({"attention_bias": True}, r"unsupported model: attention_bias=true \(only bias-free Llama is supported\)"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"hidden_act": "relu"}, "hidden_act=relu"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=false"),
+        ({"head_dim": 16}, r"head_dim=16 \(must be hidden_size / num_attention_heads, 8\)"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling of type llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None}, "of type linear"),
+        ({"rope_scaling": "yarn", "rope_parameters": None}, "of type yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads=3 \(must divide num_attention_heads, 4\)"),
+        ({"hidden_size": 34}, "hidden_size=34, num_attention_heads=4"),
+        ({"num_hidden_layers": "two"}, r"num_hidden_layers=two \(must be a positive integer\)"),
+        ({"vocab_size": 300}, "has the id 319, but .* has vocab_size=300"),
     ],
 )
-def test_what_is_not_computed_here_is_refused_by_the_fields_name(folder, fields, told):
+def test_unsupported_models_are_refused_by_the_name_of_the_field(folder, fields, message):
     change_config(folder, **fields)
-    with pytest.raises(UserError, match=told) as refused:
-        read_layout(folder)
+    with pytest.raises(UserError, match=message) as refused:
+        read_hf_spec(folder)
     assert "\n" not in str(refused.value)
 
 
-def test_all_fields_that_cannot_be_are_named_together(folder):
+def test_all_unsupported_fields_are_named_together(folder):
     change_config(folder, attention_bias=True, hidden_act="relu")
     with pytest.raises(UserError, match=r"(?s)attention_bias.*|hidden_act.*") as refused:
-        read_layout(folder)
+        read_hf_spec(folder)
     assert str(refused.value).count("\n  - ") == 2
 
 
@@ -257,22 +256,22 @@ def pickle(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "told"),
+    ("name", "damage", "message"),
     [
-        ("model.safetensors", cut, "model.safetensors is damaged or cut short"),
+        ("model.safetensors", cut, "model.safetensors is damaged or truncated"),
         ("model.safetensors", Path.unlink, "holds no model.safetensors"),
         ("model.safetensors", pickle, "only pytorch_model.bin, whose format can run code"),
-        ("model.safetensors", reshape, r"model.norm.weight has the shape \(31,\), and by config.json .* \(32,\)"),
+        ("model.safetensors", reshape, r"model.norm.weight has shape \(31,\), but config.json requires \(32,\)"),
         ("model.safetensors", leave_out, "model.layers.1.mlp.up_proj.weight is missing"),
-        ("model.safetensors", add_head, "lm_head.weight is not the embedding"),
+        ("model.safetensors", add_head, "lm_head.weight differs from the embedding"),
         ("tokenizer.json", Path.unlink, "tokenizer.json cannot be read: No such file"),
         ("tokenizer.json", cut, "tokenizer.json is not JSON"),
         ("config.json", cut, "config.json is not JSON"),
     ],
 )
-def test_broken_files_are_told_in_one_line(folder, name, damage, told):
+def test_damaged_files_are_errors_of_one_line(folder, name, damage, message):
     damage(folder / name)
-    with pytest.raises(UserError, match=told) as refused:
+    with pytest.raises(UserError, match=message) as refused:
         load_trained(str(folder))
     assert "\n" not in str(refused.value)
 
@@ -285,7 +284,7 @@ def test_an_index_that_names_a_file_outside_its_folder_is_refused(folder):
         load_trained(str(folder))
 
 
-def test_a_tokenizer_of_another_kind_is_refused_with_what_is_in_the_way(folder):
+def test_an_unsupported_tokenizer_is_refused_with_the_reason(folder):
     described = json.loads((folder / "tokenizer.json").read_text())
     described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": []}
     (folder / "tokenizer.json").write_text(json.dumps(described))
@@ -293,7 +292,7 @@ def test_a_tokenizer_of_another_kind_is_refused_with_what_is_in_the_way(folder):
         load_trained(str(folder))
 
 
-def test_a_name_of_the_hub_is_fetched_once_for_its_shape_and_once_for_its_weights(folder, tmp_path, monkeypatch):
+def test_a_hub_name_is_downloaded_once_for_its_shape_and_once_for_its_weights(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
 
@@ -303,22 +302,24 @@ def test_a_name_of_the_hub_is_fetched_once_for_its_shape_and_once_for_its_weight
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     settings = ["data=files", "data.sources.files.path=x.jsonl", "batch_tokens=256", "schedule.warmup_steps=0"]
-    config = composed_config(["model=inherited", "init_from=somebody/model@v1", *settings])
+    config = composed_config(["model=inherited", "init_from=owner/model@v1", *settings], read_model_elsewhere)
     assert config.model.hidden_size == 32
-    assert set(asked) == {("somebody/model", "v1", False)}
-    assert load_trained("somebody/model@v1").model.config.hidden_size == 32
-    assert asked[-1] == ("somebody/model", "v1", True)
+    assert set(asked) == {("owner/model", "v1", False)}
+    assert load_trained("owner/model@v1").model.config.hidden_size == 32
+    assert asked[-1] == ("owner/model", "v1", True)
 
 
-def test_a_name_that_neither_this_machine_nor_the_hub_has_is_told(tmp_path, monkeypatch):
+def test_a_name_that_is_neither_local_nor_on_the_hub_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def unreachable(*arguments, **settings):
         raise OSError("no network\nand more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(UserError, match=r"somebody/model: there is no such run folder, and the .* hub .*: no network$"):
-        load_trained("somebody/model")
+    with pytest.raises(
+        UserError, match=r"owner/model: there is no such run folder, and the download .* failed: no network$"
+    ):
+        load_trained("owner/model")
     Path("outputs").mkdir()
     with pytest.raises(UserError, match="outputs/model: there is no such run folder or checkpoint"):
         load_trained("outputs/model")

@@ -1,6 +1,7 @@
-"""What llama.cpp makes of our files: the same tokens, logits and texts, by the chat door as well."""
+"""Exported files in llama.cpp: the same tokens, logits and texts, also by the chat and evaluate commands."""
 
 import dataclasses
+import itertools
 import os
 import re
 import subprocess
@@ -10,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from cucafera.chat import Chat
-from cucafera.config import SPECIAL_TOKENS, SamplingConfig, UserError
-from cucafera.data.tokenizer import DOCUMENT_START_ID
+from cucafera.config.errors import UserError
+from cucafera.config.schema import SamplingConfig
+from cucafera.config.tokens import DOCUMENT_START_ID, SPECIAL_TOKENS
 from cucafera.evaluation.likelihood import DecoderScorer
-from cucafera.generation.generate import DecoderReader, generate
+from cucafera.generation.generate import TorchBackend, generate, stream
+from cucafera.generation.session import ChatSession
 from cucafera.interop import llama_cpp
 from cucafera.interop.gguf import TYPES, logits_of, write_gguf
 from cucafera.interop.gguf_format import decoder_in, open_gguf
 from cucafera.interop.llama_cpp import LlamaCpp
 from cucafera.interop.trained import TrainedModel, load_trained
 from cucafera.run import train
-from tests.conftest import compose_small_chat, compose_small_run, write_corpus
-from tests.test_readme import load_script
+from tests.support import compose_small_chat, compose_small_run, load_script, write_corpus
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -78,8 +79,10 @@ def test_every_type_computes_what_its_weights_give(trained, tmp_path, type_, act
         layer.mlp.hidden_act = act
     path = tmp_path / "model.gguf"
     proof = write_gguf(trained, path, type_)  # which raises if it does not
-    assert proof.computed is not None and proof.computed.same_choice > 0.8
-    assert f"llama.cpp beside its weights: logits differ by at most {proof.computed.largest:.2g}" in str(proof)
+    assert proof.computed is not None and proof.computed.top1_agreement > 0.8
+    assert f"llama.cpp against the weights of the file: logits differ by at most {proof.computed.largest:.2g}" in str(
+        proof
+    )
     ids = some_ids(trained, 64)
     largest = (LlamaCpp(path).logits(ids) - logits_of(decoder_in(open_gguf(path), config), ids)).abs().max().item()
     assert largest < (0.05 if type_ in ("f32", "f16") else 0.5) * proof.deviation
@@ -119,7 +122,7 @@ def test_a_file_says_whether_it_chats_and_how_much_it_reads(runs, llama):
 
 
 @pytest.mark.parametrize("batch", [512, 7])
-def test_nats_are_those_of_our_decoder_whatever_was_read_before(trained, runs, monkeypatch, batch):
+def test_nats_are_those_of_our_decoder_whatever_is_cached(trained, runs, monkeypatch, batch):
     monkeypatch.setattr(llama_cpp, "BATCH", batch)
     llama = LlamaCpp(runs / "chat.gguf")
     ids = some_ids(trained, 64)
@@ -136,46 +139,62 @@ def test_nats_are_those_of_our_decoder_whatever_was_read_before(trained, runs, m
         logits = logits_of(trained.model, text[:-1])[first - 1 :]
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(text[first:]), reduction="none")
         torch.testing.assert_close(torch.tensor(nats), expected, atol=5e-3, rtol=0)
-    with pytest.raises(ValueError, match="has none before it"):
+    with pytest.raises(ValueError, match="must be from 1 to 63"):
         llama.nats([(ids, 0)])
     with pytest.raises(ValueError, match="65 tokens are more than the context of 64"):
         llama.nats([([*ids, 20, 21], 1)])
 
 
-def test_what_was_read_is_not_read_again(trained, llama, monkeypatch):
-    read: list[int] = []
-    honest = llama._logits_of_batch
+def test_cached_tokens_are_not_decoded_again(trained, llama, monkeypatch):
+    decoded: list[int] = []
+    decode_batch = llama._decode_batch
 
     def counting(ids, start, first):
-        read.append(len(ids))
-        return honest(ids, start, first)
+        decoded.append(len(ids))
+        return decode_batch(ids, start, first)
 
-    monkeypatch.setattr(llama, "_logits_of_batch", counting)
+    monkeypatch.setattr(llama, "_decode_batch", counting)
     ids = some_ids(trained, 30)
-    llama.begin([ids[:20]], 5)
-    llama.read(torch.tensor([[ids[20]]]))
-    again = llama.begin([ids], 5)
-    assert read == [20, 1, 9]
-    llama.begin([[*ids[:10], 99]], 5)
-    assert read[3:] == [1]
-    torch.testing.assert_close(again, LlamaCpp(llama.path).begin([ids], 5), atol=1e-2, rtol=0)
-    with pytest.raises(ValueError, match="one text at a time"):
-        llama.begin([ids, ids], 5)
+    llama.prefill([ids[:20]], 5)
+    llama.decode_step(torch.tensor([[ids[20]]]))
+    again = llama.prefill([ids], 5)
+    assert decoded == [20, 1, 9]
+    llama.prefill([[*ids[:10], 99]], 5)
+    assert decoded[3:] == [1]
+    torch.testing.assert_close(again, LlamaCpp(llama.path).prefill([ids], 5), atol=1e-2, rtol=0)
+    with pytest.raises(ValueError, match="one sequence at a time"):
+        llama.prefill([ids, ids], 5)
+
+
+def test_backends_of_one_file_share_its_weights_and_nothing_else(trained, runs):
+    llama = LlamaCpp(runs / "chat.gguf")
+    prompts = [some_ids(trained, 20)[start:] for start in (0, 5)]
+    alone = [list(stream(llama, trained.tokenizer, prompt, GREEDY, frozenset())) for prompt in prompts]
+    backends = [llama.new_backend(), llama.new_backend()]
+    assert backends[0]._weights is backends[1]._weights
+    del llama  # the weights outlive the backend that loaded them
+    streams = [
+        stream(backend, trained.tokenizer, prompt, GREEDY, frozenset())
+        for backend, prompt in zip(backends, prompts, strict=True)
+    ]
+    pairs = list(itertools.zip_longest(*streams))
+    for number, expected in enumerate(alone):
+        assert [pair[number] for pair in pairs if pair[number] is not None] == expected
 
 
 def test_a_conversation_is_the_same_as_with_the_run_itself(trained, llama):
     conversations = []
-    for model in (trained, llama):
+    for backend, tokenizer in ((TorchBackend(trained.model), trained.tokenizer), (llama, llama.tokenizer)):
         sampling = SamplingConfig(temperature=0.8, repetition_penalty=1.3, top_k=40, max_new_tokens=8)
-        chat = Chat(model, sampling, torch.Generator().manual_seed(3))
-        chat.system = "mar"
+        session = ChatSession(backend, tokenizer, sampling, torch.Generator().manual_seed(3))
+        session.system = "mar"
         for text in ("Hola", "El <im_end> és text", "I què més?", "Més encara", "I encara més"):
-            list(chat.answer(text))
-        conversations.append(chat.messages())
+            list(session.answer(text))
+        conversations.append(session.messages())
     assert conversations[0] == conversations[1] and len(conversations[0]) > 5
 
 
-def test_what_cannot_be_loaded_is_told(runs, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_loaded_is_refused_with_the_reason(runs, tmp_path, monkeypatch):
     path = tmp_path / "model.gguf"
     content = (runs / "chat.gguf").read_bytes()
     path.write_bytes(content.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"))
@@ -189,47 +208,47 @@ def test_what_cannot_be_loaded_is_told(runs, tmp_path, monkeypatch):
         LlamaCpp(path)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     llama_cpp.library.cache_clear()
-    with pytest.raises(UserError, match=r"computed by llama\.cpp, which is not installed: pip install '\.\[llama\]'"):
+    with pytest.raises(UserError, match=r"run by llama\.cpp, which is not installed: pip install '\.\[llama\]'"):
         LlamaCpp(runs / "chat.gguf")
 
 
-# The door
+# The commands
 
 
-def chat_door(runs: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+def run_chat(runs: Path, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cucafera.chat", *arguments],
         cwd=runs, input=text, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-def test_the_chat_door_talks_to_a_file(runs):
+def test_the_chat_command_talks_to_a_file(runs):
     settings = ("--seed", "1", "--max-new-tokens", "6")
-    answered = chat_door(runs, "chat.gguf", "--prompt", "Hola", *settings)
+    answered = run_chat(runs, "chat.gguf", "--prompt", "Hola", *settings)
     assert (answered.returncode, answered.stderr) == (0, "")
-    assert answered.stdout == chat_door(runs, "outputs/chat", "--prompt", "Hola", *settings).stdout
-    lines = chat_door(runs, "chat.gguf", *settings, text="Hola\n/system Sigues breu.\nBon dia\n/redo\n/quit\nx\n")
+    assert answered.stdout == run_chat(runs, "outputs/chat", "--prompt", "Hola", *settings).stdout
+    lines = run_chat(runs, "chat.gguf", *settings, text="Hola\n/system Sigues breu.\nBon dia\n/redo\n/quit\nx\n")
     assert (lines.returncode, lines.stderr) == (0, "")
     assert "(system: Sigues breu.)" in lines.stdout
-    continued = chat_door(runs, "base.gguf", "--prompt", "la mar", *settings)
+    continued = run_chat(runs, "base.gguf", "--prompt", "la mar", *settings)
     assert continued.returncode == 0 and continued.stdout.strip()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.gguf"], "nowhere.gguf cannot be read: No such file or directory"),
+        (["nowhere.gguf"], "nowhere.gguf: there is no such .gguf file"),
         (["text.gguf"], "text.gguf is not a GGUF file"),
-        (["short.gguf"], "short.gguf is damaged or cut off; write it anew"),
+        (["short.gguf"], "short.gguf is damaged or"),
         (["base.gguf", "--system", "x"], "--system needs a model that was trained on conversations"),
         (["chat.gguf", "--prompt", "la mar i el bosc " * 20], "the model's context of 64 leaves room for 48"),
-        (["base.gguf", "--prompt", "la mar i el bosc " * 20], "there is no room for an answer"),
+        (["base.gguf", "--prompt", "la mar i el bosc " * 20], "no space is left for a response"),
     ],
 )
-def test_what_the_user_can_mend_is_told_with_code_2(runs, arguments, message):
+def test_a_wrong_file_or_prompt_is_refused_with_exit_code_2(runs, arguments, message):
     (runs / "text.gguf").write_text("hola")
     (runs / "short.gguf").write_bytes((runs / "chat.gguf").read_bytes()[:-100_000])
-    result = chat_door(runs, *arguments)
+    result = run_chat(runs, *arguments)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
@@ -240,7 +259,7 @@ def test_the_benchmark_measures_the_same_on_both_sides(runs, trained, llama):
     texts = list(script.texts_of(None, 2, trained.tokenizer))
     assert len(texts[0].ids) > 64
     sides = {
-        "fp32": script.Side(1, DecoderReader(trained.model), DecoderScorer(trained.model)),
+        "fp32": script.Side(1, TorchBackend(trained.model), DecoderScorer(trained.model)),
         "f32": script.Side(1, llama, llama),
     }
     prompts = [some_ids(trained, 20)[start:] for start in range(3)]
@@ -250,7 +269,7 @@ def test_the_benchmark_measures_the_same_on_both_sides(runs, trained, llama):
     assert script.table(sides, results, 5).count("2 of 2") == 2
 
 
-def test_the_evaluation_door_measures_a_file(runs):
+def test_the_evaluate_command_measures_a_file(runs):
     measured = []
     for source in ("outputs/base", "base.gguf"):
         asked = [sys.executable, "-m", "cucafera.evaluate", source, "--text", "corpus.jsonl", "--documents", "5"]

@@ -1,4 +1,4 @@
-"""Each path of attention against softmax(QK^T)V written out."""
+"""Every attention kernel against softmax(QK^T)V."""
 
 import math
 
@@ -9,23 +9,23 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from cucafera.model import attention
 from cucafera.model.attention import (
-    DocumentLengths,
+    DocumentOffsets,
     attend,
     attention_mask,
     block_mask,
     dense_mask,
-    document_attention,
     document_mask,
+    fastest_document_attention,
 )
 
 BATCH, QUERY_HEADS, KEY_VALUE_HEADS, TOKENS = 2, 6, 2, 300
-"""More tokens than one block of queries, and no multiple of it."""
+"""More tokens than one block of queries, and not a multiple of it."""
 
 CPU = torch.device("cpu")
 
 
 def reference(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-    """softmax(QK^T / sqrt(d))V with the whole matrix in memory."""
+    """softmax(QK^T / sqrt(d))V with the full matrix in memory."""
     group = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
@@ -33,7 +33,7 @@ def reference(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor) ->
 
 
 def visible_tokens(documents: Tensor) -> Tensor:
-    """Who sees whom, [B, 1, T, T], by the definition and one pair at a time."""
+    """Return the mask [B, 1, T, T] by its definition, one pair at a time."""
     pairs = [
         [[j <= i and row[i] == row[j] for j in range(len(row))] for i in range(len(row))] for row in documents.tolist()
     ]
@@ -46,7 +46,7 @@ def random_documents() -> Tensor:
 
 
 def random_heads(head_dim: int, queries: int = TOKENS) -> list[Tensor]:
-    """Queries, keys and values, and an upstream gradient."""
+    """Return queries, keys and values, and an upstream gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(QUERY_HEADS, queries), (KEY_VALUE_HEADS, TOKENS), (KEY_VALUE_HEADS, TOKENS), (QUERY_HEADS, queries)]
     heads = [torch.randn(BATCH, *shape, head_dim, generator=generator) for shape in shapes]
@@ -54,7 +54,7 @@ def random_heads(head_dim: int, queries: int = TOKENS) -> list[Tensor]:
 
 
 def assert_same_as_reference(mask: attention.Mask, heads: list[Tensor], visible: Tensor, tolerance: float) -> None:
-    """Compares the output and the gradients of queries, keys and values."""
+    """Compare the output and the gradients of queries, keys and values."""
     *inputs, upstream = heads
     expected = reference(*inputs, visible)
     result = attend(*inputs, mask)
@@ -79,7 +79,7 @@ def test_attention_within_documents_equals_the_reference(head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("new", [1, 7, 290])
-def test_new_tokens_of_a_cache_see_all_before_and_themselves(new: int) -> None:
+def test_new_tokens_after_a_cache_attend_to_all_earlier_ones_and_themselves(new: int) -> None:
     visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[-new:]
     mask = attention_mask(new, TOKENS - new, None, CPU)
     assert_same_as_reference(mask, random_heads(32, queries=new), visible, 1e-5)
@@ -87,14 +87,14 @@ def test_new_tokens_of_a_cache_see_all_before_and_themselves(new: int) -> None:
 
 @pytest.fixture
 def uncompiled_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uncompiled, flex_attention runs on the CPU, forward only."""
+    """Use eager flex_attention, which runs on the CPU, forward only."""
     monkeypatch.setattr(attention, "_compiled", lambda function: function)
 
 
 @pytest.mark.usefixtures("uncompiled_flex_attention")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("head_dim", [32, 96])
-def test_flex_attention_equals_the_path_of_the_cpu(head_dim: int) -> None:
+def test_flex_attention_equals_the_dense_mask(head_dim: int) -> None:
     documents = random_documents()
     queries, keys, values, _ = (head.detach() for head in random_heads(head_dim))
     result = attend(queries, keys, values, block_mask(documents))
@@ -114,7 +114,7 @@ def test_flex_attention_is_traced_without_graph_breaks() -> None:
 
 @pytest.fixture
 def exact_products():
-    """No TF32 in fp32 products: a run in the same process may have allowed it."""
+    """Turn TF32 off, which a run in the same process may have turned on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -144,15 +144,15 @@ def test_attention_within_documents_on_cuda_equals_the_reference(
     documents = random_documents().to(cuda)
     heads = [head.detach().to(cuda, dtype).requires_grad_() for head in random_heads(head_dim)]
     mask = document_mask(documents, kernel, 64)
-    assert type(mask) is {"flash": DocumentLengths, "flex": BlockMask, "dense": Tensor}[kernel]
+    assert type(mask) is {"flash": DocumentOffsets, "flex": BlockMask, "dense": Tensor}[kernel]
     assert_same_as_reference(mask, heads, visible_tokens(documents), tolerance)
 
 
-def test_each_device_gets_the_fastest_kernel_that_it_has_for_documents() -> None:
+def test_each_device_gets_its_fastest_kernel_for_documents() -> None:
     h100, t4 = (9, 0), (7, 5)
-    assert document_attention("cuda", h100, half=True, head_dim=96) == "flash"
-    assert document_attention("cuda", h100, half=False, head_dim=96) == "flex"
-    assert document_attention("cuda", t4, half=False, head_dim=96) == "flex"
-    assert document_attention("cuda", h100, half=True, head_dim=12) == "dense"  # flex refuses heads under 16
-    assert document_attention("cuda", h100, half=True, head_dim=8) == "flash"
-    assert document_attention("cpu", (0, 0), half=True, head_dim=96) == "dense"
+    assert fastest_document_attention("cuda", h100, half=True, head_dim=96) == "flash"
+    assert fastest_document_attention("cuda", h100, half=False, head_dim=96) == "flex"
+    assert fastest_document_attention("cuda", t4, half=False, head_dim=96) == "flex"
+    assert fastest_document_attention("cuda", h100, half=True, head_dim=12) == "dense"  # flex refuses heads under 16
+    assert fastest_document_attention("cuda", h100, half=True, head_dim=8) == "flash"
+    assert fastest_document_attention("cpu", (0, 0), half=True, head_dim=96) == "dense"

@@ -1,9 +1,9 @@
-"""Attention probabilities are those that the model computes with."""
+"""Attention probabilities equal those inside the model."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cucafera.config import ModelConfig
+from cucafera.config.schema import ModelConfig
 from cucafera.model.attention_maps import attention_probabilities
 from cucafera.model.transformer import Decoder
 
@@ -18,14 +18,14 @@ def small_model() -> Decoder:
     return Decoder(ModelConfig(**SHAPE)).eval()
 
 
-def test_rows_sum_to_one_and_nobody_looks_ahead():
+def test_rows_sum_to_one_and_later_keys_have_no_weight():
     maps = attention_probabilities(small_model(), torch.arange(20, 37))
     assert maps.shape == (3, 4, 17, 17)
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, 17))
     assert not maps.triu(1).any()
 
 
-def test_they_mix_the_values_as_the_layer_does():
+def test_probabilities_times_values_give_the_output_of_the_layer():
     model = small_model()
     ids = torch.arange(20, 37)
     maps = attention_probabilities(model, ids)
@@ -37,7 +37,7 @@ def test_they_mix_the_values_as_the_layer_does():
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
 
 
-def test_they_are_those_of_transformers():
+def test_probabilities_equal_those_of_transformers():
     model = small_model()
     config = LlamaConfig(
         **SHAPE, hidden_act=model.config.hidden_act, rms_norm_eps=model.config.rms_norm_eps, tie_word_embeddings=True,

@@ -1,4 +1,4 @@
-"""The compiled decoder against the written one: each attention path, with and without checkpointing and autocast.
+"""The compiled decoder against eager mode: each attention kernel, with and without checkpointing and autocast.
 
 The compiler takes the step apart, decomposes and partitions it as always, and what it found runs as it is: its own
 kernels take minutes to build. One case has them built, in test_transformer.py.
@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn.attention import flex_attention
 
 from cucafera.model import flash_attention
-from cucafera.model.attention import attend, dense_mask, document_lengths, document_limit
+from cucafera.model.attention import attend, dense_mask, document_limit, document_offsets
 from cucafera.model.transformer import Decoder
-from tests.model.test_transformer import documents_of, random_ids, small_config
+from tests.support import documents_of, random_ids, small_config
 
 DOCUMENT_START = 1
 ROUNDING = {"fp32": 1e-5, "bf16": 0.03}
-"""Of a gradient's largest element: rounding to bf16 happens elsewhere in the compiled model."""
+"""Tolerance relative to a gradient's largest element: the compiled model rounds to bf16 at other operations."""
 
 
 @torch.library.custom_op("cucafera_tests::varlen", mutates_args=())
 def varlen(queries: Tensor, keys: Tensor, values: Tensor, cumulative: Tensor) -> Tensor:
-    """`varlen_attn` for a CPU: each document by itself; as opaque to the compiler as the real one."""
+    """`varlen_attn` for a CPU: each document separately; as opaque to the compiler as the real one."""
     mixed = torch.empty_like(queries)
     for begin, end in zip(cumulative.tolist(), cumulative.tolist()[1:], strict=False):
         parts = (heads[begin:end].transpose(0, 1)[None] for heads in (queries, keys, values))
@@ -40,7 +40,7 @@ def varlen_backward(
     upstream: Tensor, queries: Tensor, keys: Tensor, values: Tensor, cumulative: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of queries, keys and values."""
-    # By hand, since nothing is recorded inside an operator (Dao et al., 2022, FlashAttention, appendix B.2).
+    # By hand, since autograd records nothing inside an operator (Dao et al., 2022, FlashAttention, appendix B.2).
     gradients = tuple(torch.empty_like(heads) for heads in (queries, keys, values))
     group = queries.shape[1] // keys.shape[1]
     for begin, end in zip(cumulative.tolist(), cumulative.tolist()[1:], strict=False):
@@ -73,7 +73,7 @@ varlen.register_autograd(
 
 @pytest.fixture(autouse=True)
 def kernels_of_a_gpu(monkeypatch):
-    """Stands in for varlen_attn, which is for CUDA; lets flex attention, written out, have gradients on a CPU."""
+    """Replace varlen_attn, which needs CUDA, and give eager flex attention gradients on a CPU."""
     monkeypatch.setattr(
         flash_attention,
         "varlen_attn",
@@ -87,7 +87,7 @@ def kernels_of_a_gpu(monkeypatch):
 
 
 def gradients(decoder: Decoder, documents: Tensor | None, half: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of two windows, a part of their targets ignored, and the gradient of each parameter."""
+    """Return the loss of two windows with some targets ignored, and the gradient of each parameter."""
     input_ids, targets = random_ids(2, 48).int(), random_ids(2, 48).int()
     targets[:, :5] = -100
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -99,10 +99,12 @@ def gradients(decoder: Decoder, documents: Tensor | None, half: bool) -> tuple[T
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "checkpointing"]
+)
 @pytest.mark.parametrize("attention", ["causal", "dense", "flex", "flash"])
-def test_gradients_of_the_compiled_decoder_are_those_of_the_written_one(attention, checkpointing, precision):
+def test_gradients_of_the_compiled_decoder_equal_eager_mode(attention, checkpointing, precision):
     torch.manual_seed(0)
     residual_dtype = torch.bfloat16 if precision == "bf16" else None
     config = small_config(hidden_size=64, num_attention_heads=4)
@@ -111,7 +113,7 @@ def test_gradients_of_the_compiled_decoder_are_those_of_the_written_one(attentio
     input_ids[0, [0, 20]] = input_ids[1, [7, 9, 30]] = DOCUMENT_START
     documents = None if attention == "causal" else documents_of(input_ids)
     loss, expected = gradients(decoder, documents, precision == "bf16")
-    if attention != "causal":  # the written paths agree among each other
+    if attention != "causal":  # the eager kernels agree with each other
         decoder.document_attention = "dense"
         same_loss, same = gradients(decoder, documents, precision == "bf16")
         decoder.document_attention = attention
@@ -121,7 +123,7 @@ def test_gradients_of_the_compiled_decoder_are_those_of_the_written_one(attentio
 
 
 def assert_close(loss: Tensor, expected: dict[str, Tensor], found_loss: Tensor, found: dict[str, Tensor], rounding):
-    """Compares loss and gradients; each gradient by its largest element, and none of them is zero."""
+    """Compare loss and gradients; each gradient by its largest element, and none is zero."""
     torch.testing.assert_close(found_loss, loss, rtol=rounding, atol=0)
     for name, gradient in expected.items():
         assert found[name].any(), name
@@ -129,23 +131,23 @@ def assert_close(loss: Tensor, expected: dict[str, Tensor], found_loss: Tensor, 
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=rounding * largest, msg=name)
 
 
-def test_documents_end_to_end_see_what_a_dense_mask_lets_them_see():
+def test_varlen_attention_equals_the_dense_mask():
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 6]], dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     queries, keys, values = (torch.randn(2, heads, 6, 8, generator=generator) for heads in (4, 2, 2))
-    lengths = document_lengths(documents, 8)
-    assert lengths.cumulative.tolist() == [0, 3, 5, 6, 7, 11, 12, 12, 12]
+    lengths = document_offsets(documents, 8)
+    assert lengths.cu_seqlens.tolist() == [0, 3, 5, 6, 7, 11, 12, 12, 12]
     mixed = attend(queries, keys, values, lengths)
     torch.testing.assert_close(mixed, attend(queries, keys, values, dense_mask(documents)), atol=1e-6, rtol=0)
 
 
-def test_more_documents_than_there_is_room_for_are_refused():
+def test_more_documents_than_the_limit_are_refused():
     documents = torch.arange(5, dtype=torch.int32)[None]
-    assert document_lengths(documents, 5).cumulative.tolist() == [0, 1, 2, 3, 4, 5]
+    assert document_offsets(documents, 5).cu_seqlens.tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(RuntimeError, match="out of bounds"):
-        document_lengths(documents, 4)
+        document_offsets(documents, 4)
 
 
-def test_room_for_documents_is_kept_until_it_does_not_suffice():
+def test_the_document_limit_grows_only_if_it_is_exceeded():
     assert document_limit(40) == 64
     assert [document_limit(documents, before=64) for documents in (1, 64, 65, 100)] == [64, 64, 128, 256]

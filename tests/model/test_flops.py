@@ -1,4 +1,4 @@
-"""The numbers behind MFU."""
+"""Parameter counts, FLOPs and peaks for MFU."""
 
 import subprocess
 import sys
@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from cucafera.config import ModelConfig
+from cucafera.config.schema import ModelConfig
 from cucafera.model.flops import parameter_count, peak_flops, training_flops_per_token
 from cucafera.model.transformer import Decoder
-from tests.conftest import CUCAFERA
+from tests.support import CUCAFERA
 
 
 @pytest.mark.parametrize("config", [CUCAFERA, ModelConfig(), ModelConfig(num_key_value_heads=6, num_hidden_layers=1)])
-def test_the_parameter_count_is_that_of_the_decoder(config: ModelConfig) -> None:
+def test_the_parameter_count_equals_that_of_the_decoder(config: ModelConfig) -> None:
     with torch.device("meta"):
         decoder = Decoder(config)
     assert parameter_count(config) == sum(parameter.numel() for parameter in decoder.parameters())
@@ -67,7 +67,7 @@ def test_a_known_gpu_has_its_dense_bf16_peak(name: str, peak: float) -> None:
         "NVIDIA L40",
     ],
 )
-def test_an_unknown_gpu_has_no_peak_rather_than_that_of_another(name: str) -> None:
+def test_an_unknown_gpu_has_no_peak(name: str) -> None:
     assert peak_flops(name) is None
 
 

@@ -1,4 +1,4 @@
-"""One row, many threads: the same product."""
+"""The product of one row with several threads."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ def threads(request):
 
 @pytest.fixture(params=[0, 1 << 20])
 def smallest_shared(request, monkeypatch):
-    monkeypatch.setattr("cucafera.model.linear.SMALLEST_SHARED_WEIGHT", request.param)
+    monkeypatch.setattr("cucafera.model.linear.MIN_PARALLEL_ELEMENTS", request.param)
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (48,), (5, 48), (2, 3, 48)])
 @pytest.mark.parametrize("outputs", [96, 97])
-def test_it_is_the_product_that_pytorch_computes(threads, smallest_shared, shape, outputs):
+def test_the_product_equals_that_of_pytorch(threads, smallest_shared, shape, outputs):
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(outputs, 48)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_it_is_the_product_that_pytorch_computes(threads, smallest_shared, shape
     torch.testing.assert_close(ours, F.linear(x, weight))
 
 
-def test_a_row_that_is_trained_on_has_gradients(threads, smallest_shared):
+def test_a_row_in_training_has_gradients(threads, smallest_shared):
     layer = Linear(48, 96)
     x = torch.randn(1, 48, requires_grad=True)
     layer(x).sum().backward()

@@ -1,10 +1,10 @@
-"""Low-rank adapters: nothing changes at first, they alone are trained, and merged they are plain weights."""
+"""Low-rank adapters: initially zero, trained alone, and merged into plain weights."""
 
 import dataclasses
 
 import torch
 
-from cucafera.config import AdapterConfig, ModelConfig
+from cucafera.config.schema import AdapterConfig, ModelConfig
 from cucafera.model.flops import adapter_parameter_count
 from cucafera.model.lora import add_adapters, merged_weights
 from cucafera.model.transformer import Decoder
@@ -17,7 +17,7 @@ ADAPTER = AdapterConfig(rank=4, alpha=8.0)
 
 
 def decoders(adapter: AdapterConfig = ADAPTER) -> tuple[Decoder, Decoder]:
-    """A decoder, and the same with adapters."""
+    """Return a decoder, and the same with adapters."""
     torch.manual_seed(0)
     plain = Decoder(MODEL)
     adapted = Decoder(MODEL)
@@ -26,7 +26,7 @@ def decoders(adapter: AdapterConfig = ADAPTER) -> tuple[Decoder, Decoder]:
     return plain, adapted
 
 
-def test_adapters_change_nothing_at_first_and_keep_the_names_of_the_weights():
+def test_new_adapters_change_nothing_and_keep_the_names_of_the_weights():
     plain, adapted = decoders()
     ids = torch.randint(0, 80, (2, 24))
     assert torch.equal(plain(ids), adapted(ids))
@@ -34,7 +34,7 @@ def test_adapters_change_nothing_at_first_and_keep_the_names_of_the_weights():
     assert names == set(plain.state_dict())
 
 
-def test_only_adapters_are_trained_and_merged_they_compute_the_same():
+def test_only_adapters_are_trained_and_merging_them_is_equivalent():
     plain, adapted = decoders()
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert trained and all(".lora_" in name for name in trained)
@@ -65,7 +65,7 @@ def test_only_the_named_layers_get_adapters():
     assert layers == {"q_proj", "v_proj"}
 
 
-def test_plain_weights_are_left_as_they_are():
+def test_merging_leaves_plain_weights_unchanged():
     plain, _ = decoders()
     merged = merged_weights(plain.state_dict(), dataclasses.asdict(AdapterConfig()))
     assert merged.keys() == plain.state_dict().keys()

@@ -29,7 +29,7 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 36, 37, 1000, None])
 @pytest.mark.parametrize("factor", [1.0, -0.3])
-def test_loss_and_gradients_equal_the_plain_ones_whatever_the_chunk(chunk_tokens: int | None, factor: float) -> None:
+def test_loss_and_gradients_equal_the_plain_ones_for_any_chunk_size(chunk_tokens: int | None, factor: float) -> None:
     hidden, weight, targets = inputs()
     expected = plain(hidden, weight, targets)
     loss = linear_cross_entropy(hidden, weight, targets, chunk_tokens=chunk_tokens)
@@ -64,7 +64,7 @@ def test_without_a_valid_target_the_loss_and_the_gradients_are_zero(with_gradien
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-def test_without_gradients_the_loss_is_the_same_and_no_gradient_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_the_loss_is_the_same_and_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = inputs()
     expected = linear_cross_entropy(hidden, weight, targets, chunk_tokens=8)
     monkeypatch.setattr(loss_module, "_LinearCrossEntropy", None)
@@ -74,7 +74,7 @@ def test_without_gradients_the_loss_is_the_same_and_no_gradient_is_made(monkeypa
     torch.testing.assert_close(loss, expected)
 
 
-def test_only_the_gradients_that_are_wanted_are_given() -> None:
+def test_only_the_needed_gradients_are_computed() -> None:
     hidden, weight, targets = inputs()
     linear_cross_entropy(hidden.detach(), weight, targets).backward()
     expected = torch.autograd.grad(plain(hidden, weight, targets), weight)[0]
@@ -121,7 +121,7 @@ def test_under_autocast_the_gradient_of_the_weight_is_summed_in_fp32() -> None:
     assert weight.grad.flatten().tolist() == [-2048.0, 2048.0]
 
 
-def test_traced_without_graph_breaks_it_gives_the_same() -> None:
+def test_the_loss_is_traced_without_graph_breaks() -> None:
     # Only traced: the decoder's own test runs the whole compiler.
     hidden, weight, targets = inputs()
     expected = linear_cross_entropy(hidden, weight, targets, chunk_tokens=8)
@@ -139,7 +139,7 @@ def test_traced_without_graph_breaks_it_gives_the_same() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_cuda_in_bf16_loss_and_gradients_are_those_of_fp32_within_rounding(compiled: bool) -> None:
+def test_on_cuda_in_bf16_loss_and_gradients_equal_fp32_within_rounding(compiled: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(5000, 96, generator=generator, device="cuda")  # more than one chunk, the last not filled
     weight = 0.1 * torch.randn(65_536, 96, generator=generator, device="cuda")

@@ -1,4 +1,4 @@
-"""The Triton kernel of the loss: its numbers, by Triton's interpreter, and what ptxas makes of it for a GPU.
+"""The Triton kernel of the loss: its results by Triton's interpreter, and its registers by ptxas.
 
 Triton comes with the CUDA builds of torch; with a CPU build these are skipped.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 BF16_ROUNDING = 2**-8
-"""Of a number below one: the interpreter cuts bits off where a GPU rounds to the nearest."""
+"""Tolerance for values below one: the interpreter truncates where a GPU rounds to nearest."""
 
 
 IN_THE_INTERPRETER = """
@@ -32,7 +32,7 @@ torch.save(cases, sys.argv[1])
 
 @pytest.fixture
 def interpreted(tmp_path):
-    """The kernel, run by Python on the CPU; in another process, since Triton decides that when it is imported."""
+    """Run the kernel in the interpreter, in another process, since Triton decides that at import."""
 
     def run(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         path = tmp_path / "case.pt"
@@ -54,8 +54,8 @@ def plain(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("vocabulary", [300, 16_384, 40_001])  # a part of a block, one, and some of which one in part
-def test_rows_become_their_gradient_and_give_their_cross_entropy(interpreted, vocabulary, dtype):
+@pytest.mark.parametrize("vocabulary", [300, 16_384, 40_001])  # part of a block, one block, several with a partial one
+def test_the_kernel_gives_cross_entropy_and_gradient_of_each_row(interpreted, vocabulary, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(5, vocabulary, generator=generator)).to(dtype)
     targets = torch.tensor([3, vocabulary - 1, -100, 7, 0], dtype=torch.int32)
@@ -67,7 +67,7 @@ def test_rows_become_their_gradient_and_give_their_cross_entropy(interpreted, vo
     assert found.dtype == dtype and not found[2].any()
 
 
-def test_logits_that_are_not_finite_give_a_loss_that_is_not(interpreted):
+def test_nonfinite_logits_give_a_nonfinite_loss(interpreted):
     logits = torch.zeros(3, 300)
     logits[0, 5], logits[1, 5] = torch.nan, torch.inf
     nats, _ = interpreted(logits, torch.tensor([1, 1, 1]))
@@ -83,7 +83,7 @@ def test_logits_as_large_as_bf16_allows_give_a_finite_loss_and_gradient(interpre
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
-def test_compiled_for_a_gpu_it_spills_no_registers(capability, dtype, tmp_path):
+def test_the_compiled_kernel_spills_no_registers(capability, dtype, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -98,7 +98,7 @@ def test_compiled_for_a_gpu_it_spills_no_registers(capability, dtype, tmp_path):
             "logits": dtype, "targets": "*i32", "nats": "*fp32", "ignore_index": "i32", "VOCABULARY": "constexpr",
             "BLOCK": "constexpr",
         },
-        constexprs={"VOCABULARY": 65_536, "BLOCK": loss_kernel.LARGEST_BLOCK},
+        constexprs={"VOCABULARY": 65_536, "BLOCK": loss_kernel.MAX_BLOCK},
     )  # fmt: skip
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 32})
     ptx = tmp_path / "kernel.ptx"

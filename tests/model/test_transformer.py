@@ -1,4 +1,4 @@
-"""The decoder against Hugging Face, and what each token may see."""
+"""The decoder against Hugging Face, and the tokens that each token attends to."""
 
 from collections import Counter
 
@@ -6,26 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from cucafera.config import ModelConfig
+from cucafera.config.schema import ModelConfig
 from cucafera.model.transformer import Decoder, positions_within
-from tests.conftest import CUCAFERA
-
-DOCUMENT_START = 1
-
-
-def documents_of(input_ids: Tensor) -> Tensor:
-    """The number of each token's document within its window."""
-    return (input_ids == DOCUMENT_START).cumsum(1, dtype=torch.int32)
-
-
-class Holder(torch.nn.Module):
-    """Holds the decoder as the LightningModule does."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.model = Decoder(config)
+from tests.support import (
+    CUCAFERA,
+    DOCUMENT_START,
+    Holder,
+    documents_of,
+    hugging_face,
+    random_ids,
+    small_config,
+    small_decoder,
+)
 
 
 class ListCache:
@@ -45,48 +38,6 @@ class ListCache:
         return keys, values
 
 
-def small_config(**changes: object) -> ModelConfig:
-    settings = {
-        "vocab_size": 300,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.1,
-    }
-    return ModelConfig(**(settings | changes))  # type: ignore[arg-type]
-
-
-def small_decoder(**changes: object) -> Decoder:
-    torch.manual_seed(0)
-    return Decoder(small_config(**changes))
-
-
-def random_ids(*shape: int) -> Tensor:
-    """Token ids without a document start."""
-    return torch.randint(2, 300, shape, generator=torch.Generator().manual_seed(1))
-
-
-def hugging_face(config: ModelConfig) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.rms_norm_eps,
-            hidden_act=config.hidden_act,
-            tie_word_embeddings=True,
-        )
-    )
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -99,7 +50,7 @@ def hugging_face(config: ModelConfig) -> LlamaForCausalLM:
     ],
     ids=str,
 )
-def test_logits_and_gradients_are_those_of_hugging_face(changes: dict[str, object]) -> None:
+def test_logits_and_gradients_equal_those_of_hugging_face(changes: dict[str, object]) -> None:
     config = small_config(**changes)
     torch.manual_seed(0)
     ours, theirs = Holder(config), hugging_face(config)
@@ -167,7 +118,7 @@ def test_a_changed_token_changes_nothing_before_it(masked: bool) -> None:
     assert (before[:, 30:] != after[:, 30:]).any(dim=-1).all()
 
 
-def test_a_changed_document_changes_nothing_in_its_neighbours() -> None:
+def test_a_changed_document_changes_nothing_in_other_documents() -> None:
     decoder, input_ids = small_decoder(), random_ids(2, 60)
     input_ids[:, [20, 40]] = DOCUMENT_START
     documents = documents_of(input_ids)
@@ -180,7 +131,7 @@ def test_a_changed_document_changes_nothing_in_its_neighbours() -> None:
     assert not torch.allclose(before[:, 21:40], after[:, 21:40])
 
 
-def test_a_window_of_two_documents_equals_the_two_alone() -> None:
+def test_a_window_of_two_documents_equals_both_alone() -> None:
     decoder, input_ids = small_decoder(), random_ids(1, 50)
     input_ids[:, [0, 22]] = DOCUMENT_START
     with torch.no_grad():
@@ -190,7 +141,7 @@ def test_a_window_of_two_documents_equals_the_two_alone() -> None:
 
 
 @pytest.mark.parametrize("prompt", [1, 9])
-def test_a_cache_gives_the_logits_of_the_whole_text(prompt: int) -> None:
+def test_a_cache_gives_the_logits_of_the_full_text(prompt: int) -> None:
     decoder, input_ids = small_decoder(), random_ids(2, 20)
     cache = ListCache(decoder.config)
     pieces = [input_ids[:, :prompt], input_ids[:, prompt : prompt + 4]]  # several new tokens on a filled cache
@@ -201,7 +152,7 @@ def test_a_cache_gives_the_logits_of_the_whole_text(prompt: int) -> None:
     torch.testing.assert_close(pieced, whole, atol=1e-5, rtol=0)
 
 
-def test_padding_in_front_of_a_text_changes_nothing_in_it() -> None:
+def test_left_padding_changes_nothing_in_a_text() -> None:
     decoder, text = small_decoder(), random_ids(1, 12)
     padded = torch.cat([torch.full((1, 5), 3), text], dim=1)
     cache = ListCache(decoder.config)
@@ -213,7 +164,7 @@ def test_padding_in_front_of_a_text_changes_nothing_in_it() -> None:
     assert together.isfinite().all()
 
 
-def test_positions_begin_anew_with_each_document() -> None:
+def test_positions_restart_in_each_document() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [4, 5, 5, 5, 5, 6]], dtype=torch.int32)
     assert positions_within(documents).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]]
 

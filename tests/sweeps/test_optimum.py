@@ -1,4 +1,4 @@
-"""The best value of a knob, from a few losses."""
+"""The best value of a hyperparameter, from a few losses."""
 
 import math
 import random
@@ -14,10 +14,10 @@ def parabola(value: float, best: float = 1.7e-3) -> float:
     return 3.0 + 0.4 * math.log10(value / best) ** 2
 
 
-def test_the_minimum_of_a_parabola_is_found_between_the_values_that_were_tried():
+def test_the_minimum_of_a_parabola_is_found_between_the_values_tried():
     optimum = find_optimum((value, parabola(value)) for value in GRID)
     assert optimum.value == pytest.approx(1.7e-3, rel=1e-6)
-    assert optimum.loss == pytest.approx(3.0)
+    assert optimum.score == pytest.approx(3.0)
     assert optimum.factor == pytest.approx(1.0, abs=1e-6)
     assert (optimum.best_value, optimum.edge, optimum.points) == (2e-3, None, 5)
     assert [parabola(end) for end in optimum.as_good] == pytest.approx([3.01, 3.01])
@@ -25,25 +25,25 @@ def test_the_minimum_of_a_parabola_is_found_between_the_values_that_were_tried()
 
 
 @pytest.mark.parametrize(("seeds", "grid"), [(1, GRID), (1, GRID[:5]), (3, GRID)])  # 2, 1 and 12 degrees of freedom
-def test_the_interval_covers_the_truth_as_often_as_it_says(seeds, grid):
-    dice = random.Random(0)
-    inside = told = 0
+def test_the_confidence_interval_has_its_nominal_coverage(seeds, grid):
+    rng = random.Random(0)
+    inside = counted = 0
     for _ in range(1000):
-        optimum = find_optimum((value, parabola(value) + dice.gauss(0, 0.003)) for value in grid for _ in range(seeds))
+        optimum = find_optimum((value, parabola(value) + rng.gauss(0, 0.003)) for value in grid for _ in range(seeds))
         if optimum.factor is not None:
-            told += 1
+            counted += 1
             inside += abs(math.log(optimum.value / 1.7e-3)) < math.log(optimum.factor)
-    assert told > 900
-    assert 0.63 < inside / told < 0.73
+    assert counted > 900
+    assert 0.63 < inside / counted < 0.73
 
 
 @pytest.mark.parametrize(("best", "edge"), [(1e-5, "lowest"), (1.0, "highest")])
-def test_a_best_value_at_the_edge_is_told_and_nothing_is_extrapolated(best, edge):
+def test_a_best_value_at_the_edge_is_reported_without_extrapolation(best, edge):
     optimum = find_optimum((value, parabola(value, best)) for value in GRID)
     assert (optimum.edge, optimum.value, optimum.diverged) == (edge, None, None)
 
 
-def test_losses_that_are_not_finite_poison_nothing():
+def test_non_finite_losses_are_left_out_of_the_fit():
     results = [(value, parabola(value)) for value in GRID[:5]] + [(value, math.inf) for value in GRID[5:]]
     optimum = find_optimum(results)
     assert optimum.value == pytest.approx(1.7e-3, rel=1e-6)
@@ -53,7 +53,7 @@ def test_losses_that_are_not_finite_poison_nothing():
     assert find_optimum([(1e-3, math.inf), (2e-3, math.nan)]) is None
 
 
-def test_three_losses_fix_a_parabola_and_say_nothing_of_its_error():
+def test_three_losses_give_a_parabola_without_an_uncertainty():
     optimum = find_optimum((value, parabola(value)) for value in GRID[2:5])
     assert optimum.value == pytest.approx(1.7e-3, rel=1e-6)
     assert optimum.factor is None
@@ -66,17 +66,26 @@ def test_losses_without_a_minimum_between_them_have_only_a_best_value():
     assert flat.best_value == 16e-3
 
 
-def test_what_is_as_good_lies_within_what_was_tried():
+def test_the_range_of_equally_good_values_lies_within_the_values_tried():
     optimum = find_optimum((value, 3.0 + 0.001 * math.log10(value / 2e-3) ** 2) for value in GRID)
     assert optimum.as_good == pytest.approx((GRID[1], GRID[5]))
 
 
 def test_noise_has_no_optimum():
-    dice = random.Random(1)
-    results = [[(value, dice.gauss(3, 0.01)) for value in GRID for _ in range(3)] for _ in range(200)]
+    rng = random.Random(1)
+    results = [[(value, rng.gauss(3, 0.01)) for value in GRID for _ in range(3)] for _ in range(200)]
     assert sum(find_optimum(noise).value is not None for noise in results) < 50
 
 
 def test_one_value_is_no_edge():
     optimum = find_optimum([(1e-3, 3.0), (1e-3, 3.2)])
-    assert (optimum.best_value, optimum.best_loss, optimum.edge, optimum.value) == (1e-3, 3.1, None, None)
+    assert (optimum.best_value, optimum.best_score, optimum.edge, optimum.value) == (1e-3, 3.1, None, None)
+
+
+def test_of_a_metric_where_higher_is_better_the_maximum_is_found():
+    lower = find_optimum((value, parabola(value)) for value in GRID)
+    higher = find_optimum(((value, -parabola(value)) for value in GRID), direction="higher")
+    assert (higher.value, higher.factor, higher.as_good) == (lower.value, lower.factor, lower.as_good)
+    assert (higher.best_score, higher.score) == (-lower.best_score, -lower.score)
+    assert higher.at(GRID) == pytest.approx([-parabola(value) for value in GRID])
+    assert find_optimum([(1e-3, 0.5), (2e-3, math.inf)], direction="higher").best_score == 0.5

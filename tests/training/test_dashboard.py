@@ -1,5 +1,6 @@
-"""What TensorBoard shows of a run, read back through its own readers."""
+"""TensorBoard events of a run, read through TensorBoard's own readers."""
 
+import dataclasses
 import json
 import math
 import re
@@ -25,22 +26,24 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 from tensorboard.util import grpc_util
 
-from cucafera.composition import composed_config, config_directory, default_config
-from cucafera.config import AdapterConfig, UserError
+from cucafera.config.command_line import composed_config, default_config
+from cucafera.config.compose import config_directory
+from cucafera.config.errors import UserError
+from cucafera.config.schema import AdapterConfig
+from cucafera.model.layer_statistics import activation_rms, gradient_norms
 from cucafera.model.lora import add_adapters
-from cucafera.model.scales import activation_scales, gradient_norms
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
+from cucafera.runs.compatibility import changed_keys
+from cucafera.runs.folder import EVENTS, RunFolder
 from cucafera.training.callbacks import layers
 from cucafera.training.callbacks.hyperparameters import overridden_values
-from cucafera.training.callbacks.plan import drawn_steps
 from cucafera.training.callbacks.reference import PUBLISHED, PublishedLoss
 from cucafera.training.callbacks.system import plain, source_revision, system_page, table
-from cucafera.training.events import EVENTS
 from cucafera.training.hardware import decide_hardware
 from cucafera.training.module import LanguageModel
-from cucafera.training.run_folder import RunFolder
-from tests.test_run import assert_equal, scalars, weights
+from cucafera.training.schedules import lr_ratio
+from tests.support import assert_equal, scalars, weights
 
 HORIZON = "schedule.horizon_steps=12"
 REQUEST = RequestContext()
@@ -101,7 +104,7 @@ def all_curves(run_dir: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def kill_before_its_last_checkpoint(run_dir: str) -> None:
-    """Leaves what SIGKILL between the last step and its checkpoint would."""
+    """Leave the state of a run killed between its last step and its checkpoint."""
     folder = RunFolder(Path(run_dir))
     newest = folder.checkpoints.marked()[-1]
     newest.with_suffix(".json").unlink()
@@ -110,7 +113,7 @@ def kill_before_its_last_checkpoint(run_dir: str) -> None:
     folder.report.unlink()
 
 
-def test_each_point_stands_once_after_a_kill_in_every_reader(small_run, monkeypatch):
+def test_each_point_is_unique_after_a_kill_in_every_reader(small_run, monkeypatch):
     reference = PublishedLoss(batch_tokens=256, losses=((0, 6.0), (3, 5.0), (9, 4.0), (10, 3.9), (99, 2.0)))
     monkeypatch.setitem(PUBLISHED, "original", reference)
     settings = ("callbacks.reference_curve=original", HORIZON)
@@ -137,12 +140,11 @@ def test_each_point_stands_once_after_a_kill_in_every_reader(small_run, monkeypa
     assert whole["original/train_loss"] == [(3, 5.0), (9, 4.0), (10, pytest.approx(3.9))]
 
 
-def test_the_layout_names_curves_that_are_there(small_run):
+def test_the_layout_names_existing_curves(small_run):
     config = small_run("name=run")
     train(config, [])
     events = EventAccumulator(config.run_dir)
     events.Reload()
-    assert not events.Tags()["histograms"]  # they are drawn only on request
     (tensor,) = events.Tensors("custom_scalars__config__")
     layout = Layout.FromString(tensor.tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["Learning", "Speed", "Layers"]
@@ -155,25 +157,17 @@ def test_the_layout_names_curves_that_are_there(small_run):
         assert len(empty) < len(chart.multiline.tag)
 
 
-def test_what_is_planned_is_what_is_done(small_run):
+def test_the_learning_rate_curve_is_that_of_the_schedule(small_run):
     config = small_run("name=run", "schedule=wsd", "schedule.warmup_steps=3", "callbacks.log_every_steps=2")
     train(config, [])
-    curves = all_curves(config.run_dir)
-    planned, done = dict(curves["schedule/planned"]), dict(curves["train/lr/matrices"])
-    assert {1, 3, 4, 11, 12} <= planned.keys() and max(planned.values()) == pytest.approx(config.optimizer.lr)
-    assert set(done) <= set(planned)
-    assert all(planned[step] == value for step, value in done.items())
+    points = all_curves(config.run_dir)["train/lr/matrices"]
+    assert [step for step, _ in points] == [2, 4, 6, 8, 10, 12]
+    for step, rate in points:  # the first step is taken at the ratio of step 0
+        ratio = lr_ratio(step - 1, config.schedule, config.horizon_steps)
+        assert rate == pytest.approx(config.optimizer.lr * ratio)
 
 
-def test_a_long_plan_is_drawn_by_some_200_points_to_its_horizon():
-    config = composed_config(["+experiment=pretrain_original"])
-    steps = drawn_steps(config)
-    assert 190 < len(steps) < 215
-    assert (steps[0], steps[-1]) == (1, 20_000)
-    assert {200, 201} <= set(steps)
-
-
-def test_runs_are_rows_of_one_table_and_a_resume_does_not_break_it(small_run, monkeypatch):
+def test_runs_are_rows_of_one_table_also_after_a_resume(small_run, monkeypatch):
     overrides = ["optimizer.lr=1e-3", "data.document_masking=false", "optimizer=adamw", "logger=tensorboard"]
     train(small_run("name=whole", "run_dir=outputs/sweep/lr-0.001", *overrides), overrides)
     stopped = ("name=stopped", "run_dir=outputs/sweep/stopped", HORIZON)
@@ -187,7 +181,8 @@ def test_runs_are_rows_of_one_table_and_a_resume_does_not_break_it(small_run, mo
     before = DataServer("outputs/sweep", runs=3).table()
     assert before.keys() == {"lr-0.001", "stopped", "failed"}
     assert before["failed"]["status"] == "STATUS_FAILURE"
-    assert not before["failed"].keys() & {"hp/train_loss", "hp/tokens_per_second"}  # nothing stands in for a measure
+    missing = {"hp/train_loss", "hp/tokens_per_second"}
+    assert not before["failed"].keys() & missing  # no placeholder for a missing metric
     assert before["stopped"]["status"] not in ("STATUS_FAILURE", "STATUS_SUCCESS")
     assert before["stopped"]["budget_tokens"] == 2048
 
@@ -210,7 +205,7 @@ def test_runs_are_rows_of_one_table_and_a_resume_does_not_break_it(small_run, mo
     assert after["stopped"]["hp/val_loss"] == pytest.approx(scalars("outputs/sweep/stopped", "val/loss")[-1][1])
 
 
-def test_hyperparameters_are_numbers_and_texts_that_a_run_may_not_change():
+def test_hyperparameters_are_numbers_and_strings_fixed_for_a_run():
     overrides = [
         "+experiment=pretrain", "model=tiny", "optimizer.clip_norm=null", "optimizer.betas=[0.9,0.99]", "name=x",
         "trainer=cpu", "trainer.devices=2", "callbacks.keep_last=3", "hydra.job.num=1", "+data.sources.more.path=a.txt",
@@ -225,7 +220,7 @@ def test_hyperparameters_are_numbers_and_texts_that_a_run_may_not_change():
     }
 
 
-def test_layers_are_measured_and_nothing_is_changed(small_run, monkeypatch):
+def test_layer_statistics_do_not_change_the_run(small_run, monkeypatch):
     by_hand: list[dict[str, float]] = []
     clip = LanguageModel._clip_gradients
 
@@ -243,7 +238,7 @@ def test_layers_are_measured_and_nothing_is_changed(small_run, monkeypatch):
     monkeypatch.setattr(LanguageModel, "_clip_gradients", norms_and_clip)
     asked = []
     monkeypatch.setattr(layers, "gradient_norms", lambda model: asked.append(1) or gradient_norms(model))
-    train(small_run("name=watched", "callbacks.histogram_every_steps=5", *settings), [])
+    train(small_run("name=watched", *settings), [])
     assert_equal(weights("outputs/plain"), weights("outputs/watched"))
     states = [torch.load(RunFolder(Path(f"outputs/{name}")).checkpoints.marked()[-1]) for name in ("plain", "watched")]
     assert torch.equal(states[0]["random_state"]["torch"], states[1]["random_state"]["torch"])
@@ -259,13 +254,6 @@ def test_layers_are_measured_and_nothing_is_changed(small_run, monkeypatch):
         assert all(value == pytest.approx(by_hand[step - 1][name], rel=1e-4) for step, value in norms)
         assert [step for step, _ in curves[f"layers/activation_rms/{name}"]] == [0, 4, 8, 12]
 
-    events = EventAccumulator("outputs/watched", size_guidance={"histograms": 0})
-    events.Reload()
-    drawn = events.Tags()["histograms"]
-    assert len(drawn) == 2 * 20  # the embedding, nine weights of each layer, and the gain of the last norm
-    assert {"weights/layers.1.mlp.up_proj.weight", "gradients/layers.1.mlp.up_proj.weight"} <= set(drawn)
-    assert {tuple(event.step for event in events.Histograms(tag)) for tag in drawn} == {(5, 10)}
-
 
 def test_frozen_weights_have_no_gradient_norm():
     model = Decoder(composed_config(["model.num_hidden_layers=1"]).model)
@@ -274,7 +262,7 @@ def test_frozen_weights_have_no_gradient_norm():
     assert gradient_norms(model).keys() == {"00"}
 
 
-def test_activation_scales_are_those_of_the_forward_pass_compiled_or_not():
+def test_activation_rms_equals_the_forward_pass_compiled_or_not():
     torch.manual_seed(0)
     model = Decoder(composed_config(["model.num_hidden_layers=2"]).model).eval()
     ids = torch.randint(300, (1, 32))
@@ -291,23 +279,24 @@ def test_activation_scales_are_those_of_the_forward_pass_compiled_or_not():
     model.compile(backend="eager")
     model(ids, documents=documents)
     before = torch.get_rng_state()
-    scales = activation_scales(model, ids, documents)
+    scales = activation_rms(model, ids, documents)
     assert torch.equal(before, torch.get_rng_state())
     assert {name: float(value) for name, value in scales.items()} == pytest.approx(wanted)
-    assert activation_scales(model, ids, None)["01"] != scales["01"]
+    assert activation_rms(model, ids, None)["01"] != scales["01"]
 
 
-def test_the_system_page_says_what_the_run_is(small_run):
+def test_the_system_page_describes_the_run(small_run):
     overrides = ["name=run", "seed=7", "model.hidden_act=silu"]
     config = small_run(*overrides)
-    html = unescape(plugin_util.markdown_to_safe_html(system_page(config, decide_hardware(config), overrides)))
+    changes = changed_keys(config, dataclasses.asdict(default_config()))
+    html = unescape(plugin_util.markdown_to_safe_html(system_page(decide_hardware(config), overrides, changes)))
     for row in (("torch", torch.__version__), ("seed", "1337", "7"), ("model.hidden_act", "gelu_pytorch_tanh", "silu")):
         assert "<tr>\n" + "\n".join(f"<td>{cell}</td>" for cell in row) + "\n</tr>" in html
     assert "python -m cucafera.run name=run seed=7 model.hidden_act=silu" in html
     assert socket.gethostname() not in html
 
 
-def test_nothing_in_a_cell_means_anything_to_markdown():
+def test_cells_are_escaped_for_markdown_and_html():
     cells = [
         "a|b",
         "one\ntwo\r\n| three |",
@@ -318,7 +307,7 @@ def test_nothing_in_a_cell_means_anything_to_markdown():
         "# h",
         "&amp;",
     ]
-    html = plugin_util.markdown_to_safe_html("\n".join(table(("key", "here"), [("k", cell) for cell in cells])))
+    html = plugin_util.markdown_to_safe_html("\n".join(table(("key", "value"), [("k", cell) for cell in cells])))
     assert html.count("<tr>") == 1 + len(cells) and html.count("<td>") == 2 * len(cells)
     for markup in ("<script", "<a ", "<strong", "<code", "<em", "<h1"):
         assert markup not in html
@@ -326,7 +315,7 @@ def test_nothing_in_a_cell_means_anything_to_markdown():
     assert plain("1e-05 outputs/x y_z") == "1e-05 outputs/x y&#95;z"
 
 
-def test_the_revision_of_a_checkout_says_whether_it_was_changed(tmp_path):
+def test_the_revision_of_a_checkout_reports_uncommitted_changes(tmp_path):
     assert source_revision(tmp_path) is None
     (tmp_path / ".git").mkdir()
     assert source_revision(tmp_path) is None  # what git does not know is no checkout either
@@ -347,17 +336,17 @@ def test_the_revision_of_a_checkout_says_whether_it_was_changed(tmp_path):
     (tmp_path / "new").write_text("not part of it")
     assert source_revision(tmp_path) == commit
     (tmp_path / "file").write_text("b")
-    assert source_revision(tmp_path) == f"{commit}, with changes that are not committed"
+    assert source_revision(tmp_path) == f"{commit}, with uncommitted changes"
 
 
-def test_the_defaults_are_known_within_a_job_too():
+def test_the_defaults_can_be_composed_within_a_job_too():
     outside = default_config()
     with initialize_config_dir(str(config_directory()), version_base="1.3"):
         inside = default_config()
     assert inside == outside == composed_config([])
 
 
-def test_the_loss_of_the_original_stands_where_as_many_tokens_were_seen():
+def test_the_original_loss_is_at_the_steps_with_as_many_tokens():
     losses = PUBLISHED["original"].against_steps(262_144)
     assert losses[50] == 9.673 and losses[22_008] == 2.636
     for experiment in ("pretrain", "pretrain_original"):

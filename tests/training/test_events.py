@@ -1,4 +1,4 @@
-"""TensorBoard events on the disk."""
+"""TensorBoard event files: full disks, kills and resumes."""
 
 import errno
 import os
@@ -9,8 +9,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from cucafera.runs.folder import EVENTS
 from cucafera.training import events
-from cucafera.training.events import EVENTS, EventLogger
+from cucafera.training.events import EventLogger
 
 
 def scalars(folder: Path, tag: str = "x") -> list[tuple[int, float]]:
@@ -23,7 +24,7 @@ def full(descriptor: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_curves_wait_for_a_full_disk_and_are_whole_afterwards(tmp_path, monkeypatch, caplog):
+def test_curves_wait_for_a_full_disk_and_are_complete_afterwards(tmp_path, monkeypatch, caplog):
     logger = EventLogger(tmp_path, 0)
     for step in range(1, 10):
         logger.log_metrics({"x": step}, step)
@@ -37,7 +38,7 @@ def test_curves_wait_for_a_full_disk_and_are_whole_afterwards(tmp_path, monkeypa
     assert caplog.text.count("cannot be written: No space left on device. The curves wait in memory") == 1
 
 
-def test_what_a_session_declares_takes_the_place_of_what_the_one_before_did(tmp_path, monkeypatch):
+def test_declarations_of_a_session_replace_those_of_the_previous_one(tmp_path, monkeypatch):
     first = EventLogger(tmp_path, 0)
     first.declare(Summary(value=[Summary.Value(tag="declared", simple_value=1)]))
     first.log_metrics({"x": 1}, 1)
@@ -53,7 +54,7 @@ def test_what_a_session_declares_takes_the_place_of_what_the_one_before_did(tmp_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a disk")
-def test_a_disk_that_is_really_full_keeps_whole_records(tmp_path):
+def test_a_mounted_disk_that_is_full_keeps_complete_records(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", disk], capture_output=True).returncode:
@@ -72,7 +73,7 @@ def test_a_disk_that_is_really_full_keeps_whole_records(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_curves_that_never_reached_the_disk_are_told_at_the_end(tmp_path, monkeypatch, caplog):
+def test_curves_that_could_never_be_written_are_reported_at_the_end(tmp_path, monkeypatch, caplog):
     logger = EventLogger(tmp_path, 0)
     logger.log_metrics({"x": 1}, 1)
     monkeypatch.setattr(os, "fsync", full)
@@ -80,7 +81,7 @@ def test_curves_that_never_reached_the_disk_are_told_at_the_end(tmp_path, monkey
     assert "the curves since it could last be written are lost" in caplog.text
 
 
-def test_what_a_killed_process_wrote_after_its_last_checkpoint_does_not_count(tmp_path):
+def test_points_after_the_last_checkpoint_of_a_killed_process_are_dropped(tmp_path):
     killed = EventLogger(tmp_path, 0)
     for step in range(1, 8):
         killed.log_metrics({"x": step}, step)
@@ -92,7 +93,7 @@ def test_what_a_killed_process_wrote_after_its_last_checkpoint_does_not_count(tm
     assert scalars(tmp_path) == [*((step, float(step)) for step in range(1, 6)), *((s, 10.0 * s) for s in range(6, 10))]
 
 
-def test_the_order_of_files_holds_when_the_clock_of_the_next_machine_is_behind(tmp_path, monkeypatch):
+def test_files_stay_in_order_when_the_clock_of_the_next_machine_is_behind(tmp_path, monkeypatch):
     for start, now in ((0, 2_000_000_000), (3, 1_000_000_000), (5, 1_500_000_000)):
         monkeypatch.setattr(events.time, "time_ns", lambda now=now: now * 10**9)
         logger = EventLogger(tmp_path, start)
@@ -104,7 +105,7 @@ def test_the_order_of_files_holds_when_the_clock_of_the_next_machine_is_behind(t
 
 
 @pytest.mark.parametrize("cut", [1, 10, 100])
-def test_a_file_that_was_cut_by_a_crash_hides_nothing_that_came_after(tmp_path, cut):
+def test_a_file_truncated_by_a_crash_does_not_hide_later_events(tmp_path, cut):
     logger = EventLogger(tmp_path, 0)
     for step in range(1, 8):
         logger.log_metrics({"x": step}, step)

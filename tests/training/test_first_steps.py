@@ -1,20 +1,20 @@
-"""A run that trains nothing, or not by its gradients, is stopped: with a broken loss, optimizer or compiler."""
+"""A broken loss, optimizer or compiler stops a run in its first steps."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from cucafera.config import EXIT_DIVERGED, UserError
+from cucafera.config.errors import EXIT_DIVERGED, UserError
 from cucafera.model import loss as loss_module
 from cucafera.model.transformer import MLP, Decoder
+from cucafera.optimizers import build_optimizer
 from cucafera.run import train
+from cucafera.runs.folder import RunFolder
 from cucafera.training.callbacks.guards import GuardsError
 from cucafera.training.gradient_check import _part_with_targets
 from cucafera.training.module import LanguageModel
-from cucafera.training.optimizers import build_optimizer
-from cucafera.training.run_folder import RunFolder
-from tests.test_run import assert_equal, weights
+from tests.support import assert_equal, weights
 
 
 def test_a_loss_whose_gradient_is_zero_stops_the_run_in_its_first_step(small_run, monkeypatch):
@@ -53,8 +53,8 @@ def test_a_weight_without_gradient_is_named_after_three_steps(small_run, monkeyp
         train(small_run("name=run"), [])
 
 
-def test_weights_that_no_update_changes_stop_the_run(small_run, monkeypatch):
-    def asleep(model, config):
+def test_updates_that_change_no_weight_stop_the_run(small_run, monkeypatch):
+    def without_updates(model, config):
         optimizer = build_optimizer(model, config)
         step = optimizer.step
 
@@ -68,12 +68,12 @@ def test_weights_that_no_update_changes_stop_the_run(small_run, monkeypatch):
         optimizer.step = without_effect
         return optimizer
 
-    monkeypatch.setattr("cucafera.training.module.build_optimizer", asleep)
+    monkeypatch.setattr("cucafera.training.module.build_optimizer", without_updates)
     with pytest.raises(GuardsError, match="no weight has changed in the first 3 steps, although every update was"):
         train(small_run("name=run"), [])
 
 
-def test_log_steps_far_apart_are_early_enough(small_run, monkeypatch):
+def test_a_long_log_interval_still_stops_the_run_early(small_run, monkeypatch):
     monkeypatch.setattr(MLP, "forward", lambda mlp, x: torch.zeros_like(x))
     with pytest.raises(GuardsError, match=r"gradient of layers\.0\.\S+ and \d+ others was exactly zero"):
         train(small_run("name=run", "callbacks.log_every_steps=10", "callbacks.validate_every_steps=0"), [])
@@ -81,7 +81,7 @@ def test_log_steps_far_apart_are_early_enough(small_run, monkeypatch):
 
 @pytest.fixture
 def compiled_as(monkeypatch):
-    """Lets the compiled decoder be what a function makes of the written one's result."""
+    """Replace the compiled decoder by a function of the eager result."""
 
     def install(change) -> None:
         def compile_module(model, **how):
@@ -98,7 +98,7 @@ COMPILED = ("name=run", "trainer.compile=true")
 
 
 class NoGradient(torch.autograd.Function):
-    """The same number, without its gradient: what a fault of the compiler looks like."""
+    """The same value with a zero gradient, as a compiler bug produces it."""
 
     @staticmethod
     def forward(ctx, loss):
@@ -114,16 +114,16 @@ class NoGradient(torch.autograd.Function):
     [(lambda model, loss: NoGradient.apply(loss), "100.0%"), (lambda model, loss: 1.1 * loss, r"10\.\d%")],
     ids=["no gradient", "a tenth too large"],
 )
-def test_a_compiled_model_with_other_gradients_is_not_trained(small_run, compiled_as, change, away):
+def test_a_compiled_model_with_wrong_gradients_is_not_trained(small_run, compiled_as, change, away):
     compiled_as(change)
-    match = rf"20 of 20 gradients of the compiled model are not .* is {away} of its size away .*nothing was trained"
+    match = rf"20 of 20 gradients of the compiled model differ .* is {away} of its norm away .*nothing was trained"
     with pytest.raises(UserError, match=match) as raised:
         train(small_run(*COMPILED), [])
     assert "trainer.compile=false" in str(raised.value) and torch.__version__ in str(raised.value)
     assert not RunFolder(Path("outputs/run")).checkpoints.complete()
 
 
-def test_one_wrong_gradient_is_enough_and_is_named(small_run, compiled_as):
+def test_one_wrong_gradient_is_enough_and_is_reported_by_name(small_run, compiled_as):
     def one_wrong(model, loss):
         weight = model.layers[1].mlp.up_proj.weight
         return loss + 5 * (weight - weight.detach()).sum() if loss.ndim == 0 else loss
@@ -133,14 +133,14 @@ def test_one_wrong_gradient_is_enough_and_is_named(small_run, compiled_as):
         train(small_run(*COMPILED), [])
 
 
-def test_the_comparison_can_be_switched_off(small_run, compiled_as):
+def test_the_gradient_check_can_be_turned_off(small_run, compiled_as):
     compiled_as(lambda model, loss: 1.1 * loss if loss.ndim == 0 else loss)
     train(small_run(*COMPILED, "trainer.check_gradients=false"), [])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("documents", ["true", "false"])
-def test_the_comparison_changes_nothing_of_the_run(small_run, compiled_as, precision, documents):
+def test_the_gradient_check_does_not_change_the_run(small_run, compiled_as, precision, documents):
     compiled_as(lambda model, result: result)
     settings = (
         f"trainer.precision={precision}", f"trainer.residual_precision={precision}",
@@ -151,7 +151,7 @@ def test_the_comparison_changes_nothing_of_the_run(small_run, compiled_as, preci
     assert_equal(weights("outputs/checked"), weights("outputs/unchecked"))
 
 
-def test_without_memory_for_the_comparison_the_run_goes_on_and_says_so(small_run, compiled_as, monkeypatch, caplog):
+def test_a_gradient_check_out_of_memory_is_skipped_with_a_warning(small_run, compiled_as, monkeypatch, caplog):
     def too_much(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -161,8 +161,8 @@ def test_without_memory_for_the_comparison_the_run_goes_on_and_says_so(small_run
     assert "too little memory to compare the gradients of the compiled model" in caplog.text
 
 
-def test_a_gradient_that_is_zero_but_for_rounding_is_no_fault(small_run, compiled_as, tmp_path):
-    # Where every token is the same, attention mixes equal values: queries and keys have no gradient but rounding.
+def test_a_gradient_that_consists_of_rounding_errors_is_no_fault(small_run, compiled_as, tmp_path):
+    # Where every token is the same, attention averages equal values: gradients of queries and keys are rounding errors.
     (tmp_path / "same").mkdir()
     for number in range(40):
         (tmp_path / "same" / f"{number}.txt").write_text("=" * 2000 + str(number))
@@ -177,20 +177,23 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_fault(small_run, compile
     train(small_run(*COMPILED, *settings), [])
 
 
-def test_the_comparison_looks_where_targets_are(monkeypatch):
+def test_the_gradient_check_uses_a_window_with_targets(monkeypatch):
     targets = torch.full((3, 600), -100)
     assert _part_with_targets(targets.index_fill(1, torch.tensor([3, 4]), 5)) == (0, 512)
     targets[2, 550] = 5
-    assert _part_with_targets(targets) == (2, 600)  # behind the first tokens
+    assert _part_with_targets(targets) == (2, 600)  # after the first tokens
     targets[1, 7] = 5
     assert _part_with_targets(targets) == (1, 512)
 
 
-def test_a_skipped_update_of_an_earlier_session_does_not_end_the_watch(small_run, monkeypatch):
+def test_a_skipped_update_of_an_earlier_session_does_not_end_the_check(small_run, monkeypatch):
     horizon = "schedule.horizon_steps=12"
-    step = LanguageModel._is_broken
-    monkeypatch.setattr(LanguageModel, "_is_broken", lambda module, loss, norm: step(module, loss * torch.nan, norm)
-                        if module.steps_done == 2 else step(module, loss, norm))  # fmt: skip
+    step = LanguageModel._found_nonfinite
+    monkeypatch.setattr(
+        LanguageModel,
+        "_found_nonfinite",
+        lambda module, loss, norm: step(module, loss * (torch.nan if module.steps_done == 2 else 1), norm),
+    )
     train(small_run("name=run", horizon, "budget_tokens=2048"), [])
     monkeypatch.setattr(MLP, "forward", lambda mlp, x: torch.zeros_like(x))
     with pytest.raises(GuardsError, match="was exactly zero in each of the first 3 steps"):

@@ -1,26 +1,17 @@
-"""What the machine at hand has, and the messages about a GPU that cannot be used."""
+"""GPU discovery, its messages, and the trainer settings that are resolved for a machine."""
 
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cucafera.composition import composed_config
-from cucafera.config import UserError
+from cucafera import device
+from cucafera.config.command_line import composed_config
+from cucafera.config.errors import UserError
+from cucafera.device import find_gpu, has_kernels_for, resolve_device
 from cucafera.model.flops import peak_flops
-from cucafera.training import hardware
-from cucafera.training.hardware import (
-    MEMORY_GROUPS,
-    Hardware,
-    _left_in_groups,
-    decide_hardware,
-    device_called,
-    find_gpu,
-    free_memory_bytes,
-    has_kernels_for,
-)
+from cucafera.training.hardware import Hardware, decide_hardware
 
 TOO_OLD = (
     "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). Please update your GPU "
@@ -39,7 +30,7 @@ GIGABYTE = 10**9
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Pretends that PyTorch finds no GPU, by default on a machine with a driver and with a build for CUDA 13.0."""
+    """Make PyTorch find no GPU, by default on a machine with a driver and with a build for CUDA 13.0."""
 
     def install(driver: bool = True, built_for: str | None = "13.0", warning: str | None = None) -> None:
         def is_available() -> bool:
@@ -48,7 +39,7 @@ def machine(monkeypatch, tmp_path):
             return False
 
         (tmp_path / "driver").touch()
-        monkeypatch.setattr(hardware, "DRIVER_FILES", (tmp_path / "nowhere", *([tmp_path / "driver"] * driver)))
+        monkeypatch.setattr(device, "DRIVER_FILES", (tmp_path / "nowhere", *([tmp_path / "driver"] * driver)))
         monkeypatch.setattr(torch.version, "cuda", built_for)
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
 
@@ -57,7 +48,7 @@ def machine(monkeypatch, tmp_path):
 
 @pytest.fixture
 def card(monkeypatch):
-    """Pretends that the machine has a GPU."""
+    """Give the machine a GPU."""
 
     def install(
         name: str = "NVIDIA A100-SXM4-80GB",
@@ -118,17 +109,17 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("settings", "environment", "reason"), UNUSABLE.values(), ids=UNUSABLE)
-def test_a_gpu_that_cannot_be_used_is_told_in_one_line_with_the_reason(machine, caplog, settings, environment, reason):
+def test_an_unusable_gpu_is_reported_in_one_line_with_the_reason(machine, caplog, settings, environment, reason):
     machine(**settings)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PyTorch's own warning is not shown beside
+        warnings.simplefilter("error")  # PyTorch's own warning is not shown as well
         with pytest.raises(UserError, match=reason) as refused:
             decided("trainer.accelerator=cuda", environment=environment)
         with pytest.raises(UserError, match=f"--device cuda: .*{reason}") as refused_device:
-            device_called("cuda", environment)
+            resolve_device("cuda", environment)
         assert not caplog.records
         assert decided("trainer.accelerator=auto", environment=environment).accelerator == "cpu"
-        assert device_called("auto", environment) == torch.device("cpu")
+        assert resolve_device("auto", environment) == torch.device("cpu")
     messages = [record.getMessage() for record in caplog.records]
     assert [message.split(":")[0] for message in messages] == [
         "Training on the CPU (trainer.accelerator=auto)", "Computing on the CPU",
@@ -139,22 +130,22 @@ def test_a_gpu_that_cannot_be_used_is_told_in_one_line_with_the_reason(machine, 
 
 
 @pytest.mark.parametrize("settings", [{"built_for": None}, {}])
-def test_a_machine_without_a_gpu_trains_on_the_cpu_without_a_word(machine, caplog, settings):
+def test_a_machine_without_a_gpu_trains_on_the_cpu_silently(machine, caplog, settings):
     machine(driver=False, **settings)
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     assert decided(environment=hidden).accelerator == "cpu"
-    assert device_called("auto", hidden) == torch.device("cpu")
+    assert resolve_device("auto", hidden) == torch.device("cpu")
     assert not caplog.records
     with pytest.raises(UserError, match=r"this machine has none that PyTorch can use\.\n.*\n.*trainer=cpu"):
         decided("trainer.accelerator=cuda", environment=hidden)
     with pytest.raises(UserError, match="--device cuda: this machine has no CUDA GPU that PyTorch can use"):
-        device_called("cuda", hidden)
+        resolve_device("cuda", hidden)
 
 
-def test_training_on_the_cpu_asks_nothing_of_cuda(machine, caplog):
+def test_training_on_the_cpu_does_not_query_cuda(machine, caplog):
     machine(built_for=None)
     assert decided("trainer=cpu").accelerator == "cpu"
-    assert device_called("cpu", {}) == torch.device("cpu")
+    assert resolve_device("cpu", {}) == torch.device("cpu")
     assert not caplog.records
 
 
@@ -193,19 +184,19 @@ def test_machine_code_runs_within_a_major_version_and_ptx_on_all_later_ones(capa
 
 def test_a_gpu_without_kernels_in_this_build_is_refused_by_name(card, caplog):
     card("Tesla V100-SXM2-16GB", (7, 0))
-    told = (
+    message = (
         r"Tesla V100-SXM2-16GB has compute capability 7\.0, and PyTorch \S+ has kernels for sm_75 sm_80 .* sm_120 only"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         decided("trainer.accelerator=cuda")
-    with pytest.raises(UserError, match=told):
-        device_called("cuda", {})
+    with pytest.raises(UserError, match=message):
+        resolve_device("cuda", {})
     assert decided().accelerator == "cpu"
     assert "Training on the CPU (trainer.accelerator=auto): Tesla V100" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "capability"), [("Tesla T4", (7, 5)), ("Tesla V100-SXM2-16GB", (7, 0))])
-def test_a_gpu_without_bf16_trains_in_fp32_and_says_what_that_costs(card, caplog, name, capability):
+def test_a_gpu_without_bf16_trains_in_fp32_and_warns_of_the_cost(card, caplog, name, capability):
     card(name, capability, architectures=("sm_70", "sm_75"), free=15.5, total=16)
     assert decided("trainer.accelerator=cuda", "trainer.precision=auto").precision == "fp32"
     (record,) = caplog.records
@@ -218,21 +209,21 @@ def test_a_gpu_without_bf16_trains_in_fp32_and_says_what_that_costs(card, caplog
     assert not caplog.records
 
 
-def test_a_gpu_that_is_free_is_taken_whole(card, caplog):
+def test_a_free_gpu_is_used_completely(card, caplog):
     asked = card()
     found = decided("+experiment=pretrain", "trainer=small_gpu")
     assert (found.accelerator, found.precision, found.peak_flops) == ("cuda", "bf16", 312e12)
-    assert device_called("auto", {}) == device_called("cuda", {}) == torch.device("cuda")
+    assert resolve_device("auto", {}) == resolve_device("cuda", {}) == torch.device("cuda")
     assert set(asked) == {0}
     assert not caplog.records
 
 
-def test_a_gpu_that_others_use_is_told_and_the_micro_batch_fits_what_is_free(card, caplog):
+def test_a_gpu_that_others_use_gets_a_micro_batch_for_its_free_memory(card, caplog):
     card(free=24, total=80)
     shared = decided("+experiment=pretrain", "trainer=small_gpu")
     (record,) = caplog.records
     assert record.getMessage() == (
-        "Other processes have taken 56.0 of the 80.0 GB of GPU 0 (NVIDIA A100-SXM4-80GB): the micro-batch is chosen "
+        "Other processes use 56.0 of the 80.0 GB of GPU 0 (NVIDIA A100-SXM4-80GB): the micro-batch is chosen "
         "for the rest."
     )
     caplog.clear()
@@ -246,7 +237,7 @@ def test_a_gpu_that_others_use_is_told_and_the_micro_batch_fits_what_is_free(car
     assert caplog.messages[-1].endswith("training may run out of memory.")
 
 
-def test_devices_that_train_together_choose_one_micro_batch_whatever_each_has_free(card, caplog):
+def test_devices_of_one_job_choose_the_same_micro_batch(card, caplog):
     job = ["+experiment=pretrain", "trainer=ddp", "trainer.devices=2"]
     card(count=2)
     alone = decided(*job)
@@ -258,14 +249,14 @@ def test_devices_that_train_together_choose_one_micro_batch_whatever_each_has_fr
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 @pytest.mark.parametrize("accelerator", ["cuda", "auto"])
-def test_a_gpu_that_lets_no_further_process_in_is_refused_in_one_line(card, kind, accelerator):
-    for error, told in (
+def test_a_gpu_that_accepts_no_further_process_is_refused_in_one_line(card, kind, accelerator):
+    for error, message in (
         ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors", "exclusive compute mode"),
         ("CUDA error: out of memory\nCUDA kernel errors", "other processes have taken all of the GPU's memory"),
     ):
         card(error=kind(error))
-        for call in (lambda: decided(f"trainer.accelerator={accelerator}"), lambda: device_called(accelerator, {})):
-            with pytest.raises(UserError, match=told) as refused:
+        for call in (lambda: decided(f"trainer.accelerator={accelerator}"), lambda: resolve_device(accelerator, {})):
+            with pytest.raises(UserError, match=message) as refused:
                 call()
             assert "\n" not in str(refused.value)
     card(error=kind("CUDA error: an illegal memory access"))
@@ -273,7 +264,7 @@ def test_a_gpu_that_lets_no_further_process_in_is_refused_in_one_line(card, kind
         decided("trainer.accelerator=cuda")
 
 
-def test_a_slice_of_a_card_is_never_taken_for_the_whole_nor_for_several(card):
+def test_a_mig_slice_is_one_device_without_a_known_peak(card):
     name = "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
     assert peak_flops(name) is None
     card(name, free=39.8, total=40)
@@ -288,32 +279,9 @@ def test_a_slice_of_a_card_is_never_taken_for_the_whole_nor_for_several(card):
             decided("+experiment=pretrain", "trainer=ddp", f"trainer.devices={devices}")
 
 
-def test_free_memory_is_a_number_of_bytes():
-    assert 1 << 20 < free_memory_bytes() < 1 << 50
-
-
-@pytest.mark.parametrize(("controllers", "kind"), [("", ""), ("cpu,memory", "memory")])
-def test_memory_is_limited_by_every_group_around_the_process(tmp_path, controllers, kind):
-    _, limit, used, cached = MEMORY_GROUPS[kind]
-    for folder, content in (("", "max"), ("slurm/job_7", "1000"), ("slurm/job_7/step_0", "900")):
-        group = tmp_path / "groups" / folder
-        group.mkdir(parents=True, exist_ok=True)
-        (group / limit).write_text(content + "\n")
-        (group / used).write_text("850\n")
-        (group / "memory.stat").write_text(f"anon 800\n{cached}30\n")
-    (tmp_path / limit).write_text("1")  # not one of the groups
-    (tmp_path / "cgroup").write_text(f"3:pids:/\n2:{controllers}:/slurm/job_7/step_0/task_1\n")
-    kinds = {kind: (str(tmp_path / "groups"), limit, used, cached)}
-    assert list(_left_in_groups(tmp_path / "cgroup", kinds)) == [900 - 850 + 30, 1000 - 850 + 30]
-
-
-def test_a_system_without_groups_limits_nothing():
-    assert list(_left_in_groups(Path("nowhere"), MEMORY_GROUPS)) == []
-
-
 def test_a_residual_stream_in_bf16_needs_layers_in_bf16():
     fp32 = ["trainer=cpu", "trainer.precision=fp32"]
-    with pytest.raises(UserError, match=r"trainer\.residual_precision is bf16 and training here is in fp32"):
+    with pytest.raises(UserError, match=r"trainer\.residual_precision is bf16, but training is in fp32"):
         decide_hardware(composed_config([*fp32, "trainer.residual_precision=bf16"]))
     assert decide_hardware(composed_config(fp32)).residual_precision == "fp32"
     bf16 = ["trainer=cpu", "trainer.precision=bf16", "trainer.residual_precision=bf16"]
@@ -331,7 +299,7 @@ def test_a_residual_stream_in_bf16_needs_layers_in_bf16():
         (["trainer.document_attention=flex"], "needs a CUDA GPU and heads of at least 16"),
     ],
 )
-def test_a_kernel_that_this_machine_cannot_have_is_refused(settings, message):
+def test_an_attention_kernel_that_this_machine_lacks_is_refused(settings, message):
     with pytest.raises(UserError, match=message):
         decide_hardware(composed_config(["trainer=cpu", *settings]))
 
@@ -344,8 +312,8 @@ def test_a_kernel_that_this_machine_cannot_have_is_refused(settings, message):
         ("flash3", (9, 0), "its kernels, the module flash_attn_interface, cannot be loaded: No module named"),
     ],
 )
-def test_successors_of_flash_attention_that_cannot_be_had_are_refused_with_the_reason(name, capability, message):
-    from cucafera.model.flash_attention import activate_successor
+def test_unavailable_flash_attention_3_and_4_are_refused_with_the_reason(name, capability, message):
+    from cucafera.model.flash_attention import activate_flash_attention
 
     with pytest.raises(UserError, match=message):
-        activate_successor(name, "A100", capability)
+        activate_flash_attention(name, "A100", capability)

@@ -1,28 +1,29 @@
-"""Memory: what a step takes, what it is cut down to, and what happens when it was too much."""
+"""Memory: the formula of a step, the settings chosen by it, running out of memory, and free main memory."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cucafera.composition import composed_config
-from cucafera.config import UserError
+from cucafera.config.command_line import composed_config
+from cucafera.config.errors import UserError
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.data.windows import TrainingSteps
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
-from cucafera.training.hardware import USABLE_MEMORY, StepMemory, decide_hardware
-from cucafera.training.run_folder import RunFolder
-from tests.conftest import CUCAFERA
-from tests.test_readme import README, load_script
-from tests.test_recovery import history_of
-from tests.test_run import assert_equal, weights
+from cucafera.runs.folder import RunFolder
+from cucafera.training.hardware import decide_hardware
+from cucafera.training.memory import CGROUP_FILES, USABLE_MEMORY, StepMemory, _cgroup_headroom, free_memory_bytes
+from tests.support import CUCAFERA, ROOT, assert_equal, history_of, load_script, weights
 
 SHALLOW = [
     "model.vocab_size=4096", "model.hidden_size=256", "model.intermediate_size=704", "model.num_hidden_layers=4",
     "model.num_attention_heads=4", "model.max_position_embeddings=2048", "tokenizer.vocab_size=1024",
 ]  # fmt: skip
+ADAMW = OPTIMIZERS.get("adamw").state_bytes_per_parameter
 
 
 def test_activation_checkpointing_gives_the_same_gradients_to_the_bit():
@@ -39,11 +40,11 @@ def test_activation_checkpointing_gives_the_same_gradients_to_the_bit():
 
 
 @pytest.mark.parametrize(("precision", "checkpointing"), itertools.product(("bf16", "fp32"), (False, True)))
-def test_the_estimate_of_memory_is_what_a_step_allocates(precision, checkpointing):
+def test_the_memory_formula_agrees_with_what_a_step_allocates(precision, checkpointing):
     config, windows = composed_config(SHALLOW), 16
     computed = load_script("memory").computed_peak(config, windows, precision, checkpointing)
-    estimate = StepMemory(config, precision).at(windows * 2048, checkpointing)
-    # With checkpointing, the loss and the layer that is computed again never take their memory at the same time.
+    estimate = StepMemory(config, precision, ADAMW).peak_bytes(windows * 2048, checkpointing)
+    # With checkpointing, the loss and the recomputed layer never need their memory at the same time.
     assert 0.93 * computed < estimate < (1.4 if checkpointing else 1.07) * computed
 
 
@@ -53,30 +54,45 @@ def test_a_step_with_activation_checkpointing_fits_a_small_gpu(model, gigabytes)
     config = composed_config([f"model={model}"])
     peak = load_script("memory").computed_peak(config, 1, "bf16", True)
     assert peak < USABLE_MEMORY * gigabytes * 1e9
-    assert f"{peak / 2**30:.2f} GiB: fits {gigabytes} GB" in README
+    page = (ROOT / "cucafera" / "training" / "README.md").read_text(encoding="utf-8")
+    assert f"{peak / 2**30:.2f} GiB: fits {gigabytes} GB" in page
 
 
-def test_devices_that_share_weights_and_moments_need_less_each():
+def test_fsdp_shards_weights_and_optimizer_state_in_the_memory_formula():
     ddp, fsdp = (composed_config(["+experiment=pretrain", f"trainer={strategy}"]) for strategy in ("ddp", "fsdp"))
-    alone, together = StepMemory(ddp, "fp32"), StepMemory(fsdp, "fp32", world_size=8)
-    assert alone.always == StepMemory(ddp, "fp32", world_size=8).always == StepMemory(fsdp, "fp32").always
-    head = 4 * 65_536 * 768  # whole while it is used
-    assert alone.always - together.always == 12 * parameter_count(ddp.model) * 7 // 8 - head
-    assert alone.per_token(False) == together.per_token(False)
+    alone, together = StepMemory(ddp, "fp32", ADAMW), StepMemory(fsdp, "fp32", ADAMW, world_size=8)
+    assert alone.fixed_bytes == StepMemory(ddp, "fp32", ADAMW, world_size=8).fixed_bytes
+    assert alone.fixed_bytes == StepMemory(fsdp, "fp32", ADAMW).fixed_bytes
+    head = 4 * 65_536 * 768  # gathered in full while it is used
+    assert alone.fixed_bytes - together.fixed_bytes == 12 * parameter_count(ddp.model) * 7 // 8 - head
+    assert alone.bytes_per_token(False) == together.bytes_per_token(False)
 
 
-@pytest.mark.parametrize(("precision", "residual_precision"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")])
-def test_the_estimate_of_what_a_compiled_layer_keeps_is_what_the_compiler_keeps(precision, residual_precision):
+def test_the_optimizer_says_how_many_bytes_of_state_a_parameter_has():
+    config = composed_config(["model=cucafera"])
+    two_moments, one_moment = (StepMemory(config, "fp32", state_bytes) for state_bytes in (8, 4))
+    assert two_moments.fixed_bytes - one_moment.fixed_bytes == 4 * parameter_count(config.model)
+
+
+@pytest.mark.parametrize(
+    ("precision", "residual_precision"),
+    [
+        ("bf16", "bf16"),
+        pytest.param("bf16", "fp32", marks=pytest.mark.slow),
+        pytest.param("fp32", "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_the_memory_formula_agrees_with_what_a_compiled_layer_keeps(precision, residual_precision):
     config = composed_config(["model=cucafera"])
     kept = load_script("memory").kept_by_compiled_layer(config, 1, precision, residual_precision)
-    step = StepMemory(config, precision, residual_precision, compiled=True)
-    estimate = step.per_token(checkpointing=False) / (config.model.num_hidden_layers * config.model.hidden_size)
+    step = StepMemory(config, precision, ADAMW, residual_precision, compiled=True)
+    estimate = step.bytes_per_token(checkpointing=False) / (config.model.num_hidden_layers * config.model.hidden_size)
     assert kept == pytest.approx(estimate, rel=0.02)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Pretends that the machine has a GPU."""
+    """Give the machine a GPU."""
 
     def install(gigabytes: float) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -95,28 +111,28 @@ def gpu(monkeypatch):
     ("gigabytes", "checkpointing", "windows"),
     [(7, True, 4), (8, False, 1), (16, False, 4), (24, False, 8), (80, False, 32)],
 )
-def test_what_is_left_to_the_program_fits_the_gpu(gpu, gigabytes, checkpointing, windows):
+def test_settings_chosen_automatically_fit_the_gpu(gpu, gigabytes, checkpointing, windows):
     gpu(gigabytes)
     config = composed_config(["+experiment=pretrain", "trainer=small_gpu"])
     hardware = decide_hardware(config)
     assert (hardware.activation_checkpointing, hardware.micro_batch_windows) == (checkpointing, windows)
-    step = StepMemory(config, hardware.precision, hardware.residual_precision, compiled=True)
-    needed = step.at(windows * config.sequence_length, hardware.activation_checkpointing)
+    step = StepMemory(config, hardware.precision, ADAMW, hardware.residual_precision, compiled=True)
+    needed = step.peak_bytes(windows * config.sequence_length, hardware.activation_checkpointing)
     assert needed < USABLE_MEMORY * gigabytes * 1e9
     assert config.model == CUCAFERA
 
 
-def test_windows_that_are_asked_for_turn_checkpointing_on_if_they_need_it(gpu):
+def test_a_given_micro_batch_turns_checkpointing_on_if_it_needs_it(gpu):
     gpu(24)
-    wanted = ["+experiment=pretrain", "trainer.micro_batch_windows=16"]
-    assert decide_hardware(composed_config(wanted)).activation_checkpointing
-    wanted.append("trainer.activation_checkpointing=false")
-    assert not decide_hardware(composed_config(wanted)).activation_checkpointing
+    overrides = ["+experiment=pretrain", "trainer.micro_batch_windows=16"]
+    assert decide_hardware(composed_config(overrides)).activation_checkpointing
+    overrides.append("trainer.activation_checkpointing=false")
+    assert not decide_hardware(composed_config(overrides)).activation_checkpointing
 
 
 @pytest.fixture
 def little_memory(monkeypatch):
-    """Pretends that a training step with more windows at a time, or without checkpointing, takes too much memory."""
+    """Let a training step with more windows, or without checkpointing, run out of memory."""
     forward = Decoder.forward
     failures: list[int] = []
 
@@ -134,13 +150,13 @@ def little_memory(monkeypatch):
     return install
 
 
-def test_out_of_memory_means_fewer_windows_at_a_time_and_the_run_remembers(small_run, little_memory, caplog):
+def test_out_of_memory_halves_the_micro_batch_and_the_run_remembers_it(small_run, little_memory, caplog):
     train(small_run("name=given", "trainer.micro_batch_windows=2"), [])
     failures = little_memory(windows=2)
     train(small_run("name=found", "budget_tokens=2048", "schedule.horizon_steps=12"), [])
     assert failures == [8, 4]
-    assert "too little memory for 8 windows at a time: on with 4 at a time" in caplog.text
-    noted = [line["hardware"]["micro_batch_windows"] for line in history_of("found") if "out of" in line["what"]]
+    assert "too little memory for 8 windows at a time: continuing with 4 at a time" in caplog.text
+    noted = [line["hardware"]["micro_batch_windows"] for line in history_of("found") if "out of" in line["event"]]
     assert noted == [8, 4]
 
     train(small_run("name=found", "schedule.horizon_steps=12"), [])
@@ -151,15 +167,15 @@ def test_out_of_memory_means_fewer_windows_at_a_time_and_the_run_remembers(small
     assert failures == [8, 4, 8, 4]  # another model may need less
 
 
-def test_what_was_too_much_for_a_whole_model_on_each_device_is_not_too_much_for_a_share(tmp_path):
+def test_out_of_memory_under_ddp_says_nothing_about_fsdp(tmp_path):
     folder = RunFolder(tmp_path)
     ddp, fsdp = (composed_config([f"trainer.strategy={strategy}"]) for strategy in ("ddp", "fsdp"))
-    folder.note_out_of_memory(ddp, decide_hardware(ddp))
-    assert folder.ran_out_of_memory(ddp, decide_hardware(ddp))
-    assert not folder.ran_out_of_memory(fsdp, decide_hardware(fsdp))
+    folder.note_out_of_memory(ddp, dataclasses.asdict(decide_hardware(ddp)))
+    assert folder.ran_out_of_memory(ddp, dataclasses.asdict(decide_hardware(ddp)))
+    assert not folder.ran_out_of_memory(fsdp, dataclasses.asdict(decide_hardware(fsdp)))
 
 
-def test_out_of_memory_with_one_window_means_activation_checkpointing(small_run, little_memory):
+def test_out_of_memory_with_one_window_turns_activation_checkpointing_on(small_run, little_memory):
     train(small_run("name=given", "trainer.micro_batch_windows=1"), [])
     assert little_memory(windows=1, only_checkpointing=True) == []
     train(small_run("name=found"), [])
@@ -180,8 +196,8 @@ def test_out_of_memory_in_the_middle_of_a_run_does_not_erase_it(small_run, littl
     monkeypatch.setattr(TrainingSteps, "__getitem__", item_and_less_memory)
     train(small_run("name=found", "resume=overwrite"), [])
     assert failures == [8]
-    notes = [(line["what"], line.get("step")) for line in history_of("found")]
-    assert notes == [("began", 0), ("out of memory", None), ("went on", 8), ("completed", 12)]
+    notes = [(line["event"], line.get("step")) for line in history_of("found")]
+    assert notes == [("started", 0), ("out of memory", None), ("resumed", 8), ("completed", 12)]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +210,30 @@ def test_out_of_memory_in_the_middle_of_a_run_does_not_erase_it(small_run, littl
         ),
     ],
 )
-def test_what_cannot_be_made_smaller_is_told(small_run, little_memory, settings, advice):
+def test_out_of_memory_with_fixed_settings_is_refused_with_advice(small_run, little_memory, settings, advice):
     little_memory(windows=0)
     with pytest.raises(UserError, match=advice):
         train(small_run("name=run", "trainer.activation_checkpointing=false", *settings), [])
+
+
+def test_free_memory_is_a_number_of_bytes():
+    assert 1 << 20 < free_memory_bytes() < 1 << 50
+
+
+@pytest.mark.parametrize(("controllers", "version"), [("", ""), ("cpu,memory", "memory")])
+def test_every_cgroup_around_the_process_limits_its_memory(tmp_path, controllers, version):
+    files = CGROUP_FILES[version]
+    for folder, content in (("", "max"), ("slurm/job_7", "1000"), ("slurm/job_7/step_0", "900")):
+        group = tmp_path / "groups" / folder
+        group.mkdir(parents=True, exist_ok=True)
+        (group / files.limit).write_text(content + "\n")
+        (group / files.usage).write_text("850\n")
+        (group / "memory.stat").write_text(f"anon 800\n{files.reclaimable} 30\n")
+    (tmp_path / files.limit).write_text("1")  # not in the hierarchy
+    (tmp_path / "cgroup").write_text(f"3:pids:/\n2:{controllers}:/slurm/job_7/step_0/task_1\n")
+    mounted = {version: files._replace(root=str(tmp_path / "groups"))}
+    assert list(_cgroup_headroom(tmp_path / "cgroup", mounted)) == [900 - 850 + 30, 1000 - 850 + 30]
+
+
+def test_a_system_without_cgroups_has_no_limit(tmp_path):
+    assert list(_cgroup_headroom(tmp_path / "nowhere", CGROUP_FILES)) == []

@@ -1,10 +1,10 @@
-"""The learning rate as a function of the step."""
+"""Learning-rate schedules."""
 
 import math
 
 import pytest
 
-from cucafera.config import ScheduleConfig
+from cucafera.config.schema import ScheduleConfig
 from cucafera.training.schedules import lr_ratio
 
 
@@ -14,7 +14,7 @@ def ratios(horizon=100, **settings):
 
 
 @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
-def test_warm_up_is_a_line_that_reaches_the_peak_at_its_end(name):
+def test_warm_up_is_linear_and_reaches_the_peak_at_its_end(name):
     values = ratios(name=name, warmup_steps=9)
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(values) == 1.0
@@ -28,12 +28,12 @@ def test_cosine_ends_at_the_final_ratio_and_stays_there():
     assert values[100:] == pytest.approx([0.1] * 50)
 
 
-def test_the_original_recipe_stops_at_the_learning_rate_that_the_original_logged():
+def test_the_original_recipe_ends_at_the_learning_rate_of_its_log():
     schedule = ScheduleConfig(name="cosine", warmup_steps=200, final_lr_ratio=0.1)
     assert 3e-4 * lr_ratio(11_006, schedule, 20_000) == pytest.approx(1.46e-4, abs=1e-6)
 
 
-def test_wsd_is_flat_and_then_a_line():
+def test_wsd_is_constant_and_then_decays_linearly():
     values = ratios(name="wsd", warmup_steps=10, decay_fraction=0.2, final_lr_ratio=0.0)
     assert values[10:81] == [1.0] * 71
     assert values[90] == pytest.approx(0.5)

@@ -1,4 +1,4 @@
-"""What would slow a step down and must not be there: graph breaks, recompilation, waiting for the device."""
+"""The absence of what slows a step down: graph breaks, recompilation, waiting for the device."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,7 +12,7 @@ from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.training.callbacks.profile import kind_of
 from cucafera.training.module import LanguageModel
-from tests.test_run import assert_close, weights
+from tests.support import assert_close, weights
 
 
 @pytest.fixture
@@ -107,17 +107,17 @@ def test_a_profile_says_where_the_time_goes(small_run, caplog):
     table = (folder / "profile.txt").read_text()
     assert table.strip() in caplog.text
     rows = {line[:24].strip(): float(line[24:36]) for line in table.splitlines()[1:]}
-    assert {"a step", "matrix products", "attention", "optimizer", "waiting for data"} <= set(rows)
-    assert rows.pop("a step") == pytest.approx(sum(rows.values()), rel=0.05)
+    assert {"step", "matrix products", "attention", "optimizer", "waiting for data"} <= set(rows)
+    assert rows.pop("step") == pytest.approx(sum(rows.values()), rel=0.05)
     assert (folder / "profile.json.gz").stat().st_size > 1000
 
 
 def test_a_profile_of_the_end_of_a_run_has_the_steps_there_are(small_run):
     horizon = "schedule.horizon_steps=12"
     train(small_run("name=run", horizon, "budget_tokens=2560"), [])
-    config = small_run("name=run", horizon, "trainer.profile=true")  # goes on, with two steps left
+    config = small_run("name=run", horizon, "trainer.profile=true")  # resumes, with two steps left
     train(config, [])
-    assert "a step" in (Path(config.run_dir) / "profile.txt").read_text()
+    assert "ms per step" in (Path(config.run_dir) / "profile.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,5 @@ def test_a_profile_of_the_end_of_a_run_has_the_steps_there_are(small_run):
         ("aten::mul", "elementwise and other"),
     ],
 )
-def test_operations_and_kernels_are_told_apart(name, kind):
+def test_operations_and_kernels_are_classified(name, kind):
     assert kind_of(name) == kind

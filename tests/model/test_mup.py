@@ -1,4 +1,4 @@
-"""Scaling by width: the effect of a learning rate does not depend on the width, and the model stays a plain Llama."""
+"""muP: the effect of a learning rate does not depend on the width, and the model stays a plain Llama."""
 
 import importlib.util
 from pathlib import Path
@@ -6,20 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from cucafera.config import AdapterConfig, ModelConfig, OptimizerConfig
+from cucafera.config.schema import AdapterConfig, ModelConfig
 from cucafera.model.lora import add_adapters
 from cucafera.model.transformer import Block, Decoder
-from cucafera.training.optimizers import build_optimizer, set_learning_rate
-from tests.model.test_transformer import Holder, hugging_face, random_ids, small_config, small_decoder
+from cucafera.optimizers import build_optimizer, set_learning_rate
+from cucafera.optimizers.adamw import AdamWConfig
+from tests.support import Holder, hugging_face, random_ids, small_config, small_decoder
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "transfer.py"
 
 
 def trained(config: ModelConfig, steps: int = 4) -> Decoder:
-    """A decoder after a few steps."""
+    """Return a decoder after a few steps."""
     torch.manual_seed(0)
     decoder = Decoder(config)
-    optimizer = build_optimizer(decoder, OptimizerConfig())
+    optimizer = build_optimizer(decoder, AdamWConfig())
     ids = random_ids(4, 33)
     for step in range(steps):
         set_learning_rate(optimizer, 1e-2 * (step + 1))
@@ -29,10 +30,10 @@ def trained(config: ModelConfig, steps: int = 4) -> Decoder:
     return decoder
 
 
-def test_without_a_base_the_weights_are_the_plain_draw():
+def test_without_a_base_initial_weights_are_unscaled():
     decoder = small_decoder()
     torch.manual_seed(0)
-    embedding = torch.nn.Embedding(300, 48)  # modules draw weights of their own, which are then replaced
+    embedding = torch.nn.Embedding(300, 48)  # modules initialize weights that are then replaced
     blocks = [Block(decoder.config, layer) for layer in range(2)]
     plain = [parameter for module in (embedding, *blocks) for parameter in module.parameters()]
     for parameter in plain:
@@ -40,17 +41,17 @@ def test_without_a_base_the_weights_are_the_plain_draw():
             torch.nn.init.normal_(parameter, std=0.1)
     for (name, parameter), expected in zip(decoder.named_parameters(), [*plain, torch.ones(48)], strict=True):
         assert torch.equal(parameter, expected), name
-    groups = build_optimizer(decoder, OptimizerConfig()).param_groups
+    groups = build_optimizer(decoder, AdamWConfig()).param_groups
     assert [(group["name"], group["weight_decay"]) for group in groups] == [("matrices", 0.1), ("vectors", 0.0)]
 
 
-def test_the_base_itself_trains_as_if_there_were_none():
+def test_the_base_trains_as_a_model_without_a_base():
     plain, base = trained(small_config()), trained(small_config(base_hidden_size=48))
     for (name, parameter), other in zip(plain.named_parameters(), base.parameters(), strict=True):
         assert torch.equal(parameter, other), name
 
 
-def test_beside_a_base_initial_weights_are_the_same_draw_scaled():
+def test_with_a_base_initial_weights_are_the_same_values_scaled():
     plain, scaled = small_decoder(), small_decoder(base_hidden_size=12)
     for (name, parameter), other in zip(scaled.named_parameters(), plain.parameters(), strict=True):
         factor = 1 / 4 if name == "norm.weight" else 1 / 2 if "proj" in name else 1
@@ -67,9 +68,9 @@ def test_a_scaled_model_is_a_plain_llama():
     torch.testing.assert_close(logits, theirs(input_ids).logits, atol=1e-5, rtol=0)
 
 
-def test_learning_rates_fall_with_the_width_and_the_decay_of_a_step_stays():
+def test_learning_rates_fall_with_the_width_and_decay_per_step_is_constant():
     decoder = small_decoder(base_hidden_size=12)
-    optimizer = build_optimizer(decoder, OptimizerConfig(weight_decay=0.1))
+    optimizer = build_optimizer(decoder, AdamWConfig(weight_decay=0.1))
     set_learning_rate(optimizer, 0.02)
     names = {parameter: name for name, parameter in decoder.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
@@ -84,10 +85,10 @@ def test_learning_rates_fall_with_the_width_and_the_decay_of_a_step_stays():
         assert groups[name]["lr"] * groups[name]["weight_decay"] == pytest.approx(product)
 
 
-def test_adapters_learn_at_the_same_rate_at_every_width():
+def test_adapters_have_the_same_learning_rate_at_every_width():
     decoder = small_decoder(base_hidden_size=12)
     add_adapters(decoder, AdapterConfig(rank=2))
-    (matrices, vectors) = build_optimizer(decoder, OptimizerConfig()).param_groups
+    (matrices, vectors) = build_optimizer(decoder, AdamWConfig()).param_groups
     assert (len(matrices["params"]), len(vectors["params"])) == (28, 0)
 
 

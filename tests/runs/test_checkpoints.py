@@ -1,4 +1,4 @@
-"""Checkpoints on the disk."""
+"""Checkpoint files: markers, checksums, what is kept, and writing during training."""
 
 import errno
 import random
@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from cucafera.training import checkpoint_files
-from cucafera.training.checkpoint_files import (
+from cucafera.runs import checkpoints
+from cucafera.runs.checkpoints import (
     CheckpointError,
     CheckpointFolder,
-    CheckpointWriter,
     DamagedCheckpointError,
+    Score,
     read_checkpoint,
-    read_mark,
+    read_marker,
 )
+from cucafera.training.checkpoint_writer import CheckpointWriter
 
 
 def state_of(step: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     return {
         "config": {"name": "x"},
-        "identity": {"tokenizer": "t"},
+        "fingerprints": {"tokenizer": "t"},
         "steps_done": step,
         "state_dict": {"weight": torch.randn(50, 20, generator=generator)},
         "optimizer_states": [{"state": {0: {"step": torch.tensor(float(step))}}}],
@@ -44,41 +45,42 @@ def steps_in(folder: CheckpointFolder) -> list[int]:
     return [checkpoint.step for checkpoint in folder.complete()]
 
 
-def test_what_is_written_is_read_back(folder):
-    folder.write(3, state_of(3), validation_loss=1.5)
+def test_a_checkpoint_and_its_marker_are_read_back_as_written(folder):
+    folder.write(3, state_of(3), Score("loss", 1.5, "lower"))
     read = read_checkpoint(folder.file_at(3))
     assert torch.equal(read["state_dict"]["weight"], state_of(3)["state_dict"]["weight"])
-    mark = read_mark(folder.file_at(3))
-    assert (mark.step, mark.validation_loss, mark.size) == (3, 1.5, folder.file_at(3).stat().st_size)
+    marker = read_marker(folder.file_at(3))
+    assert (marker.step, marker.size) == (3, folder.file_at(3).stat().st_size)
+    assert marker.score == Score("loss", 1.5, "lower")
 
 
-def test_the_checksum_is_that_of_the_file_as_other_programs_compute_it(folder):
+def test_the_checksum_in_the_marker_is_the_sha256_of_the_file(folder):
     import hashlib
 
     folder.write(3, state_of(3), None)
-    assert read_mark(folder.file_at(3)).sha256 == hashlib.sha256(folder.file_at(3).read_bytes()).hexdigest()
+    assert read_marker(folder.file_at(3)).sha256 == hashlib.sha256(folder.file_at(3).read_bytes()).hexdigest()
 
 
-def test_every_kind_of_damage_is_told(folder):
+def test_every_flipped_bit_and_truncation_of_a_checkpoint_is_detected(folder):
     folder.write(3, state_of(3), None)
     path = folder.file_at(3)
-    content, mark = path.read_bytes(), path.with_suffix(".json").read_bytes()
-    dice = random.Random(0)
-    for file, written in ((path, content), (path.with_suffix(".json"), mark)):
+    content, marker = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    rng = random.Random(0)
+    for file, written in ((path, content), (path.with_suffix(".json"), marker)):
         for _ in range(100):
             changed = bytearray(written)
-            changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
             file.write_bytes(changed)
             with pytest.raises(CheckpointError, match="damaged"):
                 read_checkpoint(path)
-            file.write_bytes(written[: dice.randrange(len(written))])
+            file.write_bytes(written[: rng.randrange(len(written))])
             with pytest.raises(CheckpointError, match="damaged"):
                 read_checkpoint(path)
         file.write_bytes(written)
     read_checkpoint(path)
 
 
-def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(folder, monkeypatch):
+def test_a_read_error_is_not_reported_as_damage(folder, monkeypatch):
     folder.write(3, state_of(3), None)
 
     def broken_disk(path):
@@ -87,22 +89,31 @@ def test_what_cannot_be_read_just_now_is_not_taken_for_damaged(folder, monkeypat
     def no_memory(*arguments, **settings):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    for owner, name, fails in ((checkpoint_files, "file_sha256", broken_disk), (torch, "load", no_memory)):
+    for owner, name, fails in ((checkpoints, "file_sha256", broken_disk), (torch, "load", no_memory)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fails)
-            with pytest.raises(CheckpointError, match=r"cannot be read: .*Mend that") as caught:
+            with pytest.raises(CheckpointError, match=r"cannot be read: .*Fix that") as caught:
                 read_checkpoint(folder.file_at(3))
             assert not isinstance(caught.value, DamagedCheckpointError)
 
 
-def test_a_validation_that_was_not_finite_is_not_the_best(folder):
+def test_a_non_finite_validation_is_never_the_best(folder):
     for step, loss in ((1, float("nan")), (2, 3.0), (3, 2.0), (4, float("inf"))):
-        folder.write(step, state_of(step), loss)
+        folder.write(step, state_of(step), Score("loss", loss, "lower"))
     best = folder.best()
     assert best is not None and best.step == 3
 
 
-def test_old_checkpoints_that_cannot_be_removed_are_no_failure_of_the_new_one(folder, monkeypatch, caplog):
+@pytest.mark.parametrize(("direction", "step"), [("lower", 2), ("higher", 3)])
+def test_the_best_checkpoint_follows_the_direction_of_its_metric(folder, direction, step):
+    for number, value in ((1, 0.5), (2, 0.25), (3, 0.75), (4, 0.25), (5, 0.75)):
+        folder.write(number, state_of(number), Score("accuracy", value, direction))
+    folder.write(6, state_of(6), None)
+    best = folder.best()
+    assert best is not None and best.step == step
+
+
+def test_a_failed_removal_of_old_checkpoints_does_not_fail_the_new_one(folder, monkeypatch, caplog):
     writer = writer_of(folder, keep_last=1)
     writer.save_checkpoint(state_of(1), None, None)
     writer.finish()
@@ -118,24 +129,24 @@ def test_old_checkpoints_that_cannot_be_removed_are_no_failure_of_the_new_one(fo
     assert writer.saved_step == 2 and writer.failure is None
 
 
-def test_a_checkpoint_without_its_mark_was_never_finished(folder):
+def test_a_checkpoint_without_a_marker_is_incomplete_and_refused(folder):
     folder.write(3, state_of(3), None)
     folder.file_at(3).with_suffix(".json").unlink()
     assert folder.complete() == []
     assert folder.unmarked() == [folder.file_at(3)]
-    with pytest.raises(CheckpointError, match=r"there is no step-00000003\.json beside it, so it was never finished"):
+    with pytest.raises(CheckpointError, match=r"its marker step-00000003\.json is missing, so it was never completed"):
         read_checkpoint(folder.file_at(3))
 
 
-def test_a_mark_of_another_format_is_refused(folder, monkeypatch):
+def test_a_marker_of_another_format_version_is_refused(folder, monkeypatch):
     folder.write(3, state_of(3), None)
-    monkeypatch.setattr(checkpoint_files, "VERSION", 7)
-    with pytest.raises(CheckpointError, match="its format is 1, and this program reads 7"):
+    monkeypatch.setattr(checkpoints, "VERSION", 7)
+    with pytest.raises(CheckpointError, match="its format is 2, and this version of cucafera reads 7"):
         read_checkpoint(folder.file_at(3))
 
 
 class Executed:
-    """Leaves a file behind when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -144,12 +155,12 @@ class Executed:
         return (Path.touch, (Path(self.path),))
 
 
-def test_a_pair_under_the_name_of_another_step_is_refused(folder):
+def test_a_checkpoint_renamed_to_another_step_is_refused(folder):
     folder.write(3, state_of(3), None)
     for ending in (".ckpt", ".json"):
         folder.file_at(3).with_suffix(ending).rename(folder.file_at(5).with_suffix(ending))
     assert folder.complete() == []
-    with pytest.raises(DamagedCheckpointError, match="it is the mark of step 3"):
+    with pytest.raises(DamagedCheckpointError, match="it is the marker of step 3"):
         read_checkpoint(folder.file_at(5))
 
 
@@ -160,24 +171,24 @@ def test_nothing_in_a_checkpoint_is_executed(folder, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_is_no_checkpoint_of_cucafera_is_refused(folder):
+def test_a_file_that_is_not_a_checkpoint_of_cucafera_is_refused(folder):
     folder.write(3, {"weights": torch.ones(3)}, None)
-    with pytest.raises(CheckpointError, match="it has no config, identity, state_dict, steps_done"):
+    with pytest.raises(CheckpointError, match="it has no config, fingerprints, state_dict, steps_done"):
         read_checkpoint(folder.file_at(3))
 
 
-def test_the_last_few_the_best_and_every_nth_are_kept(folder):
+def test_the_last_the_best_and_every_nth_checkpoint_are_kept(folder):
     writer = writer_of(folder, keep_last=2, keep_every_steps=40)
     losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5, 50: 2.4, 60: 2.3, 70: 2.2}
     for step, loss in losses.items():
-        writer.save_checkpoint(state_of(step), None, loss)
+        writer.save_checkpoint(state_of(step), None, {"metric": "loss", "value": loss, "direction": "lower"})
         writer.finish()
     assert steps_in(folder) == [20, 40, 60, 70]
     best = folder.best()
     assert best is not None and best.step == 20
 
 
-def test_a_later_checkpoint_of_an_abandoned_future_does_not_push_out_the_newest(folder):
+def test_checkpoints_after_the_resumed_step_do_not_displace_the_newest(folder):
     folder.write(90, state_of(90), None)
     writer = writer_of(folder, keep_last=1)
     for step in (10, 20):
@@ -188,7 +199,7 @@ def test_a_later_checkpoint_of_an_abandoned_future_does_not_push_out_the_newest(
     assert steps_in(folder) == [20]
 
 
-def test_marks_are_removed_before_what_they_mark(folder, monkeypatch):
+def test_markers_are_removed_before_their_checkpoints(folder, monkeypatch):
     for step in (1, 2, 3):
         folder.write(step, state_of(step), None)
     removed = []
@@ -198,7 +209,7 @@ def test_marks_are_removed_before_what_they_mark(folder, monkeypatch):
     assert removed == ["step-00000001.json", "step-00000002.json", "step-00000001.ckpt", "step-00000002.ckpt"]
 
 
-def test_training_may_change_the_weights_while_they_are_written(folder, monkeypatch):
+def test_training_can_change_the_weights_while_a_checkpoint_is_written(folder, monkeypatch):
     may_write = threading.Event()
     write = CheckpointFolder.write
 
@@ -219,7 +230,7 @@ def test_training_may_change_the_weights_while_they_are_written(folder, monkeypa
     assert read["history"] == [1]
 
 
-def test_the_copy_of_one_save_is_written_over_by_the_next(folder):
+def test_the_next_save_reuses_the_memory_of_the_copy(folder):
     writer = writer_of(folder)
     for step in (1, 2):
         writer.save_checkpoint(state_of(step), None, None)
@@ -230,7 +241,7 @@ def test_the_copy_of_one_save_is_written_over_by_the_next(folder):
         )
 
 
-def test_without_memory_for_a_copy_training_waits(folder, monkeypatch):
+def test_without_memory_for_a_copy_training_waits_for_the_disk(folder, monkeypatch):
     threads = []
     write = CheckpointFolder.write
     monkeypatch.setattr(
@@ -242,11 +253,11 @@ def test_without_memory_for_a_copy_training_waits(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("at_byte", [0, 3000])
-def test_a_full_disk_is_told_leaves_what_was_there_and_the_next_save_tries_again(folder, monkeypatch, caplog, at_byte):
+def test_a_full_disk_is_logged_keeps_earlier_checkpoints_and_is_retried(folder, monkeypatch, caplog, at_byte):
     writer = writer_of(folder)
     writer.save_checkpoint(state_of(1), None, None)
     writer.finish()
-    write = checkpoint_files._HashedFile.write
+    write = checkpoints._HashedFile.write
 
     def full(file, content):
         if file.size >= at_byte:
@@ -255,11 +266,11 @@ def test_a_full_disk_is_told_leaves_what_was_there_and_the_next_save_tries_again
         return write(file, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files._HashedFile, "write", full)
+        patch.setattr(checkpoints._HashedFile, "write", full)
         writer.save_checkpoint(state_of(2), None, None)
         writer.finish()
     assert "THE CHECKPOINT OF STEP 2 COULD NOT BE WRITTEN" in caplog.text
-    assert "No space left on device" in caplog.text and "the last one is of step 1" in caplog.text
+    assert "No space left on device" in caplog.text and "the last checkpoint is of step 1" in caplog.text
     assert writer.failure is not None and writer.saved_step == 1
     assert sorted(path.name for path in folder.path.iterdir()) == ["step-00000001.ckpt", "step-00000001.json"]
     read_checkpoint(folder.file_at(1))
@@ -268,7 +279,7 @@ def test_a_full_disk_is_told_leaves_what_was_there_and_the_next_save_tries_again
     assert writer.failure is None and steps_in(folder) == [1, 3]
 
 
-def test_an_error_that_is_not_the_disks_is_raised_where_training_hears_it(folder):
+def test_an_unexpected_error_of_a_save_is_raised_in_the_training_thread(folder):
     writer = writer_of(folder)
     writer.save_checkpoint({**state_of(1), "unheard of": lambda: None}, None, None)
     with pytest.raises(Exception, match="pickle"):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from cucafera.config import SourceConfig
-from cucafera.data.chat import ConversationError, Message
-from cucafera.data.formats import conversation_of_row, is_repetitive
+from cucafera.config.schema import ColumnsConfig
+from cucafera.data.chatml import ConversationError, Message
+from cucafera.data.conversation_formats import conversation_of_row, is_repetitive
 
 HELLO = [Message("user", "Hola"), Message("assistant", "Bon dia")]
 SYSTEM = Message("system", "Sigues breu.")
@@ -68,21 +68,21 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_recognized_by_its_columns(name):
     row, conversation = FORMATS[name]
-    assert conversation_of_row(row, SourceConfig()) == conversation
+    assert conversation_of_row(row, ColumnsConfig()) == conversation
 
 
 def test_columns_with_other_names_are_named_in_the_configuration():
-    source = SourceConfig(prompt_column="pregunta", answer_column="resposta", system_column="rol", input_column="text")
+    columns = ColumnsConfig(prompt="pregunta", answer="resposta", system="rol", input="text")
     row = {"pregunta": "Hola", "resposta": "Bon dia", "rol": "Sigues breu.", "text": "", "messages": []}
-    assert conversation_of_row(row, source) == [SYSTEM, *HELLO]
+    assert conversation_of_row(row, columns) == [SYSTEM, *HELLO]
     answered = {"messages": TURNS, "prompt": "Hola", "resposta": "Bon dia"}
-    assert conversation_of_row(answered, SourceConfig(answer_column="resposta")) == HELLO
-    assert conversation_of_row({"xat": TURNS, "messages": None}, SourceConfig(messages_column="xat")) == HELLO
+    assert conversation_of_row(answered, ColumnsConfig(answer="resposta")) == HELLO
+    assert conversation_of_row({"xat": TURNS, "messages": None}, ColumnsConfig(messages="xat")) == HELLO
 
 
 BROKEN = [
     ({}, r"no conversation is recognized in the columns \(none\)"),
-    ({"text": "Hola"}, "no conversation is recognized in the columns text: name them with messages_column, or with"),
+    ({"text": "Hola"}, "no conversation is recognized in the columns text: name them with columns.messages, or with"),
     ({"prompt": "Hola"}, "no conversation is recognized in the columns prompt"),
     ({"answer": "Hola"}, "no conversation is recognized in the columns answer"),
     ({"prompt": None, "completion": "x"}, "prompt is null, not a text"),
@@ -90,8 +90,8 @@ BROKEN = [
     ({"prompt": "x", "completion": 3}, "completion is a number, not a text"),
     ({"prompt": " ", "completion": "x"}, "message 1, of the user, is empty"),
     ({"question": "x", "answer": "\n"}, "message 2, of the assistant, is empty"),
-    ({"prompt": [], "input": "x", "completion": "y"}, "input belongs to what the user says last in prompt, and the"),
-    ({"prompt": TURNS, "input": "x", "completion": "y"}, "input belongs to what the user says last in prompt"),
+    ({"prompt": [], "input": "x", "completion": "y"}, "input belongs to a last message of the user in prompt, and"),
+    ({"prompt": TURNS, "input": "x", "completion": "y"}, "input belongs to a last message of the user in prompt"),
     ({"messages": {"role": ["user", "assistant"], "content": ["x"]}}, "messages has lists of different lengths: role"),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, "the role of message 1 of conversations is a list, not a"),
     (
@@ -110,7 +110,7 @@ BROKEN = [
     ({"messages": [{"role": "user", "content": {"text": "x"}}]}, "message 1 of messages is an object, not a text"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 1 of messages has parts that are"),
     ({"messages": [*TURNS, {"role": "tool", "content": "x"}]}, "message 3 has the role 'tool'"),
-    ({"messages": TURNS[:1]}, "the assistant says nothing in it"),
+    ({"messages": TURNS[:1]}, "it has no message of the assistant"),
     ({"messages": [{"role": "user", "content": "\ud800"}, TURNS[1]]}, "half of a surrogate pair"),
     ({"conversations": [{"from": "function_call", "value": "x"}]}, "message 1 has the role 'function_call'"),
     ({"conversations": 7}, "conversations is a number, not a list of messages"),
@@ -121,13 +121,13 @@ BROKEN = [
 @pytest.mark.parametrize(("row", "message"), BROKEN, ids=lambda value: str(value).encode("ascii", "replace")[:50])
 def test_a_row_that_is_no_conversation_is_refused_in_words(row, message):
     with pytest.raises(ConversationError, match=message):
-        conversation_of_row(row, SourceConfig())
+        conversation_of_row(row, ColumnsConfig())
 
 
-@pytest.mark.parametrize("key", ["messages_column", "prompt_column", "answer_column", "system_column", "input_column"])
+@pytest.mark.parametrize("key", ["messages", "prompt", "answer", "system", "input"])
 def test_a_named_column_that_is_not_there_is_refused(key):
     with pytest.raises(ConversationError, match="no column 'nope'; it has prompt, completion"):
-        conversation_of_row({"prompt": "x", "completion": "y"}, SourceConfig(**{key: "nope"}))
+        conversation_of_row({"prompt": "x", "completion": "y"}, ColumnsConfig(**{key: "nope"}))
 
 
 def test_an_answer_that_repeats_five_words_often_is_repetitive():

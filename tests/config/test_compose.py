@@ -1,24 +1,35 @@
-"""The configuration: what is wrong is told at once, all of it, in words."""
+"""The configuration: composed once, and everything that is wrong with it reported together."""
 
 import dataclasses
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from cucafera.composition import (
-    PLUGINS,
+from cucafera.config.check import documented_fields
+from cucafera.config.command_line import (
     command_line_problems,
     composed_config,
-    config_directory,
-    field_documentation,
-    help_text,
+    default_config,
+    differences_from_defaults,
+    with_search_path,
 )
-from cucafera.config import UserError, value_of
+from cucafera.config.compose import PLUGINS, config_directory, hydra_session
+from cucafera.config.errors import UserError
+from cucafera.config.fields import setting
+from cucafera.config.help import help_text
+from cucafera.config.registry import OPTIMIZERS
+from cucafera.config.schema import Config, OptimizerConfig, value_of
+from cucafera.optimizers import OptimizerSpec
+from cucafera.optimizers.adamw import AdamWConfig
+from cucafera.run import main
 
 EXPERIMENTS = sorted(
     path.relative_to(config_directory() / "experiment").with_suffix("").as_posix()
@@ -46,32 +57,33 @@ WRONG_COMMAND_LINES = [
     (["optimizer.betas=0.9"], "optimizer.betas is 0.9; it must be a list, each item a number"),
     (["data.sources=3"], "data.sources is 3; it must be a group of keys"),
     (["model.hidden_size=null"], "model.hidden_size is null; it must be a whole number"),
-    (["budget_tokens=many"], "budget_tokens is many; it must be a number"),
+    (["budget_tokens=many"], "budget_tokens is many; it must be a whole number"),
     # Values
     (["seed=-1"], "seed is -1; it must be at least 0"),
-    (["optimizer.lr=-1e-3"], "optimizer.lr is -0.001; it must be above zero"),
+    (["optimizer.lr=-1e-3"], "optimizer.lr is -0.001; it must be above 0"),
     (["optimizer.lr=inf"], "optimizer.lr is inf; it must be a number"),
-    (["optimizer.lr=0"], "optimizer.lr is 0; it must be above zero"),
+    (["optimizer.lr=0"], "optimizer.lr is 0; it must be above 0"),
     (["optimizer.betas=[0.9,1.0]"], "it must be two numbers in [0, 1)"),
-    (["optimizer.clip_norm=0"], "optimizer.clip_norm is 0; it must be above zero"),
+    (["optimizer.clip_norm=0"], "optimizer.clip_norm is 0; it must be above 0"),
     (["optimizer.weight_decay=-1"], "optimizer.weight_decay is -1; it must be at least 0"),
-    (["model.vocab_size=70_000"], "model.vocab_size is 70_000; it must be at most 65_536"),
+    (["model.vocab_size=70_000"], "model.vocab_size is 70_000; it must be at least 266 and at most 65_536"),
     (["model.vocab_size=100"], "model.vocab_size is 100; it must be at least 266"),
     (["model.hidden_act=relu"], "model.hidden_act is relu; it must be one of gelu_pytorch_tanh, gelu, silu"),
     (["model.base_hidden_size=0"], "model.base_hidden_size is 0; it must be at least 1"),
     (["model.num_hidden_layers=0"], "model.num_hidden_layers is 0; it must be at least 1"),
     (["schedule.name=linear"], "schedule.name is linear; it must be one of cosine, wsd, constant"),
-    (["schedule.final_lr_ratio=1.5"], "schedule.final_lr_ratio is 1.5; it must be at most 1"),
-    (["data.validation_fraction=0"], "data.validation_fraction is 0; it must be a fraction from 0 to 1"),
+    (["schedule.final_lr_ratio=1.5"], "schedule.final_lr_ratio is 1.5; it must be at least 0 and at most 1"),
+    (["data.validation_fraction=0"], "data.validation_fraction is 0; it must be above 0 and below 1"),
     (["trainer.accelerator=tpu"], "trainer.accelerator is tpu; it must be one of auto, cpu, cuda"),
     (["trainer.precision=fp8"], "trainer.precision is fp8; it must be one of auto, fp32, bf16"),
     (["trainer.strategy=zero"], "trainer.strategy is zero; it must be one of ddp, fsdp"),
     (["trainer.devices=none"], "trainer.devices is none; it must be a number of at least 1, or auto"),
     (["trainer.micro_batch_windows=0"], "trainer.micro_batch_windows is 0; it must be a number of at least 1, or auto"),
     (["callbacks.keep_last=0"], "callbacks.keep_last is 0; it must be at least 1"),
-    (["callbacks.histogram_every_steps=-1"], "callbacks.histogram_every_steps is -1; it must be at least 0"),
-    (["callbacks.reference_curve=mine"], "callbacks.reference_curve is mine; it must be one of null, original"),
-    (["callbacks.sampling.top_p=1.2"], "callbacks.sampling.top_p is 1.2; it must be at most 1"),
+    (["callbacks.validate_every_steps=-1"], "callbacks.validate_every_steps is -1; it must be at least 0"),
+    (["callbacks.reference_curve=mine"], "callbacks.reference_curve is mine; it must be null or one of original"),
+    (["callbacks.sampling.top_p=1.2"], "callbacks.sampling.top_p is 1.2; it must be above 0 and at most 1"),
+    (["budget_tokens=1e30"], "it must be at least 1 and at most 1_000_000_000_000_000"),
     (["budget_tokens=1e6", "batch_tokens=1024.5"], "batch_tokens is 1024.5; it must be a whole number"),
     (["name=a/b"], "name is a/b; it must be a plain folder name"),
     (["resume=maybe"], "resume is maybe; it must be one of auto, required, overwrite"),
@@ -87,26 +99,31 @@ WRONG_COMMAND_LINES = [
     (["tokenizer.vocab_size=2048"], "tokenizer.vocab_size is 2048; the model has only 1024 rows"),
     (["data=files"], "data.sources.files.path must be given: data.sources.files.path=..."),
     (["data.sources.mine.path=x"], "there is no source 'mine'; add one with a plus: +data.sources.mine.path=x"),
-    (["data.sources.embedded.path=x"], "data.sources.embedded gives path and embedded; it must give exactly one"),
-    (["data.sources.embedded.embedded=false"], "data.sources.embedded gives no place to read from"),
-    (["data.sources.embedded.weight=0"], "data.sources.embedded.weight is 0; it must be above zero"),
-    (["data=conversations"], "conversations need a model or at least a tokenizer to begin with: init_from=RUN"),
-    (["adapter=lora"], "adapter.rank is 16; adapters need trained weights beside them: init_from=RUN"),
-    (["adapter.modules=[head]"], "adapter.modules is ['head']; it must be a list of some of q_proj, k_proj"),
+    (["data.sources.embedded.path=x"], "data.sources.embedded gives embedded and path; it must give exactly one"),
+    (["data.sources.embedded.embedded=null"], "data.sources.embedded gives no source; it must give exactly one of"),
+    (["data.sources.embedded.weight=0"], "data.sources.embedded.weight is 0; it must be above 0"),
+    (["data=conversations"], "conversations need a pretrained model, or at least a tokenizer: init_from=RUN"),
+    (["adapter=lora"], "adapter.rank is 16; adapters are added to trained weights: init_from=RUN"),
+    (
+        ["adapter.modules=[head]"],
+        "it must be a list of at least one item, each one of q_proj, k_proj",
+    ),
     (["adapter.rank=-1"], "adapter.rank is -1; it must be at least 0"),
-    (["data.kind=chats"], "data.kind is chats; it must be one of documents, conversations"),
-    (["data.repeated_5grams=1"], "data.repeated_5grams is 1; it must be at least 2"),
-    (["epochs=0"], "epochs is 0; it must be above zero"),
-    (["callbacks.sampling.min_p=2"], "callbacks.sampling.min_p is 2; it must be at most 1"),
+    (["objective=chats"], "there is no objective 'chats'. There are: finetuning, pretraining"),
+    (["objective.name=chats"], "objective.name is chats; it must be one of finetuning, pretraining"),
+    (["optimizer.name=sgd"], "optimizer.name is sgd; it must be one of adamw"),
+    (["data.max_5gram_repeats=1"], "data.max_5gram_repeats is 1; it must be at least 2"),
+    (["epochs=0"], "epochs is 0; it must be above 0"),
+    (["callbacks.sampling.min_p=2"], "callbacks.sampling.min_p is 2; it must be at least 0 and at most 1"),
     (["callbacks.sampling.stop=['']"], "it must be a list of texts that are not empty"),
     (
         [
             "data=chat_files",
             "data.sources.files.path=x",
-            "data.sources.files.messages_column=a",
-            "data.sources.files.prompt_column=b",
+            "data.sources.files.columns.messages=a",
+            "data.sources.files.columns.prompt=b",
         ],
-        "data.sources.files names messages_column beside prompt_column or answer_column; it must name one or the",
+        "data.sources.files.columns gives messages and also prompt or answer; it must give one or the others",
     ),
     (
         ["callbacks.sampling.temperature=1e-9"],
@@ -118,12 +135,12 @@ WRONG_COMMAND_LINES = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), WRONG_COMMAND_LINES, ids=lambda value: str(value)[:60])
-def test_a_wrong_command_line_is_told_in_words(overrides, message):
+def test_a_wrong_command_line_is_refused_in_words(overrides, message):
     problems = command_line_problems(overrides)
     assert any(message in problem for problem in problems), problems
 
 
-def test_all_problems_are_told_together():
+def test_all_problems_are_reported_together():
     overrides = ["model.num_attention_heads=7", "optimizer.lr=-1", "batch_tokens=1000", "optimiser=adamw", "seed=x"]
     problems = command_line_problems(overrides)
     assert len(problems) == 6  # seven heads fit neither the width nor the two key/value heads
@@ -131,25 +148,25 @@ def test_all_problems_are_told_together():
         composed_config(overrides)
 
 
-def test_one_mistake_is_told_once():
+def test_one_mistake_is_reported_once():
     assert len(command_line_problems(["model.vocab_size=70_000"])) == 1
 
 
-def test_a_typo_in_an_experiment_file_is_told_with_the_nearest_key(tmp_path):
+def test_a_typo_in_an_experiment_file_is_reported_with_the_nearest_key(tmp_path):
     folder = tmp_path / "experiment"
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _global_\noptimizer:\n  ls: 1\nbudget_tokns: 5\n")
-    problems = command_line_problems(["+experiment=mine"], user_directory=str(tmp_path))
+    problems = command_line_problems(with_search_path(["+experiment=mine"], [str(tmp_path)]))
     assert problems == [
         "there is no key 'budget_tokns'; did you mean budget_tokens?",
         "there is no key 'optimizer.ls'; did you mean optimizer.lr?",
     ]
 
 
-def test_an_experiment_file_that_is_not_yaml_is_told_with_its_place(tmp_path):
+def test_an_experiment_file_that_is_not_yaml_is_reported_with_its_path(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\na: [1\n")
-    (problem,) = command_line_problems(["+experiment=mine"], user_directory=str(tmp_path))
+    (problem,) = command_line_problems(with_search_path(["+experiment=mine"], [str(tmp_path)]))
     assert "cannot be read" in problem
     assert "mine.yaml" in problem
 
@@ -184,36 +201,38 @@ def test_every_experiment_composes_without_problems(experiment, base_run):
     ("arguments", "multirun", "problem"),
     [
         (["+experiment=lr_sweep"], False, "this is a sweep over optimizer.lr: add --multirun, or for a single run of"),
-        (["optimizer.lr=1e-3"], True, "--multirun runs several values of a key, and there is none with several"),
+        (["optimizer.lr=1e-3"], True, "--multirun runs several values of a key, and no key has several"),
         (["hydra/launcher=cluster", "seed=1,2"], True, "hands the jobs to SLURM, and there is no srun on this machine"),
         (["hydra/launcher=joblibb", "seed=1,2"], True, "Could not find 'hydra/launcher/joblibb'"),
         (["+experiment=[pretrain,nosuch]"], False, "there is no experiment 'nosuch'"),
     ],
 )
-def test_what_is_no_sweep_is_told(arguments, multirun, problem):
-    (told,) = command_line_problems(arguments, multirun)
-    assert problem in told
+def test_a_command_that_is_no_sweep_is_refused(arguments, multirun, problem):
+    (found,) = command_line_problems(arguments, multirun)
+    assert problem in found
 
 
 @pytest.mark.parametrize(("plugin", "extra"), PLUGINS.items())
-def test_a_plugin_of_hydra_that_is_missing_is_named_with_what_brings_it(plugin, extra, monkeypatch):
-    def compose(*arguments, **settings):
+def test_a_missing_plugin_of_hydra_is_named_with_the_extra_that_installs_it(plugin, extra, monkeypatch):
+    def load_configuration(*arguments, **settings):
         raise MissingConfigException(f"In 'hydra/config': Could not find '{plugin}'", plugin)
 
-    monkeypatch.setattr("cucafera.composition.compose", compose)
-    (told,) = command_line_problems(["seed=1"])
-    assert told == f"{plugin} needs a plugin of Hydra: pip install '.[{extra}]'"
+    with hydra_session():
+        loader = GlobalHydra.instance().config_loader()
+        monkeypatch.setattr(loader, "load_configuration", load_configuration)
+        (problem,) = command_line_problems(["seed=1"])
+    assert problem == f"{plugin} needs a plugin of Hydra: pip install '.[{extra}]'"
 
 
 def test_one_job_of_a_sweep_runs_alone_with_its_value():
     assert composed_config(["+experiment=lr_sweep", "optimizer.lr=2e-3"]).optimizer.lr == 2e-3
 
 
-def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
+def test_finetuning_inherits_the_model_of_its_initial_weights(base_run):
     config = composed_config(["+experiment=finetune", f"init_from={base_run}"])
     assert config.model == composed_config(["model=cucafera"]).model
     assert config.sequence_length == 2048
-    assert config.data.kind == "conversations"
+    assert config.objective.name == "finetuning"
     assert len(config.data.sources) == 6
     checkpoint = base_run / "checkpoints" / "step-00000012.ckpt"
     checkpoint.parent.mkdir()
@@ -221,7 +240,7 @@ def test_finetuning_takes_the_model_of_the_run_that_it_begins_with(base_run):
     assert composed_config(["+experiment=finetune", f"init_from={checkpoint}"]).model == config.model
 
 
-def test_finetuning_inherits_a_base_width_and_has_none_where_the_run_is_older_than_the_key(base_run):
+def test_finetuning_inherits_a_base_width_or_none_from_older_runs(base_run):
     path = base_run / "config.yaml"
     written = path.read_text()
     path.write_text(written.replace("base_hidden_size: null", "base_hidden_size: 192"))
@@ -241,21 +260,21 @@ def test_the_proxy_of_the_245m_model_differs_from_it_in_width_alone():
     assert dataclasses.replace(proxy, base_hidden_size=None, **four_times) == target
 
 
-def test_the_configuration_of_another_run_cannot_ask_for_what_this_machine_knows(base_run, monkeypatch):
+def test_the_configuration_of_another_run_cannot_read_the_environment(base_run, monkeypatch):
     monkeypatch.setenv("SECRET", "12")
     config = base_run / "config.yaml"
     config.write_text(config.read_text().replace("num_hidden_layers: 30", "num_hidden_layers: ${oc.env:SECRET}"))
     (problem,) = command_line_problems(["+experiment=finetune", f"init_from={base_run}"])
-    assert "there is no run there whose model could be taken" in problem
+    assert "there is no run there whose model could be inherited" in problem
 
 
-def test_a_run_that_cannot_be_begun_with_is_told_beside_the_other_problems(tmp_path):
+def test_an_unusable_init_from_is_reported_with_the_other_problems(tmp_path):
     problems = command_line_problems(["+experiment=finetune", f"init_from={tmp_path}", "optimizer.lr=-1"])
     assert len(problems) == 2
-    assert "there is no run there whose model could be taken" in problems[0]
+    assert "there is no run there whose model could be inherited" in problems[0]
     assert command_line_problems(["+experiment=finetune"]) == [
-        "init_from must be given: init_from=RUN, the folder or a checkpoint of the run that training begins with, "
-        "or a Hugging Face folder or name (model=inherited takes its model)"
+        "init_from must be given: init_from=RUN, the folder or a checkpoint of a pretrained model, or a Hugging Face "
+        "folder or name (model=inherited takes its model)"
     ]
 
 
@@ -263,10 +282,6 @@ def test_a_run_that_cannot_be_begun_with_is_told_beside_the_other_problems(tmp_p
 def test_a_trainer_preset_changes_no_batch(trainer):
     config = composed_config(["+experiment=pretrain", f"trainer={trainer}"])
     assert (config.batch_tokens, config.windows_per_step) == (524_288, 256)
-
-
-def test_no_argument_is_the_quickstart():
-    assert composed_config([]) == composed_config(["+experiment=quickstart"])
 
 
 def test_the_original_recipe_stops_long_before_its_schedule_ends():
@@ -279,40 +294,116 @@ def test_the_original_recipe_stops_long_before_its_schedule_ends():
 def test_budgets_may_be_written_as_floats():
     config = composed_config(["budget_tokens=5.5e6", "batch_tokens=8192.0"])
     assert (config.budget_tokens, config.batch_tokens) == (5_500_000, 8192)
-    assert isinstance(config.batch_tokens, int)
+    assert isinstance(config.budget_tokens, int) and isinstance(config.batch_tokens, int)
 
 
 def test_sources_can_be_added_and_changed_on_the_command_line():
     config = composed_config(
-        ["data=files", "data.sources.files.path=a.txt", "data.sources.files.column=body",
+        ["data=files", "data.sources.files.path=a.txt", "data.sources.files.columns.text=body",
          "+data.sources.books.path=b.jsonl", "+data.sources.books.weight=2"]
     )  # fmt: skip
     files, books = config.data.sources["files"], config.data.sources["books"]
-    assert (files.path, files.column, files.weight) == ("a.txt", "body", 1.0)
-    assert (books.path, books.column, books.weight) == ("b.jsonl", "text", 2.0)
+    assert (files.path, files.columns.text, files.weight) == ("a.txt", "body", 1.0)
+    assert (books.path, books.columns.text, books.weight) == ("b.jsonl", "text", 2.0)
 
 
-def test_every_knob_is_documented_and_shown_by_help():
-    documentation = field_documentation()
-    text = help_text()
+def test_every_setting_has_a_meaning_and_a_default_that_help_shows():
+    with hydra_session():
+        text = help_text()
+    in_one_line = " ".join(text.split())
     config = composed_config([])
-    for key, sentence in documentation.items():
-        value_of(config, key.replace(".NAME", ".embedded"))
-        assert sentence
+    for key, field in documented_fields().items():
+        if not key.startswith(("data.sources.NAME.", "optimizer.", "objective.")):  # which depend on a choice
+            value_of(config, key)
+        assert key.endswith(".name") or field.metadata["meaning"]
         assert key in text
     for experiment in EXPERIMENTS:
         assert f"+experiment={experiment}" in text
+    assert "optimizer.lr=0.003 Peak learning rate. Must be above 0." in in_one_line
+    assert "Must be one of cosine, wsd, constant." in in_one_line
+    assert max(map(len, text.splitlines())) <= 120
 
 
-def run_door(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def test_no_choice_but_a_model_repeats_a_default_of_the_schema():
+    defaults = dataclasses.asdict(Config())
+    repeated = []
+    for group in ("adapter", "data", "schedule", "trainer", "callbacks", "logger"):
+        for path in (config_directory() / group).glob("*.yaml"):
+            for key, value in (OmegaConf.to_container(OmegaConf.load(path)) or {}).items():
+                if key not in ("defaults", "sources") and defaults[group][key] == value:
+                    repeated.append(f"{path.name}: {key}")
+    assert repeated == []
+
+
+def test_the_differences_from_the_defaults_are_listed():
+    assert differences_from_defaults(default_config()) == {}
+    config = composed_config(["optimizer.lr=1e-3", "data=files", "data.sources.files.path=x"])
+    differences = differences_from_defaults(config)
+    assert differences["optimizer.lr"] == (3e-3, 1e-3)
+    assert differences["data.sources.files.path"] == (None, "x")
+    assert differences["data.validation_fraction"] == (0.1, 0.01)
+    assert "seed" not in differences
+
+
+@dataclass
+class ToyConfig(OptimizerConfig):
+    """A toy."""
+
+    lr: float = setting(1.0, "Learning rate.", above=0)
+    beta: float = setting(0.9, "Momentum.", at_least=0, below=1)
+
+
+@pytest.fixture
+def toy():
+    """An optimizer that another distribution would register, without any file in conf/."""
+    OPTIMIZERS.names()
+    OPTIMIZERS._entries["toy"] = type("Toy", (OptimizerSpec,), {"name": "toy", "config": ToyConfig, "build": None})()
+    yield
+    del OPTIMIZERS._entries["toy"]
+    ConfigStore.instance().repo["optimizer"].pop("toy.yaml")
+
+
+def test_a_registered_optimizer_is_a_choice_with_its_own_settings(toy):
+    optimizer = composed_config(["optimizer=toy", "optimizer.beta=0.5"]).optimizer
+    assert optimizer == ToyConfig(name="toy", beta=0.5)
+    assert optimizer.lr == 1.0 and not hasattr(optimizer, "betas")
+    assert isinstance(composed_config([]).optimizer, AdamWConfig)
+    assert command_line_problems(["optimizer=toy", "optimizer.beta=1"]) == [
+        "optimizer.beta is 1; it must be at least 0 and below 1"
+    ]
+    assert command_line_problems(["optimizer=toy", "optimizer.betas=[0.1,0.2]"]) == [
+        "optimizer.betas is not a setting of optimizer=toy"
+    ]
+    assert command_line_problems(["optimizer.beta=0.5"]) == ["optimizer.beta is not a setting of the chosen optimizer"]
+    assert command_line_problems(["optimizer.name=toy"]) == [
+        "optimizer.betas is not a setting of toy",
+        "optimizer.eps is not a setting of toy",
+    ]
+    assert command_line_problems(["optimizer=adamw,toy"], multirun=True) == []
+
+
+def test_a_command_is_composed_once(monkeypatch):
+    with hydra_session():
+        loader = GlobalHydra.instance().config_loader()
+        loads, load = [], loader.load_configuration
+        monkeypatch.setattr(
+            loader, "load_configuration", lambda *given, **more: loads.append(given) or load(*given, **more)
+        )
+        composed_config(["data=files", "data.sources.files.path=a.txt", "data.sources.files.columns.text=body"])
+        assert len(loads) == 1
+        command_line_problems(["+experiment=lr_sweep"])
+        assert len(loads) == 2
+
+
+def run_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cucafera.run", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60
     )
 
 
-def test_a_wrong_command_line_ends_with_code_2_and_no_stack_trace_in_two_seconds(tmp_path):
+def test_a_wrong_command_line_exits_with_code_2_within_two_seconds(tmp_path):
     started = time.perf_counter()
-    result = run_door("optimizer.lrr=1", "model.hidden_size=7", cwd=tmp_path)
+    result = run_command("optimizer.lrr=1", "model.hidden_size=7", cwd=tmp_path)
     assert time.perf_counter() - started < 2
     assert result.returncode == 2
     assert "did you mean optimizer.lr?" in result.stderr
@@ -320,7 +411,7 @@ def test_a_wrong_command_line_ends_with_code_2_and_no_stack_trace_in_two_seconds
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--info", "defaults"], ["+nope=1"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["+nope=1"]])
 def test_help_and_configuration_need_no_heavy_imports(arguments, tmp_path):
     script = (
         "import sys, runpy\n"
@@ -335,6 +426,50 @@ def test_help_and_configuration_need_no_heavy_imports(arguments, tmp_path):
 
 
 def test_the_composed_configuration_can_be_shown(tmp_path):
-    result = run_door("model=cucafera", "--cfg", "job", cwd=tmp_path)
+    result = run_command("model=cucafera", "--cfg", "job", cwd=tmp_path)
     assert result.returncode == 0
     assert "vocab_size: 65536" in result.stdout
+    result = run_command("--cfg", "job", "--resolve", cwd=tmp_path)
+    assert "tokenizer:\n  path: null\n  vocab_size: 1024\n" in result.stdout
+    result = run_command("+experiment=own_text", "data.sources.files.path=x", "--cfg", "hydra", cwd=tmp_path)
+    assert "      experiment: own_text\n" in result.stdout and "run_dir" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--config-name", "mine"], "--config-name is not supported: a run starts from conf/config.yaml"),
+        (["-cn", "mine"], "--config-name is not supported"),
+        (["--config-path=conf"], "--config-path is not supported"),
+        (["--experimental-rerun", "x"], "--experimental-rerun is not supported: the same command resumes a run"),
+        (["--shell-completion", "install=bash"], "--shell-completion is not supported"),
+        (["--hydra-help"], "--hydra-help is not supported"),
+        (["--multirun", "--cfg", "job", "seed=1,2"], "are for one run: leave --multirun out"),
+        (["--info", "defaults"], "--info is not supported: --cfg hydra shows the choices"),
+        (["--resolve"], "--resolve needs --cfg"),
+        (["--config-dir", "nowhere"], "--config-dir nowhere: there is no such folder"),
+        (["--nosuch"], "unrecognized arguments: --nosuch"),
+        (["hydra.job.chdir=true"], "hydra.job.chdir=true is not supported"),
+        (["hydra.mode=MULTIRUN"], "hydra.mode=MULTIRUN is not supported: --multirun starts a sweep"),
+        (["hydra.callbacks.mine._target_=x"], "hydra.callbacks.mine._target_=x is about sweeps: add --multirun"),
+        (["hydra.sweep.dir=x"], "hydra.sweep.dir=x is about sweeps: add --multirun"),
+    ],
+)
+def test_a_flag_of_hydra_is_used_or_refused_in_one_line(arguments, reason, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cucafera", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert reason in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_of_configurations_are_searched_for_choices_too(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / f"{name}.yaml").write_text("num_hidden_layers: 7\n")
+    both = with_search_path(["model=two", f"hydra.searchpath=[file://{tmp_path / 'two'}]"], [str(tmp_path / "one")])
+    assert composed_config(both).model.num_hidden_layers == 7
+    (problem,) = command_line_problems(["model=three", *both[1:]])
+    assert problem.endswith("There are: cucafera, cucafera_proxy, inherited, large, one, small, tiny, two")

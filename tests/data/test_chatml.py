@@ -6,8 +6,8 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from cucafera.config import SPECIAL_TOKENS
-from cucafera.data.chat import (
+from cucafera.config.tokens import IM_END_ID, IM_START_ID, SPECIAL_TOKENS
+from cucafera.data.chatml import (
     CHAT_TEMPLATE,
     ConversationError,
     Message,
@@ -15,7 +15,7 @@ from cucafera.data.chat import (
     render,
     render_prompt,
 )
-from cucafera.data.tokenizer import IM_END_ID, IM_START_ID, Tokenizer
+from cucafera.data.tokenizer import Tokenizer
 
 CONTROL = set(range(len(SPECIAL_TOKENS)))
 PIECES = (
@@ -108,7 +108,7 @@ def test_the_chat_template_refuses_a_role_that_we_refuse(merging_tokenizer, tmp_
     ("conversation", "message"),
     [
         ([], "the conversation has no messages"),
-        ([Message("user", "Hola")], "the assistant says nothing in it"),
+        ([Message("user", "Hola")], "it has no message of the assistant"),
         ([Message("tool", "Hola"), Message("assistant", "x")], "message 1 has the role 'tool'; roles are system, user"),
         ([Message("User", "Hola"), Message("assistant", "x")], "message 1 has the role 'User'"),
         ([Message("user", " \n"), Message("assistant", "x")], "message 1, of the user, is empty"),

@@ -1,4 +1,4 @@
-"""What a sweep says at its end, from folders that the tests write."""
+"""The summary of a sweep, from folders that the tests write."""
 
 import csv
 import json
@@ -9,18 +9,19 @@ import pytest
 from omegaconf import OmegaConf
 
 from cucafera.compare import compare
-from cucafera.config import UserError
-from cucafera.sweeps.answer import Answer, SweepAnswer, answer
-from cucafera.sweeps.jobs import Job
+from cucafera.config.errors import UserError
+from cucafera.objectives import MetricSpec
+from cucafera.sweeps.jobs import JobRecord
+from cucafera.sweeps.summary import SweepSummary, SweepSummaryCallback, summarize_sweep
 from cucafera.training.events import EventLogger
 
 
 def write_job(sweep: Path, status: str, losses: list[float], exit_code: int = 0, **settings: object) -> None:
-    """A job's folder, as a sweep leaves it; without losses, as one that was refused before it began."""
+    """A job's folder, as a sweep leaves it; without losses, as one that was refused before it started."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
     folder = sweep / ",".join(overrides)
     folder.mkdir(parents=True)
-    Job(status, exit_code, ["+experiment=lr_sweep", *overrides], "identity").write(folder)
+    JobRecord(status, exit_code, ["+experiment=lr_sweep", *overrides], "identity").write(folder)
     if not losses:
         return
     lines = [f"batch_tokens: 100\noptimizer:\n  lr: {settings.get('optimizer__lr', 0.003)}\nseed: 1\n"]
@@ -42,30 +43,30 @@ def write_sweep(sweep: Path, rates: list[float], best: float = 2e-3, **settings:
         write_job(sweep, "finished", [7.0, loss + 0.5, loss], optimizer__lr=rate, **settings)
 
 
-def answered(sweep: Path, *overrides: str, others: tuple[str, ...] = ()) -> Answer:
-    return answer(sweep, ["+experiment=lr_sweep", *overrides], {"experiment"}, others)
+def summarized(sweep: Path, *overrides: str, others: tuple[str, ...] = ()) -> SweepSummary:
+    return summarize_sweep(sweep, ["+experiment=lr_sweep", *overrides], {"experiment"}, others)
 
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
 SWEPT = "optimizer.lr=5e-4,1e-3,2e-3,4e-3,8e-3"
 
 
-def test_the_best_learning_rate_is_told_and_how_sure_it_is(tmp_path):
+def test_the_best_learning_rate_is_reported_with_its_uncertainty(tmp_path):
     write_sweep(tmp_path, RATES)
-    text = answered(tmp_path, SWEPT).text
+    text = summarized(tmp_path, SWEPT).text
     assert "The best learning rate is 0.002; within a factor of 1.00 (68% confidence, 5 runs)." in text
-    assert "Best of those tried: 0.002, with a validation loss of 3.000." in text
-    assert answered(tmp_path, SWEPT).exit_code == 0
+    assert "Best value tried: 0.002 (validation loss 3.000)." in text
+    assert summarized(tmp_path, SWEPT).exit_code == 0
     assert "The best learning rate is 0.002" in (tmp_path / "summary.md").read_text()
-    assert "![Loss against learning rate, and curves](sweep.png)" in (tmp_path / "summary.md").read_text()
+    assert "![Results against learning rate, and curves](sweep.png)" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "sweep.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_results_hold_every_job_for_other_programs(tmp_path):
+def test_results_csv_has_a_row_per_job(tmp_path):
     write_sweep(tmp_path, RATES)
     write_job(tmp_path, "refused", [], exit_code=2, optimizer__lr="1e-2")
-    answered(tmp_path, SWEPT)
+    summarized(tmp_path, SWEPT)
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert len(rows) == 6
     assert rows[0]["optimizer.lr"] == "0.002" and float(rows[0]["loss"]) == 3.0 and float(rows[0]["bpb"]) == 1.5
@@ -73,127 +74,147 @@ def test_results_hold_every_job_for_other_programs(tmp_path):
     assert (rows[-1]["status"], rows[-1]["exit code"], rows[-1]["loss"]) == ("refused", "2", "")
 
 
-def test_jobs_that_diverged_or_failed_are_named_and_poison_nothing(tmp_path):
+def test_jobs_that_diverged_or_failed_are_named_and_left_out_of_the_fit(tmp_path):
     write_sweep(tmp_path, RATES)
     write_job(tmp_path, "diverged", [7.0, 9.0, math.nan], exit_code=3, optimizer__lr=0.1)
-    text = answered(tmp_path, SWEPT).text
+    text = summarized(tmp_path, SWEPT).text
     assert "The best learning rate is 0.002" in text
     assert "Diverged: optimizer.lr=0.1." in text
-    assert answered(tmp_path, SWEPT).exit_code == 0
+    assert summarized(tmp_path, SWEPT).exit_code == 0
     write_job(tmp_path, "refused", [], exit_code=2, optimizer__lr=0.2)
-    assert answered(tmp_path, SWEPT).exit_code == 2
+    assert summarized(tmp_path, SWEPT).exit_code == 2
     write_job(tmp_path, "crashed", [7.0], exit_code=-9, optimizer__lr=0.3)
-    assert "Crashed; the same command tries again: optimizer.lr=0.3 (exit code -9)." in answered(tmp_path, SWEPT).text
-    assert answered(tmp_path, SWEPT).exit_code == 1
+    assert (
+        "Crashed (run the same command again to retry): optimizer.lr=0.3 (exit code -9)."
+        in summarized(tmp_path, SWEPT).text
+    )
+    assert summarized(tmp_path, SWEPT).exit_code == 1
 
 
 @pytest.mark.parametrize(
     ("best", "edge", "further"), [(1e-5, "lowest", "0.00025,0.000125,6.25e-05"), (1, "highest", "0.016,0.032,0.064")]
 )
-def test_at_the_edge_of_the_grid_the_next_command_is_given(tmp_path, best, edge, further):
+def test_at_the_edge_of_the_grid_the_next_command_is_printed(tmp_path, best, edge, further):
     write_sweep(tmp_path, RATES, best)
-    text = answered(tmp_path, SWEPT, others=("--config-dir mine", "hydra/launcher=parallel")).text
-    assert f"it is the {edge} of those tried" in text
+    text = summarized(tmp_path, SWEPT, others=("--config-dir mine", "hydra/launcher=parallel")).text
+    assert f"it is the {edge} value tried" in text
     options = "--config-dir mine hydra/launcher=parallel +experiment=lr_sweep"
     assert f"python -m cucafera.run --multirun {options} optimizer.lr={further}" in text
     assert "optimum" not in text
 
 
-def test_between_the_best_and_one_that_diverged_the_next_values_are_given(tmp_path):
+def test_values_between_the_best_and_one_that_diverged_are_proposed(tmp_path):
     write_sweep(tmp_path, RATES[:3], best=1.0)
     write_job(tmp_path, "diverged", [7.0, 9.0], exit_code=3, optimizer__lr=0.032)
-    text = answered(tmp_path, SWEPT).text
+    text = summarized(tmp_path, SWEPT).text
     assert "The best learning rate so far is 0.002" in text
-    assert "0.032 came to no result, so a better one may lie between the two" in text
+    assert "0.032 has no result, so a better one may lie between the two" in text
     assert "optimizer.lr=0.004,0.008,0.016" in text
 
 
-def test_tokenizers_are_compared_by_bits_a_byte(tmp_path):
+def test_tokenizers_are_compared_by_bits_per_byte(tmp_path):
     write_job(tmp_path, "finished", [7.0, 3.0], model__vocab_size=320)
     write_job(tmp_path, "finished", [7.0, 3.5], model__vocab_size=1024)
     metrics = tmp_path / "model.vocab_size=1024" / "metrics.json"
     metrics.write_text(metrics.read_text().replace("1.75", "1.25"))
-    text = answered(tmp_path, "model.vocab_size=320,1024").text
-    assert "The best is model.vocab_size=1024, with 1.250 bits a byte (a validation loss of 3.500)." in text
+    text = summarized(tmp_path, "model.vocab_size=320,1024").text
+    assert "The best is model.vocab_size=1024: validation bpb 1.250 bits per byte (validation loss 3.500)." in text
 
 
-def test_jobs_of_earlier_sweeps_count_if_they_differ_in_nothing_else(tmp_path):
+def test_jobs_of_earlier_sweeps_count_if_their_other_settings_are_equal(tmp_path):
     write_sweep(tmp_path, RATES)
     write_job(tmp_path, "finished", [7.0, 2.0], optimizer__lr=1e-2, batch_tokens=99)
     write_job(tmp_path, "crashed", [7.0], exit_code=1, batch_tokens=98)
-    write_job(tmp_path, "begun", [7.0, 5.0], exit_code=None, optimizer__lr=3e-2)
-    text, exit_code = answered(tmp_path, "optimizer.lr=4e-3,8e-3")
+    write_job(tmp_path, "started", [7.0, 5.0], exit_code=None, optimizer__lr=3e-2)
+    text, exit_code = summarized(tmp_path, "optimizer.lr=4e-3,8e-3")
     assert "The best learning rate is 0.002" in text
-    assert "Not counted, since they come from sweeps with other values beside what is swept: " in text
+    assert "Not counted, since their sweeps had other settings: " in text
     assert "batch_tokens=98" in text and "Crashed" not in text
-    assert "Not at the end; the same command goes on: optimizer.lr=0.03." in text
+    assert "Unfinished (run the same command again to resume): optimizer.lr=0.03." in text
     assert exit_code == 124
     with pytest.raises(UserError, match="holds only jobs of other sweeps"):
-        answer(tmp_path, ["seed=1,2"], set())
+        summarize_sweep(tmp_path, ["seed=1,2"], set())
 
 
-def test_an_answer_that_cannot_be_given_is_no_success(tmp_path, capsys):
+def test_a_summary_that_fails_exits_with_an_error(tmp_path, capsys):
     hydra = {
         "sweep": {"dir": str(tmp_path)}, "runtime": {"config_sources": []},
         "overrides": {"hydra": [], "task": ["seed=1,2"]},
         "job": {"config": {"override_dirname": {"exclude_keys": []}}},
     }  # fmt: skip
     with pytest.raises(SystemExit) as stop:
-        SweepAnswer().on_multirun_end(OmegaConf.create({"hydra": hydra}))
+        SweepSummaryCallback().on_multirun_end(OmegaConf.create({"hydra": hydra}))
     assert stop.value.code == 2
     assert "there is no run" in capsys.readouterr().err
     write_sweep(tmp_path, RATES[:1])
     (tmp_path / "optimizer.lr=0.0005" / "metrics.json").write_text('{"steps": 1, "validation": 3}')
     hydra["overrides"]["task"] = ["+experiment=lr_sweep", "optimizer.lr=1e-3,2e-3"]
     with pytest.raises(SystemExit) as stop:
-        SweepAnswer().on_multirun_end(OmegaConf.create({"hydra": hydra}))
+        SweepSummaryCallback().on_multirun_end(OmegaConf.create({"hydra": hydra}))
     assert stop.value.code == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_each_model_of_a_sweep_has_an_answer_of_its_own(tmp_path):
+def test_each_model_of_a_sweep_has_its_own_best_learning_rate(tmp_path):
     write_sweep(tmp_path, RATES, 2e-3, model="tiny")
     write_sweep(tmp_path, RATES, 1e-3, model="small")
-    text = answered(tmp_path, SWEPT, "model=tiny,small").text
+    text = summarized(tmp_path, SWEPT, "model=tiny,small").text
     assert "With model=small, the best learning rate is 0.001;" in text
     assert "With model=tiny, the best learning rate is 0.002;" in text
 
 
-def test_a_sweep_over_something_else_is_ranked(tmp_path):
+def test_a_sweep_over_another_key_is_ranked(tmp_path):
     for batch, loss in ((256, 3.5), (512, 3.25)):
         write_job(tmp_path, "finished", [7.0, loss], batch_tokens=batch)
-    text = answered(tmp_path, "batch_tokens=256,512").text
-    assert "The best is batch_tokens=512, with 1.625 bits a byte (a validation loss of 3.250)." in text
+    text = summarized(tmp_path, "batch_tokens=256,512").text
+    assert "The best is batch_tokens=512: validation bpb 1.625 bits per byte (validation loss 3.250)." in text
     assert (tmp_path / "sweep.png").exists()
 
 
 def test_a_sweep_without_a_result_says_so(tmp_path):
     write_job(tmp_path, "diverged", [7.0, 8.0], exit_code=3, optimizer__lr=1.0)
     write_job(tmp_path, "crashed", [], exit_code=1, optimizer__lr=2.0)
-    assert "The runs came to no result; try lower learning rates." in answered(tmp_path, SWEPT).text
+    assert "The runs have no result; try lower learning rates." in summarized(tmp_path, SWEPT).text
 
 
-def test_without_matplotlib_there_is_an_answer_and_no_picture(tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_a_summary_without_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("cucafera.sweeps.pictures.has_matplotlib", lambda: False)
     write_sweep(tmp_path, RATES)
-    assert "pip install '.[plots]'" in answered(tmp_path, SWEPT).text
+    assert "pip install '.[plots]'" in summarized(tmp_path, SWEPT).text
     assert not (tmp_path / "sweep.png").exists()
     assert "sweep.png" not in (tmp_path / "summary.md").read_text()
     with pytest.raises(UserError, match="--plot needs matplotlib"):
         compare([tmp_path], tmp_path / "curves")
 
 
-def test_runs_are_compared_by_what_differs_in_their_configurations_first(tmp_path):
+def test_runs_are_compared_by_configuration_differences_and_results(tmp_path):
     write_sweep(tmp_path, [1e-3, 2e-3])
     text = compare([tmp_path], tmp_path / "curves.png")
-    head, rest = text.split("What came out")
+    head, rest = text.split("Results (loss in nats per token, bpb in bits per byte)")
     assert "optimizer.lr" in head and "0.001" in head and "seed" not in head
     assert "3.000  1.500" in rest and "12,346" in rest
     assert (tmp_path / "curves.png").exists() and (tmp_path / "curves.pdf").exists()
     (one, _) = sorted(path for path in tmp_path.iterdir() if path.is_dir())
-    assert "Their configurations are equal." in compare([one, one], None)
+    assert "The configurations are equal." in compare([one, one], None)
 
 
-def test_runs_that_are_not_there_are_named(tmp_path):
+def test_a_missing_run_is_named(tmp_path):
     with pytest.raises(UserError, match="there is no run"):
         compare([tmp_path / "nowhere"], None)
+
+
+def test_a_metric_where_higher_is_better_ranks_and_fits_in_its_direction(tmp_path, monkeypatch):
+    accuracy = MetricSpec("bpb", "preference accuracy", "of the pairs", "higher", ".2f", 0.01)
+    monkeypatch.setattr("cucafera.sweeps.metrics.primary_metric", lambda config: accuracy)
+    monkeypatch.setattr("cucafera.sweeps.records.primary_metric", lambda config: accuracy)
+    monkeypatch.setattr("cucafera.sweeps.metrics.fitted_metric", lambda config: accuracy)
+    monkeypatch.setattr("cucafera.sweeps.pictures.fitted_metric", lambda config: accuracy)
+    for rate in RATES:
+        score = 0.9 - 0.1 * math.log10(rate / 2e-3) ** 2
+        write_job(tmp_path, "finished", [1.0, 2 * score], optimizer__lr=rate)
+    text = summarized(tmp_path, SWEPT).text
+    assert "The best learning rate is 0.002; within a factor of 1.00 (68% confidence, 5 runs)." in text
+    assert "Best value tried: 0.002 (preference accuracy 0.90)." in text
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert rows[0]["optimizer.lr"] == "0.002" and float(rows[0]["bpb"]) == pytest.approx(0.9)
+    assert (tmp_path / "sweep.png").exists()

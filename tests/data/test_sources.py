@@ -3,6 +3,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -12,17 +13,31 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from cucafera.config import SourceConfig, UserError
-from cucafera.data import corpus
-from cucafera.data.corpus import ReadCounts, is_held_out, read_documents, source_bytes, source_fingerprint
+from cucafera.config.errors import UserError
+from cucafera.config.registry import SOURCES
+from cucafera.config.schema import ColumnsConfig, SourceConfig
+from cucafera.data import compression
+from cucafera.data.sources import ReadCounts, Source, SourceKind, embedded, files, fingerprint_of, open_source
+from cucafera.data.sources.embedded import EmbeddedConfig
+from cucafera.data.sources.files import FilesConfig
+from cucafera.data.sources.hub import HubConfig
 
 
-def texts_of(source: SourceConfig, skip_broken_lines: bool = False, counts: ReadCounts | None = None) -> list[str]:
-    return [text for text, _ in read_documents("web", source, skip_broken_lines, counts or ReadCounts())]
+def read(source: SourceConfig, skip_broken_rows: bool = False) -> tuple[list[str], ReadCounts]:
+    opened = open_source("web", source, skip_broken_rows)
+    return [text for text, _ in opened.documents()], opened.counts
+
+
+def texts_of(source: SourceConfig) -> list[str]:
+    return read(source)[0]
 
 
 def texts_at(path: Path | str, **settings: object) -> list[str]:
-    return texts_of(SourceConfig(path=str(path), **settings))
+    return texts_of(FilesConfig(path=str(path), **settings))
+
+
+def fingerprint(source: SourceConfig) -> str:
+    return open_source("web", source).fingerprint()
 
 
 def refusal(source: SourceConfig) -> str:
@@ -58,17 +73,18 @@ def test_a_txt_file_is_one_document_with_its_line_ends_kept(tmp_path, suffix):
 def test_a_separator_divides_a_txt_file_into_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("un\nçç##dos####  \n##tres".encode())
-    counts = ReadCounts()
-    assert texts_of(SourceConfig(path=str(path), document_separator="##"), counts=counts) == ["un\nçç", "dos", "tres"]
+    texts, counts = read(FilesConfig(path=str(path), document_separator="##"))
+    assert texts == ["un\nçç", "dos", "tres"]
     assert counts == ReadCounts(documents=3, empty=2)
 
 
-def test_separators_are_found_wherever_reading_pauses(tmp_path, monkeypatch):
+def test_separators_are_found_across_chunks(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     documents = ["x" * length for length in range(1, 40)]
     path.write_text("<sep>".join(documents))
     for size in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(corpus, "CHUNK_BYTES", size)
+        monkeypatch.setattr(files, "CHUNK_BYTES", size)
+        monkeypatch.setattr(compression, "BUFFER_BYTES", size)
         assert texts_at(path, document_separator="<sep>") == documents
 
 
@@ -95,8 +111,8 @@ def test_parquet_is_read_by_row_groups(tmp_path, kind, rows_in_group):
     column = pyarrow.array(values).dictionary_encode() if kind == "dictionary" else pyarrow.array(values, kind)
     table = pyarrow.table({"id": [1, 2, 3, 4], "text": column})
     parquet.write_table(table, path, row_group_size=rows_in_group)
-    counts = ReadCounts()
-    assert texts_of(SourceConfig(path=str(path)), counts=counts) == ["la mar", "l'àvia"]
+    texts, counts = read(FilesConfig(path=str(path)))
+    assert texts == ["la mar", "l'àvia"]
     assert counts.empty == 2
 
 
@@ -104,22 +120,22 @@ def test_bad_utf8_in_parquet_is_refused_with_its_row(tmp_path):
     path = tmp_path / "a.parquet"
     column = pyarrow.array([b"mar", b"m\xff", b"cel"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), path)
-    assert "a.parquet, row 2: not UTF-8 (byte 0xff)" in refusal(SourceConfig(path=str(path)))
-    counts = ReadCounts()
-    assert texts_of(SourceConfig(path=str(path)), True, counts) == ["mar", "cel"]
+    assert "a.parquet, row 2: not UTF-8 (byte 0xff)" in refusal(FilesConfig(path=str(path)))
+    texts, counts = read(FilesConfig(path=str(path)), skip_broken_rows=True)
+    assert texts == ["mar", "cel"]
     assert counts.broken == 1
 
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path):
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    assert "holds int64, not strings" in refusal(SourceConfig(path=str(tmp_path / "a.parquet")))
+    assert "a.parquet, row 1: the text is a int, not a string" in refusal(FilesConfig(path=str(tmp_path / "a.parquet")))
 
 
 def test_a_cut_parquet_file_is_refused(tmp_path):
     buffer = BytesIO()
     parquet.write_table(pyarrow.table({"text": ["mar"] * 100}), buffer)
     (tmp_path / "a.parquet").write_bytes(buffer.getvalue()[:-20])
-    assert "a.parquet is not a whole parquet file" in refusal(SourceConfig(path=str(tmp_path / "a.parquet")))
+    assert "a.parquet is damaged or truncated" in refusal(FilesConfig(path=str(tmp_path / "a.parquet")))
 
 
 def test_a_folder_is_read_in_order_without_what_is_no_data(write_jsonl, tmp_path):
@@ -149,33 +165,33 @@ def test_a_file_whose_name_looks_like_a_pattern_is_read(write_jsonl):
 
 @pytest.mark.parametrize("name", ["nothing.jsonl", "*.jsonl", "no/such/**/*.txt", "**"])
 def test_a_path_without_files_is_named(tmp_path, name):
-    assert f"there is no file {tmp_path / name}" in refusal(SourceConfig(path=str(tmp_path / name)))
+    assert f"there is no file {tmp_path / name}" in refusal(FilesConfig(path=str(tmp_path / name)))
     with pytest.raises(UserError, match="there is no file"):
-        source_fingerprint(SourceConfig(path=str(tmp_path / name)))
+        fingerprint(FilesConfig(path=str(tmp_path / name)))
 
 
-def test_a_pattern_that_cannot_be_is_refused(tmp_path):
-    message = refusal(SourceConfig(path=str(tmp_path / "a**" / "*.txt")))
-    assert "is no pattern" in message or "there is no file" in message  # Python 3.13 understands it
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
+    message = refusal(FilesConfig(path=str(tmp_path / "a**" / "*.txt")))
+    assert "there is no file" in message
 
 
 def test_a_folder_without_data_says_what_can_be_read(tmp_path):
     (tmp_path / "README.md").write_text("about")
-    assert ".jsonl, .txt" in refusal(SourceConfig(path=str(tmp_path)))
+    assert ".jsonl, .txt" in refusal(FilesConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.parquet.gz", "a.gz", "a"])
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
-    assert f"{name} is not of a kind that can be read: .jsonl" in refusal(SourceConfig(path=str(tmp_path / name)))
+    assert f"{name} has a format that cannot be read; .jsonl" in refusal(FilesConfig(path=str(tmp_path / name)))
 
 
-def test_a_missing_column_is_answered_with_those_there_are(write_jsonl, tmp_path):
+def test_a_missing_column_is_refused_with_the_columns_found(write_jsonl, tmp_path):
     path = write_jsonl("a.jsonl", [{"id": 1, "content": "mar"}])
-    assert "a.jsonl:1: no column 'text'; it has id, content" in refusal(SourceConfig(path=str(path)))
+    assert "a.jsonl:1: no column 'text'; it has id, content" in refusal(FilesConfig(path=str(path)))
     parquet.write_table(pyarrow.table({"id": [1], "content": ["mar"]}), tmp_path / "a.parquet")
-    message = refusal(SourceConfig(path=str(tmp_path / "a.parquet")))
-    assert "no column 'text'; it has id, content: set data.sources.web.column" in message
+    message = refusal(FilesConfig(path=str(tmp_path / "a.parquet")))
+    assert "no column 'text'; it has id, content: set data.sources.web.columns.text" in message
 
 
 BROKEN_LINES = {
@@ -192,10 +208,10 @@ BROKEN_LINES = {
 def test_a_broken_line_is_refused_with_its_place_or_left_out_and_counted(tmp_path, line, problem):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "mar"}\n' + line + b'\n{"text": "cel"}\n')
-    message = refusal(SourceConfig(path=str(path)))
+    message = refusal(FilesConfig(path=str(path)))
     assert f"{path}:2: " in message and problem in message and "data.skip_broken_lines=true" in message
-    counts = ReadCounts()
-    assert texts_of(SourceConfig(path=str(path)), True, counts) == ["mar", "cel"]
+    texts, counts = read(FilesConfig(path=str(path)), skip_broken_rows=True)
+    assert texts == ["mar", "cel"]
     assert (counts.documents, counts.broken) == (2, 1)
     assert counts.first_broken.startswith(f"{path}:2: ")
 
@@ -208,10 +224,10 @@ def test_a_surrogate_pair_is_one_character(tmp_path):
 def test_bad_utf8_in_txt_is_refused_with_its_line_or_left_out_and_counted(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"un\n--\ndos\nb\xe0d\n--\ntres")
-    source = SourceConfig(path=str(path), document_separator="\n--\n")
+    source = FilesConfig(path=str(path), document_separator="\n--\n")
     assert f"{path}:4: not UTF-8 (byte 0xe0)" in refusal(source)
-    counts = ReadCounts()
-    assert texts_of(source, True, counts) == ["un", "tres"]
+    texts, counts = read(source, skip_broken_rows=True)
+    assert texts == ["un", "tres"]
     assert counts.broken == 1
 
 
@@ -225,22 +241,22 @@ def test_a_damaged_packed_file_is_refused(tmp_path, suffix, damage):
     middle = len(content) // 2
     changed = content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 50]) + content[middle + 50 :]
     path.write_bytes({"cut": content[:middle], "changed": changed, "other": b"hello" * 20}[damage])
-    message = refusal(SourceConfig(path=str(path)))
+    message = refusal(FilesConfig(path=str(path)))
     assert str(path) in message
     if damage != "changed":  # what has changed may unpack to lines that are broken
-        assert "is damaged" in message or "is cut short" in message
+        assert "is damaged" in message or "is truncated" in message
 
 
 def test_a_zst_file_without_the_library_says_how_to_get_it(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.zst").write_bytes(packed(LINES, ".zst"))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    assert "pip install '.[zstd]'" in refusal(SourceConfig(path=str(tmp_path / "a.jsonl.zst")))
+    assert "pip install '.[zstd]'" in refusal(FilesConfig(path=str(tmp_path / "a.jsonl.zst")))
 
 
 def test_empty_documents_are_left_out_and_counted(write_jsonl):
     path = write_jsonl("a.jsonl", ["mar", "", " \n\t", {"text": None}, "cel"])
-    counts = ReadCounts()
-    assert texts_of(SourceConfig(path=str(path)), counts=counts) == ["mar", "cel"]
+    texts, counts = read(FilesConfig(path=str(path)))
+    assert texts == ["mar", "cel"]
     assert counts == ReadCounts(documents=2, empty=3)
 
 
@@ -254,50 +270,75 @@ def test_an_empty_file_has_no_document(tmp_path):
 def test_the_bytes_read_add_up_to_those_announced(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packed(b'{"text": ""}\n{"text": "mar"}\n' * 50, suffix))
-    source = SourceConfig(path=str(path))
-    assert sum(size for _, size in read_documents("web", source, False, ReadCounts())) == source_bytes(source)
+    source = open_source("web", FilesConfig(path=str(path)))
+    assert sum(size for _, size in source.documents()) == source.size_bytes()
 
 
 def test_the_fingerprint_of_files_follows_their_content_and_the_settings(write_jsonl, tmp_path):
     path = write_jsonl("data/a.jsonl", ["mar"])
-    source = SourceConfig(path=str(path))
-    first = source_fingerprint(source)
-    assert source_fingerprint(SourceConfig(path=str(path), weight=2.0)) == first
-    assert source_fingerprint(SourceConfig(path=str(path.parent))) == first
-    assert source_fingerprint(SourceConfig(path=str(path), column="content")) != first
+    source = FilesConfig(path=str(path))
+    first = fingerprint(source)
+    assert fingerprint(FilesConfig(path=str(path), weight=2.0)) == first
+    assert fingerprint(FilesConfig(path=str(path.parent))) == first
+    assert fingerprint(FilesConfig(path=str(path), columns=ColumnsConfig(text="content"))) != first
     os.utime(path, (1, 1))
-    second = source_fingerprint(source)
+    second = fingerprint(source)
     write_jsonl("data/b.jsonl", ["cel"])
-    assert len({first, second, source_fingerprint(SourceConfig(path=str(path.parent)))}) == 3
+    assert len({first, second, fingerprint(FilesConfig(path=str(path.parent)))}) == 3
 
 
 def test_the_fingerprint_of_a_dataset_follows_its_name_and_revision():
     prints = {
-        source_fingerprint(SourceConfig(dataset="a/b", **settings))
-        for settings in ({}, {"revision": "x"}, {"split": "test"}, {"subset": "ca"}, {"column": "content"})
+        fingerprint(HubConfig(dataset="a/b", **settings))
+        for settings in (
+            {},
+            {"revision": "x"},
+            {"split": "test"},
+            {"subset": "ca"},
+            {"columns": ColumnsConfig(text="content")},
+        )
     }
     assert len(prints) == 5
-    assert source_fingerprint(SourceConfig(dataset="a/b", streaming=True)) in prints
-
-
-def test_documents_are_held_out_by_their_text_alone():
-    documents = [f"document {number}" for number in range(4000)]
-    held_out = {text for text in documents if is_held_out(text, 0.1)}
-    assert 320 < len(held_out) < 480
-    assert held_out > {text for text in documents if is_held_out(text, 0.05)}
-    assert is_held_out("document 0", 1.0) and not is_held_out("document 0", 0.0)
+    assert fingerprint(HubConfig(dataset="a/b", streaming=True)) in prints
 
 
 def test_the_embedded_corpus_joins_title_and_text(tmp_path, monkeypatch):
     path = tmp_path / "catalan.jsonl"
     path.write_text(json.dumps({"title": "El mar", "genre": "poema", "text": "Blau."}) + "\n")
-    monkeypatch.setattr(corpus, "embedded_corpus", lambda: path)
-    source = SourceConfig(embedded=True)
+    monkeypatch.setattr(embedded, "CORPORA", tmp_path)
+    source = EmbeddedConfig(embedded="catalan")
     assert texts_of(source) == ["El mar\n\nBlau."]
-    assert source_bytes(source) is None
-    first = source_fingerprint(source)
+    first = fingerprint(source)
     path.write_text(json.dumps({"title": "El mar", "genre": "poema", "text": "Verd."}) + "\n")
-    assert source_fingerprint(source) != first
+    assert fingerprint(source) != first
+
+
+@dataclass
+class LinesConfig(SourceConfig):
+    lines: str | None = None
+
+
+class LinesSource(Source[LinesConfig]):
+    def rows(self, columns=None):
+        for number, line in enumerate(self.config.lines.split(","), start=1):
+            yield {"text": line}, len(line), f"line {number}"
+
+    def fingerprint(self):
+        return fingerprint_of(self.config, self.config.lines)
+
+
+class Lines(SourceKind):
+    name = "lines"
+    config = LinesConfig
+    source = LinesSource
+
+
+def test_another_kind_of_source_is_a_config_rows_and_a_fingerprint(monkeypatch):
+    monkeypatch.setattr(
+        SOURCES, "_entries", {**{name: SOURCES.get(name) for name in SOURCES.names()}, "lines": Lines()}
+    )
+    assert texts_of(LinesConfig(lines="la mar,,el bosc")) == ["la mar", "el bosc"]
+    assert fingerprint(LinesConfig(lines="la mar")) != fingerprint(LinesConfig(lines="el bosc"))
 
 
 class TestHuggingFace:
@@ -318,26 +359,26 @@ class TestHuggingFace:
     @pytest.mark.parametrize("streaming", [False, True])
     def test_rows_are_read_in_order(self, hub, streaming):
         hub({"id": list(range(1000)), "text": [None, *(f"document {number}" for number in range(999))]})
-        counts = ReadCounts()
-        source = SourceConfig(dataset="a/b", streaming=streaming)
-        assert texts_of(source, counts=counts) == [f"document {number}" for number in range(999)]
+        source = HubConfig(dataset="a/b", streaming=streaming)
+        texts, counts = read(source)
+        assert texts == [f"document {number}" for number in range(999)]
         assert counts == ReadCounts(documents=999, empty=1)
-        assert source_bytes(source) is None
+        assert open_source("web", source).size_bytes() is None
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_a_missing_column_is_answered_with_those_there_are(self, hub, streaming):
+    def test_a_missing_column_is_refused_with_the_columns_found(self, hub, streaming):
         hub({"id": [1], "content": ["mar"]})
-        message = refusal(SourceConfig(dataset="a/b", streaming=streaming))
-        assert "no column 'text'; it has id, content: set data.sources.web.column" in message
+        message = refusal(HubConfig(dataset="a/b", streaming=streaming))
+        assert "no column 'text'; it has id, content: set data.sources.web.columns.text" in message
 
     def test_a_stream_that_does_not_know_its_columns_is_checked_by_its_rows(self, monkeypatch):
         rows = datasets.IterableDataset.from_generator(lambda: iter([{"content": "mar"}]))
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-        assert "no column 'text'; it has content" in refusal(SourceConfig(dataset="a/b", streaming=True))
+        assert "no column 'text'; it has content" in refusal(HubConfig(dataset="a/b", streaming=True))
 
     def test_values_that_are_no_text_are_refused_with_their_row(self, hub):
         hub({"text": [["a"], ["b"]]})
-        assert "dataset a/b split train, row 1: the text is a list" in refusal(SourceConfig(dataset="a/b"))
+        assert "dataset a/b split train, row 1: the text is a list" in refusal(HubConfig(dataset="a/b"))
 
     @pytest.mark.parametrize(
         "error",
@@ -353,7 +394,7 @@ class TestHuggingFace:
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        message = refusal(SourceConfig(dataset="a/b", subset="ca"))
+        message = refusal(HubConfig(dataset="a/b", subset="ca"))
         assert "data.sources.web: dataset a/b ca split train cannot be read" in message
         assert type(error).__name__ in message
 
@@ -366,12 +407,12 @@ class TestHuggingFace:
             rows, features=datasets.Features(text=datasets.Value("string"))
         )
         monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
-        assert "the network is gone" in refusal(SourceConfig(dataset="a/b", streaming=True))
+        assert "the network is gone" in refusal(HubConfig(dataset="a/b", streaming=True))
 
     def test_a_split_that_is_not_there_is_named_by_the_real_library(self, write_jsonl, monkeypatch, tmp_path):
         write_jsonl("set/train.jsonl", ["mar"])
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        source = SourceConfig(dataset=str(tmp_path / "set"), streaming=True)
+        source = HubConfig(dataset=str(tmp_path / "set"), streaming=True)
         assert texts_of(source) == ["mar"]
         source.split = "test"
         assert "split test cannot be read" in refusal(source)
@@ -383,9 +424,9 @@ class TestHuggingFace:
 )
 @pytest.mark.parametrize("separator", [None, "<sep>"])
 def test_text_that_would_not_fit_memory_is_refused(tmp_path, monkeypatch, name, what, separator):
-    monkeypatch.setattr(corpus, "LONGEST", 2_000_000)
+    monkeypatch.setattr(files, "MAX_TEXT_BYTES", 2_000_000)
     content = b"x" * 5_000_000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    source = SourceConfig(path=str(tmp_path / name), document_separator=separator)
+    source = FilesConfig(path=str(tmp_path / name), document_separator=separator)
     with pytest.raises(UserError, match=rf"{name} holds a {what} of over 1 MiB"):
-        list(read_documents("web", source, skip_broken_lines=True, counts=ReadCounts()))
+        read(source, skip_broken_rows=True)

@@ -1,0 +1,70 @@
+"""A forked command starts, and ends, as an interpreter of its own does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import Process, run_command
+
+STATE = """
+import json, os, signal, sys, threading
+numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD, signal.SIGPIPE]
+print(json.dumps({
+    "name": __name__, "argv": sys.argv, "path": sys.path[0], "folder": os.getcwd(), "input": sys.stdin.read(),
+    "variables": sorted(set(os.environ) - {"LC_CTYPE"}), "of_test": os.environ["OF_TEST"],
+    "signals": [str(signal.getsignal(number)) for number in numbers],
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "threads": threading.active_count(),
+    "streams": [(stream.isatty(), stream.encoding) for stream in (sys.stdin, sys.stdout, sys.stderr)],
+    "buffering": sys.stdout.line_buffering,
+}))
+print("an error", file=sys.stderr)
+"""
+ENDS = {
+    "pass": 0,
+    "import sys; sys.exit(7)": 7,
+    "import sys; sys.exit('why')": 1,
+    "1 / 0": 1,
+    "import os, signal; os.kill(os.getpid(), signal.SIGKILL)": -signal.SIGKILL,
+    "import os, signal; os.kill(os.getpid(), signal.SIGTERM)": -signal.SIGTERM,
+    "import os, signal; os.kill(os.getpid(), signal.SIGINT)": -signal.SIGINT,
+    "import atexit; atexit.register(print, 'the end'); print('first', end=' ')": 0,
+    "import threading, time; threading.Thread(target=lambda: (time.sleep(0.1), print('joined'))).start()": 0,
+}
+
+
+def test_it_has_the_state_of_an_interpreter(tmp_path, monkeypatch):
+    (tmp_path / "state.py").write_text(STATE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OF_TEST", "à")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forked = run_command("state.py", "a b", "--c", text="line\n")
+    interpreter = [sys.executable, "state.py", "a b", "--c"]
+    own = subprocess.run(interpreter, env=dict(os.environ), input="line\n", capture_output=True, text=True)
+    assert json.loads(forked.stdout) == json.loads(own.stdout)
+    assert (forked.returncode, forked.stderr) == (own.returncode, own.stderr) == (0, "an error\n")
+
+
+@pytest.mark.parametrize("code", ENDS)
+def test_it_ends_as_an_interpreter_does(tmp_path, code):
+    (tmp_path / "end.py").write_text(code)
+    forked = run_command("end.py", cwd=tmp_path)
+    own = subprocess.run([sys.executable, "end.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert forked.returncode == own.returncode == ENDS[code]
+    assert forked.stdout == own.stdout
+    assert forked.stderr.splitlines()[-1:] == own.stderr.splitlines()[-1:]
+
+
+def test_signals_reach_its_process_group(tmp_path):
+    (tmp_path / "sleep.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+    processes = [Process(["sleep.py"], tmp_path, new_session=True) for _ in range(2)]
+    for process in processes:
+        assert process.outputs[0].readline() == "ready\n" and process.poll() is None
+        assert os.getpgid(process.pid) == os.getsid(process.pid) == process.pid
+    os.killpg(processes[0].pid, signal.SIGTERM)
+    processes[1].kill()
+    assert [process.wait(60) for process in processes] == [-signal.SIGTERM, -signal.SIGKILL]
+    processes[0].send_signal(signal.SIGTERM)  # nothing, after its end
