@@ -80,7 +80,7 @@ def run_lock(path: Path) -> Iterator[None]:
 
 
 def _beat(path: Path, owner: dict[str, Any], stop: threading.Event) -> None:
-    """Touch the owner's file until told to stop; exit the process if the run was taken over."""
+    """Touch the owner's file until `stop` is set; exit the process if the run was taken over."""
     while not stop.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):  # a disk that is away for a moment
             now = _read_owner(path)
