@@ -1,6 +1,7 @@
 """Accumulators of what validation measures, summed exactly over batches and devices."""
 
 import math
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,13 +22,13 @@ class ValidationMetrics(Metric):
 
     full_state_update = False
 
+    @abstractmethod
     def update(self, model: "Decoder", batch: "Batch", document_limit: int | None) -> None:
         """Add the sums of one micro-batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self) -> dict[str, Tensor]:
         """Return the measures by name, each a scalar."""
-        raise NotImplementedError
 
 
 class NextTokenMetrics(ValidationMetrics):

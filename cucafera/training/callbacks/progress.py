@@ -20,7 +20,7 @@ log = logging.getLogger("cucafera.steps")
 
 
 class _TerminalOutput:
-    """Standard output for a progress bar: writing to a terminal that was closed does nothing."""
+    """Standard output that a run cannot fail by: writing to a closed terminal or pipe does nothing."""
 
     def write(self, text: str) -> int:
         """Write, if there is still a terminal."""
@@ -45,7 +45,6 @@ class Progress(Callback):
         self.throughput = throughput
         self.validation = validation
         self._bar: tqdm[Any] | None = None
-        self._prints = True
 
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Open the bar, and show the first validation of a new run."""
@@ -92,11 +91,8 @@ class Progress(Callback):
 
     def _line(self, text: str) -> None:
         log.info(text)
-        if self._prints and not sys.stdout.isatty():
-            try:
-                print(text, flush=True)
-            except (OSError, ValueError):  # the reader of a pipe has left, or the terminal is closed
-                self._prints = False
+        if not sys.stdout.isatty():
+            print(text, file=_TerminalOutput(), flush=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar before the error message."""
