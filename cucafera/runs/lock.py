@@ -98,13 +98,13 @@ def _wait_for_heartbeat(path: Path, owner: dict[str, Any]) -> None:
         "%s was in use by process %s on %s: waiting up to %.0f seconds for a sign of life",
         path.parent, owner["pid"], owner["host"], SILENT_SECONDS,
     )  # fmt: skip
-    seen, deadline = path.stat().st_mtime_ns, time.monotonic() + SILENT_SECONDS
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, SILENT_SECONDS / 10))
-        if not path.exists():  # it has ended
-            return
-        if path.stat().st_mtime_ns != seen:
-            raise _in_use(path, owner)
+    deadline = time.monotonic() + SILENT_SECONDS
+    with contextlib.suppress(FileNotFoundError):  # it has ended
+        seen = path.stat().st_mtime_ns
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, SILENT_SECONDS / 10))
+            if path.stat().st_mtime_ns != seen:
+                raise _in_use(path, owner)
 
 
 def _acquire(lock: FileLock, path: Path) -> None:
