@@ -1,11 +1,14 @@
-"""Settings of the libraries below PyTorch: how OpenMP threads wait, and whether freed memory is kept.
+"""Settings of a process: how OpenMP threads wait, whether freed memory is kept, and Ctrl-C during imports.
 
-Both matter on a CPU, where a step is thousands of small operations. Nothing here is slow to import.
+The first two matter on a CPU, where a step is thousands of small operations. Nothing here is slow to import.
 """
 
 import contextlib
 import ctypes
+import os
+import signal
 from collections.abc import MutableMapping
+from types import FrameType
 
 SPINS = 3000
 """How often a thread of GNU OpenMP looks for work before it sleeps: about 0.1 ms. Measured in steps per second of the
@@ -31,3 +34,24 @@ def keep_freed_memory() -> None:
         set_option = ctypes.CDLL(None).mallopt
         set_option(MMAP_THRESHOLD, 32 << 20)  # the maximum
         set_option(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def exit_on_interrupt() -> None:
+    """Let Ctrl-C exit at once, without a stack trace, until `raise_on_interrupt`: there is nothing to save yet.
+
+    An exception in the middle of an import may be printed by a C extension, or leave a module half initialized.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as in the background
+        signal.signal(signal.SIGINT, _exit)
+
+
+def raise_on_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again: from here on there is something to end in good order."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nInterrupted.\n")
+    os._exit(128 + number)

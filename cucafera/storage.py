@@ -1,9 +1,11 @@
-"""Atomic writes, JSON files with a checksum, and files that are never opened through a symlink."""
+"""Atomic writes, JSON files with a checksum, files that are never written through a symlink, and reads with a limit."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -17,8 +19,71 @@ PARTIAL = ".partial"
 JSON_WITH_CHECKSUM = re.compile(rb'(?P<body>\{.*"crc32": )(?P<crc32>\d+)\n\}', re.DOTALL)
 
 
+SMALL_FILE_BYTES = 1 << 26
+"""Largest size of a file that `read_small_file` reads into memory."""
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""May be half of a character in JSON, which no output can encode."""
+
+
 class ChecksumError(ValueError):
     """The content of a file differs from what was written to it."""
+
+
+def read_small_file(path: Path) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: it cannot be read; or it is something else, such as a pipe, which would block; or it has more than
+            SMALL_FILE_BYTES.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        size = _regular_size(descriptor, path)
+        if size > SMALL_FILE_BYTES:
+            problem = f"it has {size:,} bytes, and a file of its kind has at most {SMALL_FILE_BYTES:,}"
+            raise OSError(errno.EFBIG, problem, str(path))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(size)
+    finally:
+        os.close(descriptor)
+
+
+def _regular_size(descriptor: int, path: Path) -> int:
+    """Return the size of an open file. Raises OSError if it is not a regular file."""
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.ENXIO, "it is not a regular file", str(path))
+    return status.st_size
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for one that is nested too deeply."""
+    try:
+        value = json.loads(content)
+        if LONE_SURROGATE.search(content):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return the paths in a folder, sorted; none if there is no such folder.
+
+    `Path.glob` takes a folder that cannot be read, or a symlink to a disk that is not mounted, for an empty one.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return sorted(folder / name for name in os.listdir(folder))  # noqa: PTH208  # iterdir is lazy in later versions
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return []
+        problem = f"it is a symlink to {folder.readlink()}, which is not there"
+        raise FileNotFoundError(errno.ENOENT, problem, str(folder)) from None
 
 
 @contextmanager
@@ -70,28 +135,53 @@ def read_json_with_checksum(path: Path) -> dict[str, Any]:
         ChecksumError: the file was changed, or was not written by that function.
         OSError: it cannot be read.
     """
-    text = path.read_bytes()
+    text = read_small_file(path)
     match = JSON_WITH_CHECKSUM.fullmatch(text)
     if match is None or match["crc32"] != b"%d" % zlib.crc32(match["body"]):
         raise ChecksumError("checksum mismatch")
-    content: dict[str, Any] = json.loads(text)
+    try:
+        content: dict[str, Any] = parse_json(text)
+    except ValueError as error:
+        raise ChecksumError(str(error)) from error
     del content["crc32"]
     return content
 
 
-def append(path: Path, content: bytes) -> None:
+def open_to_append(path: Path) -> int:
+    """Return a descriptor that appends to a regular file, which is created if it is not there.
+
+    Raises:
+        OSError: it cannot be opened, or it is a symlink or something else that is no regular file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a symlink, which is not followed", str(path)) from error
+        raise
+    try:
+        _regular_size(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def append(path: Path, content: bytes | bytearray) -> None:
     """Append to a file, all or nothing, and flush it to disk. A symlink at `path` is not followed.
 
     Raises:
         OSError: that failed, and the file is as it was.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = open_to_append(path)
     try:
         size = os.fstat(descriptor).st_size
         try:
-            left = memoryview(content)
-            while left:
-                left = left[os.write(descriptor, left) :]
+            written = 0
+            with memoryview(content) as left:  # released here, since a bytearray cannot change while it is viewed
+                while written < len(left):
+                    written += os.write(descriptor, left[written:])
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, size)

@@ -2,16 +2,24 @@
 
 import errno
 import json
+import logging
 import os
 import random
 
 import pytest
 
+from cucafera.output import RunLog
 from cucafera.storage import (
     ChecksumError,
+    PositionalFile,
     append,
+    atomic_replace,
     atomic_write,
+    flush,
+    list_folder,
+    parse_json,
     read_json_with_checksum,
+    read_small_file,
     write_json_with_checksum,
     write_text,
 )
@@ -25,6 +33,46 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_text() == "before"
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_file_gets_its_name_only_when_its_content_is_on_disk(tmp_path, disk_calls):
+    path = tmp_path / "folder" / "report.md"
+    path.parent.mkdir()
+    for text in ("before", "and after"):
+        disk_calls.clear()
+        write_text(path, text)
+        assert disk_calls == ["fsync report.md.partial", "rename report.md.partial report.md", "fsync folder"]
+        assert disk_calls.synced["report.md.partial"] == len(text)
+
+
+def test_a_file_that_a_library_writes_is_on_disk_before_it_gets_its_name(tmp_path, disk_calls):
+    with atomic_replace(tmp_path / "model.gguf") as partial:
+        partial.write_bytes(b"weights")
+    assert disk_calls[:2] == ["fsync model.gguf.partial", "rename model.gguf.partial model.gguf"]
+    assert disk_calls.synced["model.gguf.partial"] == 7 and disk_calls[2:] == [f"fsync {tmp_path.name}"]
+
+
+def test_what_is_flushed_is_all_that_was_written(tmp_path, disk_calls):
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"in the buffer")
+        flush(file)
+    assert disk_calls.synced == {"file": 13}
+
+
+def test_an_append_is_on_disk_when_it_returns(tmp_path, disk_calls):
+    for content, size in ((b"one\n", 4), (b"three\n", 10)):
+        append(tmp_path / "history.jsonl", content)
+        assert disk_calls.synced == {"history.jsonl": size}
+
+
+def test_a_file_is_read_from_any_position_in_pieces(tmp_path, monkeypatch):
+    content = bytes(range(200))
+    (tmp_path / "file").write_bytes(content)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, position: pread(file, min(size, 7), position))
+    file = PositionalFile(tmp_path / "file")
+    for start, size in ((0, 200), (13, 40), (190, 50), (200, 1), (5, 0)):
+        assert file.read(start, size) == content[start : start + size]
 
 
 def test_the_partial_file_of_a_killed_process_is_overwritten(tmp_path):
@@ -92,3 +140,39 @@ def test_an_append_does_not_follow_a_symlink(tmp_path):
     with pytest.raises(OSError):
         append(tmp_path / "history.jsonl", b"line\n")
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_log_is_not_written_through_a_symlink(tmp_path):
+    log, other = tmp_path / "run.log", tmp_path / "other"
+    other.write_text("theirs")
+    log.symlink_to(other)
+    handler = RunLog(log, delay=True)
+    with pytest.raises(OSError, match=r"it is a symlink, which is not followed"):
+        handler.emit(logging.makeLogRecord({"msg": "ours"}))
+    assert other.read_text() == "theirs"
+    log.unlink()
+    handler.emit(logging.makeLogRecord({"msg": "català"}))
+    handler.close()
+    assert log.read_text(encoding="utf-8") == "català\n"
+
+
+@pytest.mark.parametrize("use", [read_small_file, lambda path: append(path, b"x")])
+def test_a_pipe_is_neither_read_nor_written(tmp_path, use):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="pipe"):
+        use(tmp_path / "pipe")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path):
+    assert list_folder(tmp_path / "nowhere") == []
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for name, reason in (("link", "it is a symlink to .*nowhere, which is not there"), ("file", "Not a directory")):
+        with pytest.raises(OSError, match=reason):
+            list_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": "\\ud800"}', b"1" * 10_000, b"\xff"])
+def test_json_that_cannot_be_used_is_one_kind_of_error(content):
+    with pytest.raises(ValueError, match=r"."):
+        parse_json(content)
