@@ -3,12 +3,13 @@
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cucafera.config.fields import Limits, convert, format_value, type_in_words
+from cucafera.config.fields import Limits, convert, format_value, options_of, type_in_words
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS, SOURCES, Registry
 from cucafera.config.rules import rule_problems
 from cucafera.config.schema import Config, ObjectiveConfig, OptimizerConfig, SamplingConfig, SourceConfig
@@ -19,11 +20,22 @@ Problems = dict[str, str]
 REGISTRIES: dict[type[Any], Registry[Any]] = {OptimizerConfig: OPTIMIZERS, ObjectiveConfig: OBJECTIVES}
 """Groups whose dataclass is chosen by their `name`."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Unresolved:
+    """Stands for a value with an interpolation that leads nowhere, as it is written."""
+
+    text: str
+
+
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def check_config(
-    values: Mapping[str, Any], raw: Mapping[str, Any], known: Mapping[str, str] | None = None
+    values: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    known: Mapping[str, str] | None = None,
+    place_of: Callable[[str], str | None] = lambda key: None,
 ) -> tuple[Config, list[str]]:
     """Return the Config of nested plain values, and a sentence for each problem.
 
@@ -32,18 +44,34 @@ def check_config(
         raw: The same before interpolations were resolved. A key that follows another one with a problem is not
             reported a second time.
         known: Problems that are known already, by dotted key.
+        place_of: Returns the file that sets a key, for the message; None if that is not worth saying.
 
     Returns:
         The Config, in which unusable values are replaced by defaults, and the problems.
     """
     problems: Problems = dict(known or {})
     config = build(Config, values, "", problems)
-    sentences = [
-        sentence
-        for key, sentence in problems.items()
-        if not ((reference := REFERENCE.fullmatch(str(_select(raw, key)))) and reference[1] in problems)
-    ]
+    config.run_dir, config.data.prepared_dir = map(os.path.expanduser, (config.run_dir, config.data.prepared_dir))
+    sentences = []
+    for key, sentence in problems.items():
+        if _followed(key, raw, problems) == key:
+            place = place_of(key)
+            sentences.append(f"{place}: {sentence}" if place else sentence)
     return config, [*sentences, *rule_problems(config, set(problems))]
+
+
+def _followed(key: str, raw: Mapping[str, Any], problems: Problems) -> str:
+    """Return the key with a problem that this one follows at last; itself if it follows none, or is one of a ring."""
+    seen = [key]
+    while reference := REFERENCE.fullmatch(str(_select(raw, seen[-1]))):
+        parents = [reference[1].rsplit(".", depth)[0] for depth in range(reference[1].count(".") + 1)]
+        followed = next((parent for parent in parents if parent in problems), None)
+        if followed is None:
+            break
+        if followed in seen:
+            return followed
+        seen.append(followed)
+    return seen[-1]
 
 
 def sampling_problems(sampling: SamplingConfig) -> list[str]:
@@ -82,8 +110,12 @@ def build(cls: Any, values: Mapping[str, Any], prefix: str, problems: Problems) 
 def _value(hint: Any, limits: Limits, value: Any, key: str, problems: Problems) -> Any:
     if value == "???":
         problems[key] = f"{key} must be given: {key}=..."
-    elif isinstance(value, str) and "${" in value:
-        problems[key] = f"{key} is {value!r}, which refers to a key that does not exist or has no value"
+    elif unresolved := next((item for item in _items(value) if isinstance(item, Unresolved)), None):
+        advice = "; for the text itself, write \\${" if str in options_of(hint) or hint == list[str] else ""
+        problems[key] = (
+            f"{key} is {format_value(unresolved.text)}, which refers to a key that does not exist, has no value or "
+            f"refers back to this one{advice}"
+        )
     elif typing.get_origin(hint) is dict and isinstance(value, dict):
         inner = typing.get_args(hint)[1]
         return {name: _value(inner, limits, item, f"{key}.{name}", problems) for name, item in value.items()}
@@ -95,7 +127,8 @@ def _value(hint: Any, limits: Limits, value: Any, key: str, problems: Problems) 
         try:
             converted = convert(hint, value)
         except TypeError:
-            problems[key] = f"{key} is {format_value(value)}; it must be {type_in_words(hint)}"
+            quotes = ", in quotes" if isinstance(value, int | float) and str in options_of(hint) else ""
+            problems[key] = f"{key} is {format_value(value)}; it must be {type_in_words(hint)}{quotes}"
         else:
             if limits.allow(converted):
                 return converted
@@ -103,6 +136,10 @@ def _value(hint: Any, limits: Limits, value: Any, key: str, problems: Problems) 
             null = "null or " if type(None) in typing.get_args(hint) and limits.choices else ""
             problems[key] = f"{key} is {format_value(converted)}; it must be {null}{form}{limits.text()}"
     return None
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _registered(base: type[Any], values: Mapping[str, Any], key: str, problems: Problems) -> Any:
@@ -132,6 +169,8 @@ def source_kinds() -> dict[str, type[Any]]:
 
 
 def _unknown_key(key: str, values: Mapping[str, Any]) -> str:
+    if key == "experiment":  # the group, as a key
+        return "the file of an experiment begins with the line # @package _global_"
     if general_key(key) in documented_fields():  # of another entry
         chosen = values.get("name") or next((kind for kind in source_kinds() if values.get(kind)), "this choice")
         return f"{key} is not a setting of {chosen}"
@@ -166,16 +205,24 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 
 def documented_fields() -> "dict[str, dataclasses.Field[Any]]":
     """Return the field of each dotted key, of all registered entries too; sources stand under NAME."""
-    registered = tuple(tuple(registry.names()) for registry in (OPTIMIZERS, OBJECTIVES, SOURCES))
-    return _documented_fields(Config, "", registered)
+    return {key: field for key, (field, _) in _typed_fields(Config, "", _registered_names()).items()}
+
+
+def hint_of(key: str) -> Any:
+    """Return the type of the setting of a dotted key; None if there is no such setting."""
+    return _typed_fields(Config, "", _registered_names()).get(general_key(key), (None, None))[1]
+
+
+def _registered_names() -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(registry.names()) for registry in (OPTIMIZERS, OBJECTIVES, SOURCES))
 
 
 @functools.cache
-def _documented_fields(cls: Any, prefix: str, registered: Any) -> "dict[str, dataclasses.Field[Any]]":
-    found: dict[str, dataclasses.Field[Any]] = {}
+def _typed_fields(cls: Any, prefix: str, registered: Any) -> "dict[str, tuple[dataclasses.Field[Any], Any]]":
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     for field in dataclasses.fields(cls):
         key, hint = prefix + field.name, type_hints(cls)[field.name]
-        found.setdefault(key, field)
+        found.setdefault(key, (field, hint))
         choices: list[Any] = []
         if typing.get_origin(hint) is dict:
             key, choices = f"{key}.NAME", list(source_kinds().values())
@@ -183,8 +230,8 @@ def _documented_fields(cls: Any, prefix: str, registered: Any) -> "dict[str, dat
             registry = REGISTRIES.get(hint)
             choices = [hint, *([registry.get(name).config for name in registry.names()] if registry else [])]
         for choice in choices:
-            for inner, inner_field in _documented_fields(choice, f"{key}.", registered).items():
-                found.setdefault(inner, inner_field)
+            for inner, typed in _typed_fields(choice, f"{key}.", registered).items():
+                found.setdefault(inner, typed)
     return found
 
 

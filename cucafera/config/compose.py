@@ -7,7 +7,6 @@ bounds and rules are checked by one walk over the dataclasses, which collects ev
 import dataclasses
 import functools
 import re
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +22,25 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cucafera.config.check import check_config, documented_fields, general_key
+from cucafera.config.check import Unresolved, check_config, documented_fields, general_key, suggestion
+from cucafera.config.choices import (
+    CONFIG_NAME,
+    config_directory,
+    config_sources,
+    file_that_names,
+    files_with_keys,
+    group_options,
+    groups,
+    no_such_option,
+    path_of,
+    search_path,
+    unreadable_file,
+)
 from cucafera.config.errors import UserError
+from cucafera.config.files import config_text
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS
 from cucafera.config.schema import Config, ModelConfig
 
-CONFIG_NAME = "config"
 PLUGINS = {
     "hydra/launcher/joblib": "parallel",
     "hydra/launcher/submitit_local": "cluster",
@@ -39,13 +51,6 @@ PLUGINS = {
 
 ReadModel = Callable[[str], ModelConfig | None]
 """Reads the model of an init_from that is no run of this program, such as a Hugging Face folder; None if it is one."""
-
-
-def config_directory() -> Path:
-    """Return conf/ of an installed package, or of the source tree that contains the package."""
-    package = Path(__file__).parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 class Composition(NamedTuple):
@@ -72,7 +77,13 @@ def register(read_model: ReadModel | None = None) -> None:
             store.store(group=registry.kind, name=name, node=defaults)
 
     def inherited(key: str, *, _root_: DictConfig) -> Any:
-        return OmegaConf.select(_config_to_inherit(_root_, read_model), key, throw_on_missing=True)
+        value: Any = OmegaConf.to_container(_config_to_inherit(_root_, read_model), resolve=False)
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        # A run writes values only: an interpolation, which could read the environment of this machine, is not from one.
+        if isinstance(value, str) and "${" in value:
+            raise OmegaConfBaseException(f"{key} is an interpolation in the configuration of {_root_.init_from}")
+        return value
 
     OmegaConf.register_new_resolver("inherited", inherited, replace=True)
 
@@ -101,27 +112,33 @@ def compose(overrides: Sequence[Override], run_mode: RunMode = RunMode.RUN) -> C
     A setting of a source need not be in any file, which Hydra takes for a typo; so these overrides are applied
     afterwards.
     """
-    now = [override for override in overrides if not _changes_source(override)]
+    now = [override.input_line or "" for override in overrides if not _changes_source(override)]
     try:
-        node = (
-            GlobalHydra.instance()
-            .config_loader()
-            .load_configuration(
-                CONFIG_NAME, [override.input_line or "" for override in now], run_mode, from_shell=False
-            )
-        )
+        node = GlobalHydra.instance().config_loader().load_configuration(CONFIG_NAME, now, run_mode, from_shell=False)
         problems = list(_apply_to_sources(node, [override for override in overrides if _changes_source(override)]))
     except (HydraException, OmegaConfBaseException) as error:
         return Composition(None, Config(), [_hydra_message(error, overrides)])
     except YAMLError as error:
         return Composition(None, Config(), [f"a configuration file cannot be read: {' '.join(str(error).split())}"])
+    except (OSError, ValueError, AttributeError, RecursionError) as error:  # of files that are no mappings
+        return Composition(None, Config(), [unreadable_file(overrides) or in_one_line(error)])
     if problems or run_mode == RunMode.MULTIRUN:
         return Composition(node, Config(), problems)
-    return Composition(node, *check_composed(node))
+    sources = config_sources(search_path(overrides))
+    given = [each.key_or_group for each in overrides]
+
+    def place_of(key: str) -> str | None:
+        if any(f"{key}.".startswith(f"{each}.") and not group_options(each, sources) for each in given):
+            return None
+        return next((path for path, keys in files_with_keys(now, overrides) if key in keys), None)
+
+    return Composition(node, *check_composed(node, place_of))
 
 
-def check_composed(node: DictConfig) -> tuple[Config, list[str]]:
-    """Return the Config of a composed configuration, and a sentence for each problem."""
+def check_composed(
+    node: DictConfig, place_of: Callable[[str], str | None] = lambda key: None
+) -> tuple[Config, list[str]]:
+    """Return the Config of a composed configuration, and a sentence for each problem; see `check_config`."""
     node = node.copy()
     with open_dict(node):
         node.pop("hydra", None)
@@ -129,7 +146,13 @@ def check_composed(node: DictConfig) -> tuple[Config, list[str]]:
         if inheritance is not None:
             node.model = dataclasses.asdict(ModelConfig())  # so that the other problems are found
     raw: Any = OmegaConf.to_container(node, resolve=False)
-    return check_config(_plain(node), raw, {"init_from": inheritance} if inheritance else None)
+    return check_config(_plain(node), raw, {"init_from": inheritance} if inheritance else None, place_of)
+
+
+def as_typed(overrides: Any) -> list[str]:
+    """Return overrides that Hydra has recorded, with interpolations and backslashes as they were given."""
+    texts: Any = OmegaConf.to_container(overrides, resolve=False) if OmegaConf.is_config(overrides) else overrides
+    return list(map(str, texts))
 
 
 def is_source_key(key: str) -> bool:
@@ -154,35 +177,70 @@ def _apply_to_sources(node: DictConfig, overrides: Sequence[Override]) -> Iterat
 
 
 def _hydra_message(error: Exception, overrides: Sequence[Override]) -> str:
-    """Return the first line of an error of Hydra, or what to do about it."""
-    first = " ".join(str(error).split("\n")[0].split()) or str(error.__cause__).split("\n")[0]
+    """Return what to do about an error of Hydra, or else its first line."""
+    first = in_one_line(error)
     for plugin, extra in PLUGINS.items():
         if f"'{plugin}'" in first:
             return f"{plugin} needs a plugin of Hydra: pip install '.[{extra}]'"
+    if found := re.search(r"(In '(?P<file>.+?)': )?Could not (find|load) '(?P<group>.+)/(?P<option>[^'/]+)'", first):
+        group, option = found["group"], found["option"]
+        place = path_of(found["file"] or "", overrides) or file_that_names(option, overrides)
+        options = group_options(group, config_sources(search_path(overrides)))
+        sentence = (
+            no_such_option(group, option, options)
+            if options
+            else f"a choice of another group is written - override /{group.split('/')[-1]}: {option}"
+        )
+        return f"{place}: {sentence}" if place else sentence
+    if refused := re.fullmatch(r"Could not override '(hydra\.(\w+)\..*)'\.?", first):
+        key, part = refused.groups()
+        if part in ("launcher", "sweeper"):
+            chosen = [str(each.value()) for each in overrides if each.key_or_group == f"hydra/{part}"]
+            return f"{key} is not a setting of hydra/{part}={(chosen or ['basic'])[-1]}"
+        return f"Hydra has no setting {key}" + (f"; add it with a plus: +{key}=..." if "env_set" in key else "")
     if refused := re.fullmatch(r"Could not override '((\w+)\..*)'\.?", first):
         chosen = [f"{refused[2]}={each.value()}" for each in overrides if each.key_or_group == refused[2]]
         return f"{refused[1]} is not a setting of {(chosen or [f'the chosen {refused[2]}'])[-1]}"
-    return first
+    if found := re.match(r"Could not append to config. An item is already at '(.+)'", first):
+        return f"there is {found[1]} already; replace it, without the plus: {found[1]}=..."
+    if found := re.match(r"In '([^']+)': (.*)", first):
+        return unreadable_file(overrides) or f"{path_of(found[1], overrides) or found[1]}: {_of_file(found[2], error)}"
+    return unreadable_file(overrides) or first
 
 
-def _plain(node: DictConfig) -> dict[str, Any]:
-    """Return nested dictionaries and lists; an interpolation that leads nowhere stays as it is written."""
+def _of_file(message: str, error: Exception) -> str:
+    """Return what Hydra says of a file in other words, where these are better."""
+    if group := re.match(r"Could not override '([^']+)'", message):
+        return f"there is no group {group[1]!r}{suggestion(group[1], groups(config_sources()))}"
+    if "hydra.searchpath" in message:
+        return "hydra.searchpath is for the command line; --config-dir DIR adds a folder of configurations"
+    if message.endswith("raised while composing config:"):
+        return f"its form is not that of the settings: {[*str(error).splitlines(), ''][1].strip()}"
+    return message
+
+
+def _plain(node: Any) -> Any:
+    """Return nested dictionaries and lists, with `Unresolved` in place of interpolations that lead nowhere."""
     try:
-        container = OmegaConf.to_container(node, resolve=True)
+        return OmegaConf.to_container(node, resolve=True)
     except OmegaConfBaseException:
-        container = {
-            key: _plain(node[key]) if isinstance(node._get_node(key), DictConfig) else _resolved(node, key)
-            for key in map(str, node)
-        }
-    return typing.cast(dict[str, Any], container)
+        if OmegaConf.is_list(node):
+            return [_plain_item(node, position) for position in range(len(node))]
+        return {str(key): _plain_item(node, key) for key in node}
 
 
-def _resolved(node: DictConfig, key: str) -> Any:
+def _plain_item(node: Any, key: Any) -> Any:
     try:
-        value = OmegaConf.select(node, key, throw_on_missing=False)
+        value = node[key]
     except OmegaConfBaseException:
-        return OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index,call-overload]
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        text = str(node._get_node(key)._value())
+        return text if text == "???" else Unresolved(text)
+    return _plain(value) if OmegaConf.is_config(value) else value
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the first line of an error, or else of its cause."""
+    return " ".join(str(error).split("\n")[0].split()) or str(error.__cause__).split("\n")[0]
 
 
 def _inheritance_problem(node: DictConfig) -> str | None:
@@ -190,18 +248,26 @@ def _inheritance_problem(node: DictConfig) -> str | None:
     model = OmegaConf.to_container(node.model, resolve=False) if OmegaConf.is_config(node.model) else {}
     if not isinstance(model, dict) or not any("${inherited:" in str(value) for value in model.values()):
         return None
-    if node.init_from is None:
+    init_from = _plain_item(node, "init_from")
+    if isinstance(init_from, Unresolved):
+        return f"init_from is {init_from.text}"  # reported as any such value
+    if init_from is None:
         return (
             "init_from must be given: init_from=RUN, the folder or a checkpoint of a pretrained model, or a Hugging "
             "Face folder or name (model=inherited takes its model)"
         )
     try:
-        node.model.vocab_size  # noqa: B018  # resolves it
+        for key, value in model.items():
+            if "${inherited:" in str(value):
+                node.model[key]  # resolves it
     except Exception as error:
-        if isinstance(error.__cause__, UserError):
-            return f"init_from: {error.__cause__}"
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            return f"init_from: {cause}"
         return (
-            f"init_from={node.init_from}: there is no run there whose model could be inherited (a run folder holds a "
+            f"init_from={init_from}: there is no run there whose model could be inherited (a run folder holds a "
             "config.yaml); give one, or choose the model with model=..."
         )
     return None
@@ -220,23 +286,17 @@ def _config_to_inherit(node: DictConfig, read_model: ReadModel | None) -> DictCo
         path = (source.parent.parent if source.is_file() else source) / "config.yaml"
         return _load_config(path, path.stat().st_mtime_ns)
     except (OSError, UserError):
-        own = Path(node.run_dir) / "config.yaml"
-        started = OmegaConf.load(own) if own.is_file() else None
-        if isinstance(started, DictConfig) and started.get("init_from") == node.init_from:
+        own = Path(node.run_dir).expanduser() / "config.yaml"
+        started = _load_config(own, own.stat().st_mtime_ns) if own.exists() else None
+        if started is not None and started.get("init_from") == node.init_from:
             return started
         raise
 
 
 @functools.lru_cache(maxsize=8)
 def _load_config(path: Path, changed_ns: int) -> DictConfig:
-    """Load the configuration file of a run; cached, since each inherited key asks for it.
-
-    A run writes values only: an interpolation, which could read the environment of this machine, is not from a run.
-    """
-    text = path.read_text(encoding="utf-8")
-    if "${" in text:
-        raise OmegaConfBaseException(f"{path} holds an interpolation")
-    config = OmegaConf.create(text)
+    """Load the configuration file of a run; cached, since each inherited key asks for it."""
+    config = OmegaConf.create(config_text(path))
     if not isinstance(config, DictConfig):
         raise OmegaConfBaseException(f"{path} holds no configuration")
     return config

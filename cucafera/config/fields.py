@@ -90,11 +90,12 @@ def convert(hint: Any, value: Any) -> Any:
     Raises:
         TypeError: It does not fit.
     """
-    if typing.get_origin(hint) is list:
-        if not isinstance(value, list):
+    options = options_of(hint)
+    if isinstance(value, list):
+        items = [typing.get_args(option)[0] for option in options if typing.get_origin(option) is list]
+        if not items:
             raise TypeError
-        return [convert(typing.get_args(hint)[0], item) for item in value]
-    options = _options(hint)
+        return [convert(items[0], item) for item in value]
     if value is None or isinstance(value, bool):
         if type(value) in options:
             return value
@@ -104,20 +105,24 @@ def convert(hint: Any, value: Any) -> Any:
             return int(value)
         if float in options and math.isfinite(value):
             return float(value)
-    if str in options and isinstance(value, str | int | float):
+    if str in options and (isinstance(value, str) or {int, float} & set(options)):
         return str(value)
-    raise TypeError
+    raise TypeError  # a number for a text: 1.10 and 2026_11 are no longer what was written
 
 
 def type_in_words(hint: Any) -> str:
     """A type, as in "it must be ..."."""
-    if typing.get_origin(hint) is list:
-        return f"a list, each item {type_in_words(typing.get_args(hint)[0])}"
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    return " or ".join(names.get(option, "a group of keys") for option in _options(hint))
+    return " or ".join(
+        f"a list, each item {type_in_words(typing.get_args(option)[0])}"
+        if typing.get_origin(option) is list
+        else names.get(option, "a group of keys")
+        for option in options_of(hint)
+    )
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other type, itself."""
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
@@ -127,9 +132,13 @@ def format_value(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and abs(value) > 10**18:
+        return f"{float(value):g}" if abs(value) < 10**300 else "a number of more than 300 digits"
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1e15):
         return f"{int(value):_}" if abs(value) >= 10_000 else str(int(value))
-    return str(value) if isinstance(value, float | str) else repr(value)
+    if isinstance(value, str) and value == value.strip() and value.isprintable():
+        return value or "''"
+    return str(value) if isinstance(value, float) else repr(value)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

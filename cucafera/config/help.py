@@ -8,8 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cucafera.config.check import documented_fields
-from cucafera.config.command_line import config_sources, group_options, groups
-from cucafera.config.compose import CONFIG_NAME, config_directory
+from cucafera.config.choices import CONFIG_NAME, config_directory, config_sources, group_options, groups
 from cucafera.config.fields import format_value
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS
 
@@ -49,7 +48,7 @@ def _group_lines() -> Iterator[str]:
         if isinstance(entry, DictConfig)
         for group, choice in entry.items()
     }
-    sources = config_sources([])
+    sources = config_sources()
     width = max(len(f"+experiment={option}") for option in group_options("experiment", sources)) + 2
     for group in ["experiment", *(name for name in groups(sources) if name != "experiment")]:
         yield ""

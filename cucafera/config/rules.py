@@ -1,5 +1,6 @@
 """Rules between values of the configuration. Bounds of single values stand in their fields, see schema.py."""
 
+import os
 from collections.abc import Iterator
 
 from cucafera.config.fields import format_value
@@ -19,11 +20,20 @@ def rule_problems(config: Config, unusable: set[str]) -> Iterator[str]:
         """True if a rule that reads these keys can be judged."""
         return not any(f"{key}.".startswith(f"{bad}.") or bad.startswith(f"{key}.") for key in keys for bad in unusable)
 
-    for rules in (_shape_problems, _budget_problems, _source_problems, _training_problems):
+    for rules in (_folder_problems, _shape_problems, _budget_problems, _source_problems, _training_problems):
         yield from rules(config, usable)
     for registry, name in ((OBJECTIVES, config.objective.name), (OPTIMIZERS, config.optimizer.name)):
         if name in registry.names():
             yield from registry.get(name).problems(config, usable)
+
+
+def _folder_problems(config: Config, usable: Judge) -> Iterator[str]:
+    run, prepared = map(os.path.abspath, (config.run_dir, config.data.prepared_dir))
+    if usable("name", "run_dir", "data.prepared_dir") and f"{run}/".startswith(f"{prepared}/"):
+        yield (
+            f"run_dir is {config.run_dir}, within data.prepared_dir = {config.data.prepared_dir}, which all runs "
+            "share: choose another name=..."
+        )
 
 
 def _shape_problems(config: Config, usable: Judge) -> Iterator[str]:
@@ -116,6 +126,9 @@ def _source_problems(config: Config, usable: Judge) -> Iterator[str]:
             continue
         if source.columns.messages and (source.columns.prompt or source.columns.answer):
             yield f"{key}.columns gives messages and also prompt or answer; it must give one or the others"
+        speakers = [name for names in vars(source.columns.roles).values() for name in names]
+        for name in sorted({name for name in speakers if speakers.count(name) > 1}):
+            yield f"{key}.columns.roles gives {name!r} twice; a speaker has one role"
         for kind in map(SOURCES.get, SOURCES.names()):
             if kind.config is type(source):
                 yield from kind.problems(key, source, usable)

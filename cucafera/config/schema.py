@@ -23,9 +23,31 @@ SMALLEST_TEMPERATURE = 1e-3
 MAX_TOKENS = 10**15
 """More than any run trains on; larger numbers are typing errors."""
 
+MAX_WIDTH = 1 << 16
+"""Larger widths, like a thousand layers or a million positions, are errors: of typing, or in a foreign file."""
+
 DURATION = re.compile(r"(\d+:)?\d+:\d\d:\d\d")
 
-FOLDER_NAME = ("a plain folder name", lambda name: name not in ("", ".", "..") and "/" not in name)
+MAX_NAME_BYTES = 150
+
+
+def _is_folder_name(name: str) -> bool:
+    """True if a name is that of one folder on every file system, and looks like what it is."""
+    return (
+        name not in ("", ".", "..")
+        and not {"/", "$"} & set(name)  # $: an interpolation, where the path is part of Hydra's own settings
+        and name.isprintable()
+        and name == name.strip()
+        and not name.endswith(".")
+        and len(name.encode()) <= MAX_NAME_BYTES
+    )
+
+
+FOLDER_NAME = (
+    f"a plain folder name: at most {MAX_NAME_BYTES} bytes, without /, $ and control characters, and without spaces "
+    "around it or a dot at its end",
+    _is_folder_name,
+)
 TEMPERATURE = (f"0 or at least {SMALLEST_TEMPERATURE}", lambda value: value == 0 or value >= SMALLEST_TEMPERATURE)
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu")
 STOP_TEXTS = ("a list of texts that are not empty", lambda texts: "" not in texts)
@@ -42,21 +64,32 @@ class ModelConfig:
         at_least=SMALLEST_VOCABULARY,
         at_most=MAX_VOCABULARY,
     )
-    hidden_size: int = setting(192, "Width of the residual stream.", at_least=1)
-    intermediate_size: int = setting(512, "Width of the gated MLP.", at_least=1)
-    num_hidden_layers: int = setting(4, "Number of blocks.", at_least=1)
-    num_attention_heads: int = setting(6, "Query heads; they must divide hidden_size.", at_least=1)
-    num_key_value_heads: int = setting(2, "Key/value heads; they must divide the query heads.", at_least=1)
-    max_position_embeddings: int = setting(256, "The context, in tokens.", at_least=2)
-    rope_theta: float = setting(10_000.0, "Base of the rotary frequencies.", above=0)
-    rms_norm_eps: float = setting(1e-5, "Added to the mean square before its root.", above=0)
+    hidden_size: int = setting(192, "Width of the residual stream.", at_least=1, at_most=MAX_WIDTH)
+    intermediate_size: int = setting(512, "Width of the gated MLP.", at_least=1, at_most=4 * MAX_WIDTH)
+    num_hidden_layers: int = setting(4, "Number of blocks.", at_least=1, at_most=1000)
+    num_attention_heads: int = setting(6, "Query heads; they must divide hidden_size.", at_least=1, at_most=MAX_WIDTH)
+    num_key_value_heads: int = setting(
+        2, "Key/value heads; they must divide the query heads.", at_least=1, at_most=MAX_WIDTH
+    )
+    max_position_embeddings: int = setting(256, "The context, in tokens.", at_least=2, at_most=1 << 20)
+    rope_theta: float = setting(10_000.0, "Base of the rotary frequencies.", above=0, at_most=1e12)
+    rms_norm_eps: float = setting(1e-5, "Added to the mean square before its root.", above=0, at_most=1)
     hidden_act: str = setting("gelu_pytorch_tanh", "Activation of the gate.", choices=ACTIVATIONS)
-    initializer_range: float = setting(0.02, "Standard deviation of the initial weights.", at_least=0)
+    initializer_range: float = setting(0.02, "Standard deviation of the initial weights.", at_least=0, at_most=1000)
     base_hidden_size: int | None = setting(
         None,
         "Width at which lr and initializer_range hold (muP scales from it, heads keep their width); null: no scaling.",
         at_least=1,
     )
+
+
+@dataclass
+class RolesConfig:
+    """Names of speakers, by role, in addition to the usual ones."""
+
+    system: list[str] = setting([], "Names that stand for system; system and developer do.")
+    user: list[str] = setting([], "Names that stand for user; user, human and prompter do.")
+    assistant: list[str] = setting([], "Names that stand for assistant; assistant, gpt, model, bot and others do.")
 
 
 @dataclass
@@ -67,8 +100,17 @@ class ColumnsConfig:
     messages: str | None = setting(None, "List of messages; null: messages, conversations or conversation.")
     system: str | None = setting(None, "System message; null: system or system_prompt, if there is one.")
     prompt: str | None = setting(None, "The user's message; null: prompt, instruction or question.")
-    input: str | None = setting(None, "Text that is appended to the prompt, if any; null: input, if there is one.")
+    input: str | None = setting(
+        None, "Text that is appended to the prompt, if any; null: input, context or passage, if there is one."
+    )
+    history: str | None = setting(
+        None, "Turns before the prompt: pairs of question and answer, or messages; null: history, if any."
+    )
     answer: str | None = setting(None, "The answer; null: completion, output, answer, response or summary.")
+    roles: RolesConfig = setting(RolesConfig, "Names of speakers in messages, in addition to the usual ones.")
+    ignore: list[str] = setting(
+        [], "Columns and keys of messages that are left out, although they may change what a conversation means."
+    )
 
 
 @dataclass
@@ -123,7 +165,7 @@ class TokenizerConfig:
         at_least=SMALLEST_VOCABULARY,
         at_most=MAX_VOCABULARY,
     )
-    train_bytes: int = setting(50_000_000, "Bytes of text that it is trained on.", at_least=1)
+    train_bytes: int = setting(50_000_000, "Bytes of text that it is trained on, a sample of all sources.", at_least=1)
 
 
 @dataclass

@@ -1,0 +1,30 @@
+"""The text of a configuration file, from a folder that may be another person's."""
+
+from pathlib import Path
+
+from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent, YAMLError, parse
+
+MAX_BYTES = 1 << 24
+MAX_DEPTH = 64
+
+
+def config_text(path: Path) -> str:
+    """Return the text of a YAML file: a mapping, small, not nested deeply, without aliases, which multiply its size.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, YAMLError: it is something else.
+    """
+    if path.exists() and not path.is_file():  # a pipe would block
+        raise ValueError("it is not a regular file")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"it has {size:,} bytes, and a configuration at most {MAX_BYTES:,}")
+    text = path.read_text(encoding="utf-8")
+    depth = 0
+    for event in parse(text):
+        if not depth and isinstance(event, NodeEvent) and not isinstance(event, MappingStartEvent):
+            raise YAMLError("it is not a mapping")
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if isinstance(event, AliasEvent) or depth > MAX_DEPTH:
+            raise YAMLError("it holds an alias" if isinstance(event, AliasEvent) else "it is nested too deeply")
+    return text
