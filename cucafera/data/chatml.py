@@ -6,8 +6,10 @@
     ...
 
 The framing tokens are added as ids, and contents are encoded as ordinary text: one that spells `<im_end>` stays text.
-Contents are stripped: no merge of the tokenizer can then reach from the line end before a content into it, whether it
-is encoded separately, as by this module, or together with its frame, as by transformers.
+Contents are stripped (`stripped`): no merge of the tokenizer can then reach from the line end before a content into it,
+whether it is encoded separately, as by this module, or together with its frame, as by transformers. A tokenizer may
+have merged a line end with the spaces after it, and a prompt ends with that line end: an answer that began with spaces
+would be trained on other tokens than it is generated with.
 """
 
 from collections.abc import Sequence
@@ -26,17 +28,37 @@ ROLES = ("system", "user", "assistant")
 def _chat_template(answer: str) -> str:
     """Return the rendering below as a Jinja template, with the given template of the assistant's messages."""
     return (
+        "{% if tools or documents %}"
+        "{{ raise_exception('the model was not trained with tools or documents') }}"
+        "{% endif %}"
         "{% for message in messages %}"
         "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
         "{{ raise_exception('the role ' ~ message['role'] ~ ' is not system, user or assistant') }}"
         "{% endif %}"
+        "{% if message['tool_calls'] %}{{ raise_exception('the model was not trained with tool_calls') }}{% endif %}"
+        "{% set content = message['content'] %}"
+        "{% if content is not string %}"
+        "{% if content is undefined or content is none or content is mapping or content is not iterable %}"
+        "{{ raise_exception('the content of a message must be a text, or a list of parts of type text') }}"
+        "{% endif %}"
+        "{% set parts = namespace(text='') %}"
+        "{% for part in content %}"
+        "{% if part is not mapping or part['type'] != 'text' or part['text'] is not string %}"
+        "{{ raise_exception('a part of a content must be of type text, and hold a text') }}"
+        "{% endif %}"
+        "{% set parts.text = parts.text ~ part['text'] %}"
+        "{% endfor %}"
+        "{% set content = parts.text %}"
+        "{% endif %}"
+        "{% set indent = content[:(content | length) - (content.lstrip() | length)].split('\\n')[-1] %}"
+        "{% set content = content.split('\\n' ~ indent) | join('\\n') | trim %}"
         "{{ '<im_start>' ~ message['role'] ~ '\\n' }}" + answer + "{{ '\\n' }}"
         "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<im_start>assistant\\n' }}{% endif %}"
     )
 
 
-CONTENT = "{{ message['content'] | trim ~ '<im_end>' }}"
+CONTENT = "{{ content ~ '<im_end>' }}"
 
 CHAT_TEMPLATE = _chat_template(
     "{% if message['role'] == 'assistant' %}"
@@ -45,7 +67,8 @@ CHAT_TEMPLATE = _chat_template(
 )
 """The same rendering as a Jinja template for transformers, with its `{% generation %}` around trained tokens.
 
-transformers tokenizes the rendered text, so with it a content that spells a control token becomes one.
+transformers tokenizes the rendered text, so with it a content that spells a control token becomes one. What the model
+was not trained with is an error: tools, other roles, and contents that are neither a text nor a list of texts.
 """
 
 PLAIN_CHAT_TEMPLATE = _chat_template(CONTENT)
@@ -69,6 +92,7 @@ def tokenizer_description(end_id: int, context: int | None = None) -> dict[str, 
         "unk_token": "<unk>",
         "pad_token": SPECIAL_TOKENS[PAD_ID],
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         "chat_template": CHAT_TEMPLATE,
     }
     return described | ({} if context is None else {"model_max_length": context})
@@ -79,10 +103,17 @@ class ConversationError(UserError):
 
 
 class Message(NamedTuple):
-    """One message; the role is system, user or assistant."""
+    """One message.
+
+    Attributes:
+        role: system, user or assistant.
+        content: Its text.
+        trained: False for an answer that is only context.
+    """
 
     role: str
     content: str
+    trained: bool = True
 
 
 Conversation = Sequence[Message]
@@ -93,7 +124,7 @@ class Rendered(NamedTuple):
 
     Attributes:
         ids: Token ids [n].
-        trained: The loss mask [n], true for the assistant's contents and the <im_end> after each.
+        trained: The loss mask [n], true for the assistant's contents that are trained and the <im_end> after each.
     """
 
     ids: NDArray[np.uint16]
@@ -109,16 +140,28 @@ def check_conversation(conversation: Conversation) -> None:
             raise ConversationError(f"message {number} has the role {message.role!r}; roles are {', '.join(ROLES)}")
         if not message.content.strip():
             raise ConversationError(f"message {number}, of the {message.role}, is empty")
-    if all(message.role != "assistant" for message in conversation):
-        raise ConversationError("it has no message of the assistant, so there is nothing to train on")
+    answers = [message for message in conversation if message.role == "assistant"]
+    if not any(message.trained for message in answers):
+        excluded = " whose weight is not 0" if answers else ""
+        raise ConversationError(f"it has no message of the assistant{excluded}, so there is nothing to train on")
+
+
+def stripped(content: str) -> str:
+    """Return a content without whitespace at both ends.
+
+    The indentation of its first line is removed from the lines below it too, so that code keeps its shape.
+    """
+    start = content[: len(content) - len(content.lstrip())]
+    indentation = start.rpartition("\n")[2]
+    return content.replace(f"\n{indentation}", "\n").strip()
 
 
 def render(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[Rendered]:
     """Return ids and loss mask of each conversation; encoding all contents in one call is faster."""
-    contents = [message.content.strip() for conversation in conversations for message in conversation]
+    contents = [stripped(message.content) for conversation in conversations for message in conversation]
     encoded = iter(tokenizer.encode_batch(contents))
     framing = _Framing(tokenizer)
-    return [framing.rendered([(message.role, next(encoded)) for message in messages]) for messages in conversations]
+    return [framing.rendered([(message, next(encoded)) for message in messages]) for messages in conversations]
 
 
 def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
@@ -141,14 +184,14 @@ class _Framing:
     def opening(self, role: str) -> NDArray[np.uint16]:
         return self._openings[role]
 
-    def rendered(self, messages: list[tuple[str, NDArray[np.uint16]]]) -> Rendered:
+    def rendered(self, messages: list[tuple[Message, NDArray[np.uint16]]]) -> Rendered:
         parts: list[NDArray[np.uint16]] = []
         trained: list[NDArray[np.bool_]] = []
-        for role, content in messages:
-            opening = self.opening(role)
+        for message, content in messages:
+            opening = self.opening(message.role)
             parts += [opening, content, self._closing, self._line_end]
             trained.append(np.zeros(len(opening), dtype=np.bool_))
-            trained.append(np.full(len(content) + 1, role == "assistant"))
+            trained.append(np.full(len(content) + 1, message.role == "assistant" and message.trained))
             trained.append(np.zeros(len(self._line_end), dtype=np.bool_))
         if not parts:
             return Rendered(np.empty(0, np.uint16), np.empty(0, np.bool_))

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cucafera.data.sources import CorpusError
 
@@ -15,19 +15,22 @@ BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
-def decompressed(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
-    """Yield the content of a file, decompressed if its name ends with one of COMPRESSED.
+def decompressed(raw: io.BufferedReader, path: Path) -> Iterator[io.BufferedReader]:
+    """Yield the content of a file, decompressed if its name ends with one of COMPRESSED, in letters of any case.
 
     Raises:
         CorpusError: While reading: the file is damaged or truncated.
     """
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED and not raw.peek(1):
+        raise CorpusError(f"{path} is truncated: it is empty. Download it again")
+    if suffix == ".gz":
         with gzip.GzipFile(fileobj=raw) as content:
             try:
                 yield io.BufferedReader(content, BUFFER_BYTES)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise CorpusError(f"{path} is damaged or truncated: {error}. Download it again") from error
-    elif path.suffix == ".zst":
+    elif suffix == ".zst":
         yield io.BufferedReader(_ZstdReader(raw, path), BUFFER_BYTES)
     else:
         yield raw
@@ -39,7 +42,7 @@ class _ZstdReader(io.RawIOBase):
     The library's own stream reader takes the end of a truncated file for the end of its content.
     """
 
-    def __init__(self, raw: IO[bytes], path: Path) -> None:
+    def __init__(self, raw: io.BufferedReader, path: Path) -> None:
         try:
             import zstandard
         except ImportError as error:

@@ -14,23 +14,32 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cucafera.config.errors import UserError
+from cucafera.config.errors import UserError, one_line
 from cucafera.config.schema import Config, SourceConfig
 from cucafera.config.tokens import IM_END_ID, PAD_ID
 from cucafera.data.chatml import Conversation, Rendered, render
 from cucafera.data.conversation_formats import conversation_of_row, is_repetitive
+from cucafera.data.left_out import LeftOut, counted
 from cucafera.data.packing import best_fit
-from cucafera.data.prepared import SUMMARY, PreparationProgress, damaged, prepare_once, read_summary
+from cucafera.data.prepared import (
+    SUMMARY,
+    PreparationProgress,
+    damaged,
+    prepare_once,
+    prepared_folders,
+    read_summary,
+)
 from cucafera.data.run_data import RunData, load_tokenizer, short_hash
 from cucafera.data.sources import CorpusError, is_held_out, open_source
-from cucafera.data.tokenizer import Tokenizer
+from cucafera.data.tokenizer import CUT, Tokenizer
 from cucafera.data.windows import IGNORED, OpenedSource, Window
 from cucafera.storage import file_sha256, flush, write_json_with_checksum
 
-VERSION = 3
+VERSION = 6
 """Increased whenever the same rows would be prepared differently."""
 CONVERSATIONS_AT_A_TIME = 1000
 TRAINING_FILE, VALIDATION_FILE = "train.npz", "validation.npz"
+COLUMNS_SHOWN = 20
 LINES_SHOWN = 30
 """Lines of the first conversation that are shown when training begins."""
 
@@ -51,6 +60,16 @@ class PreparedConversations:
     """Left out, because they cannot be read or are no conversations."""
     first_broken: str = ""
     """Position of the first of those, and its problem."""
+    messages: int = 0
+    """Messages of the conversations that are not left out."""
+    cut_messages: int = 0
+    """Those with a word that is too long for the tokenizer; see `Tokenizer.texts_cut`."""
+    unused: list[str] = field(default_factory=list)
+    """Columns and keys of messages that hold something and are not used."""
+    split_by_conversation: bool = False
+    """Held out by the hash of the complete conversation, since that of the first question leaves a side empty."""
+    notes: list[str] = field(default_factory=list)
+    """Facts about the source that a person should know, as clauses."""
     fingerprint: str = ""
     """SHA-256 of the tokens to train on."""
     files: dict[str, str] = field(default_factory=dict)
@@ -153,7 +172,8 @@ class ConversationData(RunData[ConversationWindows]):
         sources: Mapping[str, OpenedSource[ConversationWindows]],
         summaries: Mapping[str, PreparedConversations],
     ) -> None:
-        super().__init__(config, tokenizer, sources)
+        left_out = [entry for name, summary in summaries.items() for entry in _left_out(name, summary, sources[name])]
+        super().__init__(config, tokenizer, sources, left_out)
         self._summaries = summaries
 
     def describe(self) -> str:
@@ -163,19 +183,21 @@ class ConversationData(RunData[ConversationWindows]):
             self._summaries.items(), self.training, self.validation, strict=True
         ):
             positions = len(training) * self.config.sequence_length
-            line = (
+            lines.append(
                 f"Data    {name}: {training.kept:,} conversations in {len(training):,} windows, {validation.kept:,} "
                 f"held out; {1 - training.tokens / positions:.1%} padding, "
                 f"{training.targets / positions:.1%} trained on"
             )
-            cut, left_out = training.cut + validation.cut, training.left_out + validation.left_out
-            if cut or left_out:
-                line += f"; longer than a window: {cut:,} cut after an answer, {left_out:,} left out"
-            lines.append(line)
-            if summary.repetitive:
-                lines.append(f"        {summary.repetitive:,} more left out: an answer repeats itself")
-            if summary.broken:
-                lines.append(f"        {summary.broken:,} more could not be used; the first: {summary.first_broken}")
+            if summary.unused:
+                more = len(summary.unused) - COLUMNS_SHOWN
+                shown = ", ".join(summary.unused[:COLUMNS_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+                lines.append(f"        columns and keys that are not used: {shown}")
+            if summary.split_by_conversation:
+                lines.append(
+                    "        held out by the hash of the complete conversation: by that of the first question, all "
+                    "would be on one side"
+                )
+        lines += [f"        {note}" for note in self.notes]
         lines.append(f"        seen {self.epochs_at(self.config.total_steps):.2f} times")
         lines.append("The first conversation as the model sees it; the text in ⟦ ⟧ is trained on:")
         first = self._first_conversation().split("\n")
@@ -198,6 +220,21 @@ class ConversationData(RunData[ConversationWindows]):
                 text += f"⟦{span}⟧" if trained[start] else span
                 start = end
         return text
+
+
+def _left_out(name: str, summary: PreparedConversations, windows: OpenedSource[ConversationWindows]) -> list[LeftOut]:
+    """Return what was left out of a source, and what was not used as it is."""
+    kept = summary.conversations + summary.held_out
+    rows = kept + summary.repetitive + summary.broken
+    cut = windows.training.cut + windows.validation.cut
+    too_long = windows.training.left_out + windows.validation.left_out
+    return counted(
+        LeftOut(name, summary.broken, rows, "conversations could not be used: left out", summary.first_broken),
+        LeftOut(name, summary.repetitive, rows, "conversations left out: an answer repeats itself"),
+        LeftOut(name, too_long, kept, "conversations left out: no answer ends within a window"),
+        LeftOut(name, cut, kept, "conversations are longer than a window: cut after an answer"),
+        LeftOut(name, summary.cut_messages, summary.messages, f"messages {CUT}"),
+    )
 
 
 def open_conversations(config: Config) -> ConversationData:
@@ -252,7 +289,7 @@ def _opened(
             f"data.sources.{name}: not one of {summary.conversations:,} conversations has an answer that ends "
             f"within the window of {length:,} tokens: set a larger sequence_length"
         )
-    return OpenedSource(training, validation, summary.fingerprint)
+    return OpenedSource(training, validation, summary.fingerprint, summary.notes)
 
 
 def _empty_validation_message(data: ConversationData) -> str:
@@ -263,7 +300,7 @@ def _empty_validation_message(data: ConversationData) -> str:
         )
     return (
         f"no conversation is held out for validation (data.validation_fraction="
-        f"{data.config.data.validation_fraction}): give more conversations, or a larger fraction"
+        f"{data.config.data.validation_fraction}): give more different conversations, or a larger fraction"
     )
 
 
@@ -281,10 +318,10 @@ def held_out_conversations(prepared: Path, fingerprint: str, vocab_size: int) ->
     Raises:
         PreparedDataError: They are damaged.
     """
-    for path in prepared.glob(f"conversations-*/{SUMMARY}"):
-        summary = PreparedConversations(**read_summary(path.parent))
+    for folder in prepared_folders(prepared, "conversations-"):
+        summary = PreparedConversations(**read_summary(folder))
         if summary.fingerprint == fingerprint:
-            return _read(path.parent / VALIDATION_FILE, summary.files[VALIDATION_FILE], vocab_size)
+            return _read(folder / VALIDATION_FILE, summary.files[VALIDATION_FILE], vocab_size)
     return None
 
 
@@ -293,8 +330,12 @@ def _write_tokenized(name: str, source: SourceConfig, config: Config, tokenizer:
     data = config.data
     opened = open_source(name, source, data.skip_broken_lines)
     summary = PreparedConversations(tokenizer=tokenizer.fingerprint)
-    splits: dict[bool, list[Rendered]] = {False: [], True: []}
-    rows = opened.convert(lambda row: conversation_of_row(row, source.columns))
+    cut_before = tokenizer.texts_cut
+    unused: set[str] = set()
+    kept: list[Rendered] = []
+    by_question: list[bool] = []
+    by_conversation: list[bool] = []
+    rows = opened.convert(lambda row: conversation_of_row(row, source.columns, unused))
     with PreparationProgress(f"Tokenizing {name}", opened.size_bytes()) as progress:
         while batch := list(islice(rows, CONVERSATIONS_AT_A_TIME)):
             conversations = [
@@ -303,19 +344,27 @@ def _write_tokenized(name: str, source: SourceConfig, config: Config, tokenizer:
                 if data.max_5gram_repeats is None or not is_repetitive(conversation, data.max_5gram_repeats)
             ]
             summary.repetitive += len(batch) - len(conversations)
+            summary.messages += sum(map(len, conversations))
             tokens = 0
             for conversation, rendered in zip(conversations, render(conversations, tokenizer), strict=True):
                 end = int(np.flatnonzero(rendered.trained)[-1]) + 1  # nothing after the last answer is trained on
-                held_out = is_held_out(_question(conversation), data.validation_fraction)
-                splits[held_out].append(Rendered(rendered.ids[:end], rendered.trained[:end]))
+                kept.append(Rendered(rendered.ids[:end], rendered.trained[:end]))
+                by_question.append(is_held_out(_question(conversation), data.validation_fraction))
+                by_conversation.append(is_held_out(_complete_text(conversation), data.validation_fraction))
                 tokens += end
             text_bytes = sum(len(message.content.encode()) for messages in conversations for message in messages)
             progress.advance(sum(size for _, size in batch), text_bytes, tokens)
-    summary.conversations, summary.held_out = len(splits[False]), len(splits[True])
+    summary.split_by_conversation = len(set(by_question)) == 1 and len(set(by_conversation)) == 2
+    split = by_conversation if summary.split_by_conversation else by_question
+    summary.cut_messages = tokenizer.texts_cut - cut_before
+    summary.held_out = sum(split)
+    summary.conversations = len(split) - summary.held_out
+    summary.unused = sorted(map(one_line, unused))
     summary.broken, summary.first_broken = opened.counts.broken, opened.counts.first_broken
+    summary.notes = opened.counts.notes
     folder.mkdir(parents=True)
     for held_out, file_name in ((False, TRAINING_FILE), (True, VALIDATION_FILE)):
-        joined = _joined(splits[held_out])
+        joined = _joined([rendered for rendered, side in zip(kept, split, strict=True) if side == held_out])
         if not held_out:
             summary.fingerprint = hashlib.sha256(b"".join(part.tobytes() for part in joined)).hexdigest()
         with (folder / file_name).open("wb") as file:
@@ -329,6 +378,10 @@ def _question(conversation: Conversation) -> str:
     """The first message of the user. It decides the split, so that no question is in both splits."""
     contents = [message.content.strip() for message in conversation if message.role == "user"]
     return contents[0] if contents else "\n".join(message.content.strip() for message in conversation)
+
+
+def _complete_text(conversation: Conversation) -> str:
+    return "\n".join(f"{message.role}\n{message.content.strip()}" for message in conversation)
 
 
 def _joined(conversations: Sequence[Rendered]) -> TokenizedConversations:

@@ -6,7 +6,7 @@ T  sequence_length
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,26 @@ import numpy as np
 from cucafera.config.errors import UserError
 from cucafera.config.schema import Config, SourceConfig
 from cucafera.config.tokens import DOCUMENT_START_ID
-from cucafera.data.prepared import SUMMARY, damaged, prepare_once
+from cucafera.data.left_out import LeftOut
+from cucafera.data.prepared import SUMMARY, PreparationProgress, damaged, prepare_once, prepared_folders
 from cucafera.data.run_data import RunData, load_tokenizer, short_hash
-from cucafera.data.shards import MANIFEST, VERSION, TokenStream
-from cucafera.data.sources import is_held_out, open_source
-from cucafera.data.tokenize import tokenize_source
+from cucafera.data.sample import TextSample, shares_by_weight
+from cucafera.data.shards import MANIFEST, TokenStream
+from cucafera.data.shards import VERSION as SHARDS_VERSION
+from cucafera.data.sources import open_source
+from cucafera.data.split import VERSION as SPLIT_VERSION
+from cucafera.data.split import find_split
+from cucafera.data.tokenize import VERSION, TokenizedSource, batches_of, tokenize_source
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.data.windows import OpenedSource, Window
 from cucafera.storage import file_sha256, write_json_with_checksum
 
 log = logging.getLogger(__name__)
+
+STREAMED_SAMPLES = 10
+"""Of a source that comes over the network, text of this many times tokenizer.train_bytes is sampled, not all."""
+TOKENIZER_VERSION = 2
+"""Increased whenever another tokenizer would be trained on the same text."""
 
 
 class StreamWindows:
@@ -51,7 +61,10 @@ class DocumentData(RunData[StreamWindows]):
     """The documents of a pretraining run, tokenized and packed."""
 
     def describe(self) -> str:
-        """Return the amounts of text, for the terminal."""
+        """Return the amounts of text, and what should be known of the sources, for the terminal."""
+        return "\n        ".join([self._amounts(), *self.notes])
+
+    def _amounts(self) -> str:
         return (
             f"Data    {_tokens_in(self.training):,} training tokens, seen "
             f"{self.epochs_at(self.config.total_steps):.2f} times; {_tokens_in(self.validation):,} held out, "
@@ -68,29 +81,37 @@ def open_documents(config: Config) -> DocumentData:
         UserError: A source cannot be read, or there is too little text for one training or one validation window.
     """
     tokenizer = load_tokenizer(config) if config.tokenizer.path is not None else _trained_tokenizer(config)
-    folders = {name: _tokenized(name, source, config, tokenizer) for name, source in config.data.sources.items()}
-    sources = {name: _opened(name, folder, config, tokenizer) for name, folder in folders.items()}
-    data = DocumentData(config, tokenizer, sources)
+    sources: dict[str, OpenedSource[StreamWindows]] = {}
+    left_out: list[LeftOut] = []
+    for name, source in config.data.sources.items():
+        folder, counts = _tokenized(name, source, config, tokenizer)
+        left_out += counts.left_out(name)
+        sources[name] = _opened(name, folder, config, tokenizer, counts)
+    data = DocumentData(config, tokenizer, sources, left_out)
     if not data.validation_positions():
         raise UserError(
             f"the held-out documents give {_tokens_in(data.validation):,} tokens; one window needs "
-            f"{config.sequence_length + 1:,}: give more documents, or a larger data.validation_fraction (a .txt file "
-            "is one document unless its source has a document_separator)"
+            f"{config.sequence_length + 1:,}: give more text, or a larger data.validation_fraction (a .txt file is one "
+            f"document unless its source has a document_separator){_in_brackets(left_out)}"
         )
     return data
 
 
-def _tokenized(name: str, source: SourceConfig, config: Config, tokenizer: Tokenizer) -> Path:
-    """The folder with the shards of a source, made if it is not there."""
+def _tokenized(name: str, source: SourceConfig, config: Config, tokenizer: Tokenizer) -> tuple[Path, TokenizedSource]:
+    """The folder with the shards of a source, made if it is not there, and its counts."""
     data = config.data
-    settings = (VERSION, data.validation_fraction, data.shard_tokens, data.skip_broken_lines)
+    settings = (
+        *(SHARDS_VERSION, SPLIT_VERSION, VERSION),
+        *(data.validation_fraction, data.shard_tokens, data.skip_broken_lines),
+    )
     key = short_hash(open_source(name, source).fingerprint(), tokenizer.fingerprint, *settings)
     folder = Path(data.prepared_dir) / f"shards-{key}"
-    tokenize_source(name, source, tokenizer, data, folder)
-    return folder
+    return folder, tokenize_source(name, source, tokenizer, data, folder)
 
 
-def _opened(name: str, folder: Path, config: Config, tokenizer: Tokenizer) -> OpenedSource[StreamWindows]:
+def _opened(
+    name: str, folder: Path, config: Config, tokenizer: Tokenizer, counts: TokenizedSource
+) -> OpenedSource[StreamWindows]:
     """The windows of the shards of a source."""
     length, vocab_size = config.sequence_length, config.model.vocab_size
     training, validation = (
@@ -100,38 +121,57 @@ def _opened(name: str, folder: Path, config: Config, tokenizer: Tokenizer) -> Op
     if not len(training):
         raise UserError(
             f"data.sources.{name} gives {len(training.stream):,} training tokens; one window needs {length + 1:,} "
-            "(sequence_length + 1): give more text, or a smaller sequence_length"
+            f"(sequence_length + 1): give more text, or a smaller sequence_length{_in_brackets(counts.left_out(name))}"
         )
     manifest = (folder / "train" / MANIFEST).read_bytes()
-    return OpenedSource(training, validation, hashlib.sha256(manifest).hexdigest())
+    return OpenedSource(training, validation, hashlib.sha256(manifest).hexdigest(), counts.notes)
 
 
 def _trained_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the corpus, trained if it is not there."""
     settings, data = config.tokenizer, config.data
     sources = [(open_source(name, source).fingerprint(), source.weight) for name, source in data.sources.items()]
-    key = short_hash(sources, settings.vocab_size, settings.train_bytes, data.validation_fraction)
+    versions = (TOKENIZER_VERSION, SPLIT_VERSION)
+    key = short_hash(versions, sources, settings.vocab_size, settings.train_bytes, data.validation_fraction)
 
     def train() -> Tokenizer:
-        log.info("Training a tokenizer of %s entries", f"{settings.vocab_size:,}")
-        return Tokenizer.train(_tokenizer_texts(config), settings.vocab_size, show_progress=sys.stderr.isatty())
+        samples = _tokenizer_samples(config)
+        sizes = ", ".join(f"{sample.size / 1e6:,.2f} MB of {name}" for name, sample in samples.items())
+        log.info("Training a tokenizer of %s entries on %s", f"{settings.vocab_size:,}", sizes)
+        texts = (text for sample in samples.values() for text in sample.texts())
+        return Tokenizer.train(texts, settings.vocab_size, show_progress=sys.stderr.isatty())
 
     return Tokenizer.load(prepared_tokenizer(Path(data.prepared_dir) / f"tokenizer-{key}", train))
 
 
-def _tokenizer_texts(config: Config) -> Iterator[str]:
-    """Training documents, from each source its share by weight of tokenizer.train_bytes; none held out."""
-    data = config.data
-    total_weight = sum(source.weight for source in data.sources.values())
+def _tokenizer_samples(config: Config) -> dict[str, TextSample]:
+    """Training documents, from each source its share by weight of tokenizer.train_bytes; none held out.
+
+    Each source is read once, unless it is streamed, and its share is a sample of all of it. What a source has too
+    little text for is added to the shares of the others.
+    """
+    data, total = config.data, config.tokenizer.train_bytes
+    samples: dict[str, TextSample] = {}
     for name, source in data.sources.items():
-        left = config.tokenizer.train_bytes * source.weight / total_weight
-        for text, _ in open_source(name, source, data.skip_broken_lines).documents():
-            if is_held_out(text, data.validation_fraction):
-                continue
-            yield text
-            left -= len(text.encode())
-            if left <= 0:
-                break
+        opened = open_source(name, source, data.skip_broken_lines)
+        split = find_split(open_source(name, source, data.skip_broken_lines), data.validation_fraction)
+        samples[name] = sample = TextSample(total)
+        with PreparationProgress(f"Sampling {name} for the tokenizer", opened.size_bytes()) as progress:
+            read = 0
+            for batch in batches_of(opened.documents()):
+                for text in batch.texts:
+                    for part, is_held_out in split.parts(text):
+                        if not is_held_out:
+                            sample.add(part)
+                progress.advance(batch.input_bytes, batch.characters, 0)
+                read += batch.characters
+                if opened.is_streamed and read > STREAMED_SAMPLES * total:
+                    break
+        # Shares only shrink with further sources, so never more than twice train_bytes are in memory.
+        weights = {name: data.sources[name].weight for name in samples}
+        for name, share in shares_by_weight(total, weights, {name: sample.size for name, sample in samples.items()}):
+            samples[name].limit(share)
+    return samples
 
 
 def prepared_tokenizer(folder: Path, make: Callable[[], Tokenizer]) -> Path:
@@ -168,10 +208,16 @@ def held_out_stream(prepared: Path, fingerprint: str, tokenizer: Tokenizer, voca
     Raises:
         PreparedDataError: they are damaged.
     """
-    for manifest in prepared.glob(f"shards-*/train/{MANIFEST}"):
-        if file_sha256(manifest) == fingerprint:
-            return TokenStream.open(manifest.parents[1] / "validation", tokenizer.fingerprint, vocab_size)
+    for folder in prepared_folders(prepared, "shards-"):
+        manifest = folder / "train" / MANIFEST
+        if manifest.is_file() and file_sha256(manifest) == fingerprint:
+            return TokenStream.open(folder / "validation", tokenizer.fingerprint, vocab_size)
     return None
+
+
+def _in_brackets(left_out: Sequence[LeftOut]) -> str:
+    """Return what was left out, as the end of a message about too little text."""
+    return f" ({'; '.join(map(str, left_out))})" if left_out else ""
 
 
 def _tokens_in(sources: list[StreamWindows]) -> int:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cucafera.config.errors import UserError
-from cucafera.storage import PARTIAL, ChecksumError, read_json_with_checksum
+from cucafera.storage import PARTIAL, ChecksumError, list_folder, read_json_with_checksum
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ class PreparedDataError(UserError):
 def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[str, Any]:
     """Create a folder unless it exists. Of several processes that need it, one creates it while the others wait.
 
+    A complete folder is only read: it may be on a disk that cannot be written.
+
     Args:
         name: The source's key in the configuration, or `tokenizer`, for messages.
         folder: The folder to create.
@@ -42,24 +44,13 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
         The content of SUMMARY.
 
     Raises:
-        UserError: the folder cannot be written, or `fill` raised it.
+        UserError: the folder cannot be written or read, or `fill` raised it.
     """
-    partial = folder.with_name(folder.name + PARTIAL)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_name(folder.name + ".lock")):
-            if not (folder / SUMMARY).exists():
-                if folder.exists():
-                    raise PreparedDataError(f"{folder} is incomplete: it has no {SUMMARY}. {start_again(folder)}")
-                if partial.exists():  # left by a process that was killed
-                    shutil.rmtree(partial)
-                try:
-                    fill(partial)
-                except BaseException:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    raise
-                partial.rename(folder)
-            return read_summary(folder)
+        if not (folder / SUMMARY).exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.with_name(folder.name + ".lock")):
+                _fill(folder, fill)
     except OSError as error:
         raise _cannot_write(folder, error) from error
     except BrokenProcessPool as error:
@@ -67,6 +58,33 @@ def prepare_once(name: str, folder: Path, fill: Callable[[Path], None]) -> dict[
             f"{name}: a process that tokenizes was killed, possibly because memory ran out. "
             "Set data.processes to a smaller number and start again"
         ) from error
+    return read_summary(folder)
+
+
+def _fill(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create a folder atomically, unless another process has created it while this one waited for the lock."""
+    if (folder / SUMMARY).exists():
+        return
+    if folder.exists():
+        raise PreparedDataError(f"{folder} is incomplete: it has no {SUMMARY}. {start_again(folder)}")
+    partial = folder.with_name(folder.name + PARTIAL)
+    if partial.exists():  # left by a process that was killed
+        shutil.rmtree(partial)
+    try:
+        fill(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(folder)
+
+
+def prepared_folders(prepared: Path, prefix: str) -> list[Path]:
+    """Return the complete folders of prepared data whose names begin so. Raises PreparedDataError if one is unseen."""
+    try:
+        found = [path for path in list_folder(prepared) if path.name.startswith(prefix)]
+        return [path for path in found if path.is_dir() and (path / SUMMARY).exists()]
+    except OSError as error:
+        raise PreparedDataError(f"{error.filename or prepared} cannot be read: {error.strerror or error}") from error
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -77,6 +95,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
         raise PreparedDataError(f"{folder} holds no prepared data: it has no {SUMMARY}") from error
     except ChecksumError as error:
         raise damaged(folder / SUMMARY, str(error)) from error
+    except OSError as error:
+        raise PreparedDataError(f"{folder / SUMMARY} cannot be read: {error.strerror or error}") from error
 
 
 def start_again(folder: Path) -> str:
@@ -92,8 +112,11 @@ def damaged(path: Path, problem: str) -> PreparedDataError:
 
 def _cannot_write(folder: Path, error: OSError) -> PreparedDataError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some, or set data.prepared_dir to a folder on a larger disk" if full else "set data.prepared_dir"
-    return PreparedDataError(f"cannot write prepared tokens to {folder}: {error.strerror or error}; {remedy}")
+    remedy = "free some, or set" if full else "set"
+    return PreparedDataError(
+        f"cannot write prepared tokens to {folder}: {error.strerror or error}; {remedy} "
+        f"data.prepared_dir to a folder {'on a larger disk' if full else 'that can be written'}"
+    )
 
 
 @contextmanager
@@ -141,7 +164,7 @@ class PreparationProgress:
         Args:
             input_bytes: Bytes of the files, as stored.
             text_bytes: Bytes of the texts in them, in UTF-8.
-            tokens: Tokens of those texts.
+            tokens: Tokens of those texts; 0 if they are only read.
         """
         self._tokens += tokens
         self._text_bytes += text_bytes
@@ -153,7 +176,8 @@ class PreparationProgress:
     def _figures(self) -> str:
         megabytes = self._text_bytes / 1e6
         speed = megabytes / (time.monotonic() - self._started)
-        return f"{megabytes:,.1f} MB of text, {self._tokens:,} tokens, {speed:.1f} MB/s"
+        tokens = f"{self._tokens:,} tokens, " if self._tokens else ""
+        return f"{megabytes:,.1f} MB of text, {tokens}{speed:.1f} MB/s"
 
     def _line(self) -> None:
         self._last_line = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Generic
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import Config
+from cucafera.data.left_out import LeftOut
 from cucafera.data.order import WindowOrder
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.data.windows import IGNORED, Batch, OpenedSource, Source, TrainingSteps, batch_of_windows
@@ -23,18 +24,28 @@ class RunData(ABC, Generic[Source]):
         config: The run.
         tokenizer: Its tokenizer.
         sources: The windows of each source, by name, in the order of the configuration.
+        left_out: What of the sources is left out, or not used as it is.
 
     Attributes:
         training, validation: Training windows and held-out windows of each source.
+        notes: Facts about the sources that a person should know, such as files without rows.
         fingerprints: Hashes of what trained weights depend on: the tokenizer and the training data of each source. They
             stay the same until the end, whatever becomes of the files meanwhile.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, sources: Mapping[str, OpenedSource[Source]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        sources: Mapping[str, OpenedSource[Source]],
+        left_out: Sequence[LeftOut],
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.left_out = left_out
         self.training = [source.training for source in sources.values()]
         self.validation = [source.validation for source in sources.values()]
+        self.notes = [f"{name}: {note}" for name, source in sources.items() for note in source.notes]
         self.fingerprints = {"tokenizer": tokenizer.fingerprint}
         self.fingerprints |= {f"data.sources.{name}": source.fingerprint for name, source in sources.items()}
 

@@ -6,7 +6,7 @@ Text never yields a control token, whatever it spells: only the code that frames
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -19,20 +19,44 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from cucafera.config.errors import UserError
 from cucafera.config.tokens import DOCUMENT_START_ID, MAX_VOCABULARY, SPECIAL_TOKENS
-from cucafera.storage import write_text
+from cucafera.storage import read_small_file, write_text
 
 WORD = re.compile(r"\s*+(?:\S++(?:[^\S \t\r\n]\s*+)?+)++|\s++")
 """Parts of a text that can be encoded one by one. They end where a space, tab or line end follows a visible character:
 no match of the GPT-2 pattern reaches across such a position, so no merge does. (Other whitespace does not count, since
 Python and the pattern disagree on U+001C to U+001F. Quantifiers are possessive: no backtracking on long texts.)"""
 
+LONGEST_WORD = 16_384
+"""Characters that the library gets as one word. It takes 150 bytes per character, and a stretch of text without spaces
+may have millions."""
+PART = re.compile(rf".{{1,{LONGEST_WORD}}}(?:\Z|(?<=[^\W_])(?=[^\w\s]))|(.{{{LONGEST_WORD}}})", re.DOTALL)
+"""Parts of a longer word. They end where a sign follows a letter or digit: no match of the GPT-2 pattern reaches across
+such a position either. If there is none, the word is cut: that part is the group."""
+
+CUT = f"with over {LONGEST_WORD:,} letters, digits, signs or spaces in a row: tokenized in parts"
+"""How texts are described that have a word which is cut."""
+
+ENCODED_CHARACTERS = 64 * LONGEST_WORD
+"""Text that is encoded at a time, whatever the length of a document."""
+LIBRARY_CHARACTERS = 16 * LONGEST_WORD
+"""Words that the library gets at a time."""
+
 CACHED_CHARACTERS = 4_000_000
 """Size of the word cache, in characters of its words: about 100 MB of memory."""
+
+LONGEST_TRAINED_WORD = 1024
+"""Characters of a word that a tokenizer is trained on: the time of training grows with the square of its length."""
+TRAINING_CHARACTERS = 16_384
+"""Size of the excerpts of a document that a tokenizer is trained on."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 PROBE = "".join(map(chr, range(0x800))) + " \u2013 \uff5e\n\n \U0001f600\U00100000 l'aigua freda  "
 """A text that a tokenizer must reproduce: characters of one to four UTF-8 bytes, and all kinds of whitespace."""
+
+
+BREAK = re.compile(r"(?<=\S)(?=[ \t\r\n])")
+"""Where a match of WORD ends, unless the text does."""
 
 
 class TokenizerError(UserError):
@@ -44,7 +68,12 @@ class NotUsableError(TokenizerError):
 
 
 class Tokenizer:
-    """Byte-level BPE with the GPT-2 pattern and no normalizer. Made by `train` or `load`."""
+    """Byte-level BPE with the GPT-2 pattern and no normalizer. Made by `train` or `load`.
+
+    Attributes:
+        texts_cut: Number of texts so far in which a stretch of over LONGEST_WORD letters, of digits, of signs or of
+            spaces was encoded in parts.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         inner.encode_special_tokens = True  # text that spells a control token is ordinary text
@@ -55,13 +84,14 @@ class Tokenizer:
         self._bytes = _bytes_of_tokens(inner)
         self._word_cache: dict[str, bytes] = {}
         self._cached_characters = 0
+        self.texts_cut = 0
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
         """Train a tokenizer; the same texts give the same tokenizer.
 
         Args:
-            texts: The corpus.
+            texts: The corpus. Of a stretch without spaces, the first LONGEST_TRAINED_WORD characters are used.
             vocab_size: Entries, control tokens and bytes included; fewer when the texts repeat too little.
             show_progress: Show progress bars.
         """
@@ -74,7 +104,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=show_progress,
         )
-        inner.train_from_iterator(texts, trainer)
+        parts = chain.from_iterable(map(excerpts, texts))
+        inner.train_from_iterator(map(_without_long_words, parts), trainer)
         return cls(inner)
 
     @classmethod
@@ -85,7 +116,7 @@ class Tokenizer:
             TokenizerError: There is no such file, or it holds no byte-level BPE with this package's control tokens.
         """
         try:
-            content = Path(path).read_bytes()
+            content = read_small_file(Path(path))
         except OSError as error:
             raise TokenizerError(
                 f"cannot read the tokenizer {path}: {error.strerror}. tokenizer.path names a tokenizer.json; "
@@ -195,24 +226,38 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
-        """Return the ids of each text, uint16."""
+        """Return the ids of each text, uint16.
+
+        The memory that this takes, besides the ids, does not depend on the length of texts or words.
+        """
         # Words repeat, so most are looked up: from a file to shards, this is 1.7 times as fast on one core as the
-        # library's faster call on texts in memory, and 1.1 times on two (scripts/benchmark_data.py tokenize). And a
-        # text of any length takes little memory, where the library's encoding takes fifty times its size.
-        if self._cached_characters > CACHED_CHARACTERS:
-            self._word_cache.clear()  # cheaper than an LRU: frequent words are back with the next texts
-            self._cached_characters = 0
-        words = [WORD.findall(text) for text in texts]
-        self._add_to_cache(list(set(chain.from_iterable(words)).difference(self._word_cache)))
-        # The cache holds ids as bytes: joining bytes is one call of C per text, joining lists or arrays is not.
-        ids = [bytearray().join(map(self._word_cache.__getitem__, parts)) for parts in words]
+        # library's faster call on texts in memory, and 1.1 times on two (scripts/benchmark_data.py tokenize).
+        ids = [bytearray() for _ in texts]
+        cut: set[int] = set()
+        for group in _words(texts, cut):
+            if self._cached_characters > CACHED_CHARACTERS:
+                self._word_cache.clear()  # cheaper than an LRU: frequent words are back with the next texts
+                self._cached_characters = 0
+            found = set(chain.from_iterable(words for _, words in group))
+            self._add_to_cache(list(found.difference(self._word_cache)))
+            # The cache holds ids as bytes: joining bytes is one call of C per text, joining lists or arrays is not.
+            for number, words in group:
+                ids[number] += b"".join(map(self._word_cache.__getitem__, words))
+        self.texts_cut += len(cut)
         return [np.frombuffer(content, dtype=np.uint16) for content in ids]
 
     def _add_to_cache(self, words: list[str]) -> None:
-        encodings = self._inner.encode_batch_fast(words, add_special_tokens=False)
-        for word, encoding in zip(words, encodings, strict=True):
-            self._word_cache[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
-        self._cached_characters += sum(map(len, words))
+        start = characters = 0
+        for end, last in enumerate(words, 1):
+            characters += len(last)
+            if characters < LIBRARY_CHARACTERS and end < len(words):
+                continue
+            part = words[start:end]
+            encodings = self._inner.encode_batch_fast(part, add_special_tokens=False)
+            for word, encoding in zip(part, encodings, strict=True):
+                self._word_cache[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
+            self._cached_characters += characters
+            start, characters = end, 0
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:
         """Return the text of ids: the exact inverse of `encode`.
@@ -234,6 +279,54 @@ class Tokenizer:
         lengths = np.array([len(content) for content in self._bytes], dtype=np.int64)
         lengths[: len(SPECIAL_TOKENS)] = 0
         return lengths
+
+
+def _words(texts: Sequence[str], cut: set[int]) -> Iterator[list[tuple[int, list[str]]]]:
+    """Yield the words of texts, those of about ENCODED_CHARACTERS at a time: numbers of texts, and words in them.
+
+    Args:
+        texts: The texts.
+        cut: Gets the numbers of texts that have a word too long for one part.
+    """
+    group: list[tuple[int, list[str]]] = []
+    characters = 0
+    for number, text in enumerate(texts):
+        start = 0
+        while start < len(text):
+            end = min(start + ENCODED_CHARACTERS, len(text))
+            words = WORD.findall(text, start, end)
+            if end - start > LONGEST_WORD and max(map(len, words)) > LONGEST_WORD:
+                parts = [part for word in words for part in PART.finditer(word)]
+                if any(part.lastindex for part in parts):
+                    cut.add(number)
+                words = [part.group() for part in parts]
+            if end < len(text):
+                end -= len(words.pop())  # it may continue after the end: first of the next group
+            group.append((number, words))
+            characters += end - start
+            start = end
+            if characters >= ENCODED_CHARACTERS:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group
+
+
+def excerpts(text: str) -> Iterator[str]:
+    """Yield parts of a text, of about TRAINING_CHARACTERS: all of it, except for what is long without a space."""
+    start = 0
+    while start < len(text):
+        following = BREAK.search(text, start + TRAINING_CHARACTERS)
+        end = following.start() if following else len(text)
+        yield text[start : min(end, start + TRAINING_CHARACTERS + LONGEST_TRAINED_WORD)]
+        start = end
+
+
+def _without_long_words(text: str) -> str:
+    """Return a text with the first LONGEST_TRAINED_WORD characters of each word."""
+    if len(text) <= LONGEST_TRAINED_WORD:
+        return text
+    return "".join(word[:LONGEST_TRAINED_WORD] for word in WORD.findall(text))
 
 
 def _from_json(content: str) -> Tokenizer:
@@ -266,8 +359,11 @@ def _bytes_of_tokens(inner: tokenizers.Tokenizer) -> list[bytes]:
 
 def _problem(inner: tokenizers.Tokenizer) -> str | None:
     """Return the reason why a tokenizer cannot be used, or None."""
+    vocabulary = inner.get_vocab()
+    if (highest := max(vocabulary.values(), default=-1)) >= len(vocabulary):  # `to_str` would count all the missing ids
+        return f"its ids have gaps: {len(vocabulary):,} entries, but ids up to {highest:,}"
     described = json.loads(inner.to_str())
-    if problem := _vocabulary_problem(inner.get_vocab(), described) or _pattern_problem(described):
+    if problem := _vocabulary_problem(vocabulary, described) or _pattern_problem(described):
         return problem
     tokenizer = Tokenizer(inner)
     return None if tokenizer.decode(tokenizer.encode(PROBE)) == PROBE else "it does not give texts back exactly"
@@ -289,8 +385,6 @@ def _vocabulary_problem(vocabulary: dict[str, int], described: dict[str, Any]) -
         return f"its added tokens must be the control tokens, all special: not so {', '.join(sorted(odd))}"
     if len(vocabulary) > MAX_VOCABULARY:
         return f"it has {len(vocabulary):,} entries; ids are stored in 16 bits, so at most {MAX_VOCABULARY:,}"
-    if max(vocabulary.values()) >= len(vocabulary):
-        return f"its ids have gaps: {len(vocabulary):,} entries, but ids up to {max(vocabulary.values()):,}"
     if described["model"]["type"] != "BPE" or not BYTE_OF_CHARACTER.keys() <= vocabulary.keys():
         return "it is not a byte-level BPE: the 256 bytes are not all in its vocabulary"
     foreign = [t for t in vocabulary if t not in SPECIAL_TOKENS and not BYTE_OF_CHARACTER.keys() >= set(t)]

@@ -134,12 +134,6 @@ class TrainingSteps(Dataset[Batch]):
             batch += skipped <= batch
         return batch
 
-    @property
-    def batch_bytes(self) -> int:
-        """Bytes of one device's batch: int32 token ids and targets, and document numbers where they are masked."""
-        arrays = 3 if self.config.data.document_masking else 2
-        return 4 * arrays * self.share * self.config.sequence_length
-
     def __getitem__(self, step: int) -> Batch:
         batch = self.batch_at(step)
         if self.config.data.overfit_steps is not None:
@@ -156,8 +150,10 @@ class OpenedSource(NamedTuple, Generic[Source]):
     Attributes:
         training, validation: Windows to train on and held-out windows.
         fingerprint: A hash of the training data.
+        notes: Facts about the source that a person should know, as clauses.
     """
 
     training: Source
     validation: Source
     fingerprint: str
+    notes: Sequence[str] = ()

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -13,11 +14,12 @@ from pyarrow import parquet
 
 from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
-from cucafera.config.schema import Config
+from cucafera.config.schema import Config, RolesConfig
 from cucafera.config.tokens import IM_END_ID, PAD_ID
 from cucafera.data.chatml import Message, Rendered, check_conversation, render
 from cucafera.data.conversations import ConversationWindows, TokenizedConversations
 from cucafera.data.conversations import open_conversations as opened
+from cucafera.data.sources import open_source
 from cucafera.data.sources.embedded import embedded_path
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.data.windows import IGNORED, Window
@@ -92,9 +94,11 @@ def test_trained_tokens_are_exactly_the_answers(tokenizer):
 
 def test_targets_are_the_next_tokens_of_the_same_conversation(tokenizer):
     windows = ConversationWindows(tokenized(random_conversations(60), tokenizer), 200)
+    assert len(windows) > 5
     for number in range(len(windows)):
         ids, targets, documents = windows.window(number)
         inside = np.flatnonzero((targets[:-1] != IGNORED) & (documents[:-1] == documents[1:]))
+        assert len(inside)
         assert (targets[inside] == ids[inside + 1]).all()
         last = np.flatnonzero((targets[:-1] != IGNORED) & (documents[:-1] != documents[1:]))
         assert (targets[last] == IM_END_ID).all()
@@ -134,6 +138,30 @@ def test_a_conversation_that_is_too_long_is_cut_after_the_last_answer_that_fits(
     assert len(kept[1]) == fitting[-1] + 1
 
 
+@pytest.mark.parametrize(("spare", "kept", "cut"), [(1, 1, 0), (0, 1, 0), (-1, 0, 0)])
+def test_a_conversation_may_take_exactly_one_window(tokenizer, spare, kept, cut):
+    data = tokenized([[Message("user", "mar"), Message("assistant", "bosc bosc")]], tokenizer)
+    ids = data.conversation(0).ids.tolist()
+    windows = ConversationWindows(data, len(ids) - 1 + spare)  # the last token is only a target
+    assert (windows.kept, windows.cut, windows.left_out) == (kept, cut, 1 - kept)
+    if kept:
+        window = windows.window(0)
+        assert window.input_ids[: len(ids) - 1].tolist() == ids[:-1] and window.targets[len(ids) - 2] == IM_END_ID
+
+
+@pytest.mark.parametrize(("spare", "turns"), [(1, 2), (0, 2), (-1, 1)])
+def test_a_conversation_is_cut_after_an_answer_that_ends_exactly_with_the_window(tokenizer, spare, turns):
+    turn = [Message("user", "mar"), Message("assistant", "bosc bosc")]
+    data = tokenized([turn * 3], tokenizer)
+    ids = data.conversation(0).ids
+    ends = np.flatnonzero(data.conversation(0).trained & (ids == IM_END_ID))
+    windows = ConversationWindows(data, int(ends[1]) + spare)
+    assert (windows.kept, windows.cut) == (1, 1)
+    (piece,) = pieces(windows.window(0))
+    assert piece == ids[: ends[turns - 1] + 1].tolist()
+    assert windows.targets == turns * int(data.conversation(0).trained[: ends[0] + 1].sum())
+
+
 def test_nothing_fits(tokenizer):
     endless = [[Message("user", "mar"), Message("assistant", "bosc " * 200)]] * 3
     windows = ConversationWindows(tokenized(endless, tokenizer), LENGTH)
@@ -157,7 +185,7 @@ def chat_run(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPat
 
 
 def rows_of(conversations: list[list[Message]]) -> list[dict]:
-    return [{"messages": [message._asdict() for message in messages]} for messages in conversations]
+    return [{"messages": [{"role": role, "content": text} for role, text, _ in messages]} for messages in conversations]
 
 
 def test_the_split_is_by_the_first_question_and_does_not_depend_on_the_other_rows(chat_run):
@@ -203,6 +231,21 @@ def test_the_same_question_is_on_one_side_whatever_surrounds_it(chat_run):
         assert not sides[0] & sides[1], name
 
 
+def test_the_first_question_decides_the_side(chat_run):
+    conversations = [
+        [Message(role, text) for turn in (first, second) for role, text in (("user", turn), ("assistant", "si"))]
+        for first in (f"la mar {number}" for number in range(30))
+        for second in ("bosc", "sol", "avi")
+    ]
+    data = opened(chat_run(rows_of(conversations)))
+    sides = []
+    for source in (data.training[0], data.validation[0]):
+        texts = [data.tokenizer.decode(piece) for n in range(len(source)) for piece in pieces(source.window(n))]
+        sides.append([text.split("user\n")[1].split("<im_end>")[0] for text in texts])
+    assert sides[0] and sides[1] and not set(sides[0]) & set(sides[1])
+    assert {sides[side].count(question) for side in (0, 1) for question in sides[side]} == {3}
+
+
 def test_rows_that_cannot_even_be_read_are_left_out_and_counted(chat_run):
     rows = rows_of(random_conversations(40))
     config = chat_run(rows, "data.skip_broken_lines=true")
@@ -218,11 +261,53 @@ def test_rows_that_cannot_even_be_read_are_left_out_and_counted(chat_run):
         opened(composed_config([*CHAT_RUN, "data=chat_files", "data.sources.files.path=dates.parquet"]))
 
 
-def test_prepared_conversations_are_made_once(chat_run, monkeypatch):
-    config = chat_run(rows_of(random_conversations(40)))
+def test_prepared_conversations_are_made_once_and_described_alike(chat_run, monkeypatch):
+    rows = [row | {f"column{number}": 1} for number, row in enumerate(rows_of(random_conversations(40)), 10)]
+    config = chat_run(rows)
     first = opened(config)
     monkeypatch.setattr("cucafera.data.conversations.render", None)
-    assert opened(config).fingerprints == first.fingerprints
+    again = opened(config)
+    assert again.fingerprints == first.fingerprints
+    assert again.describe() == first.describe()
+    assert "columns and keys that are not used: column10, column11" in first.describe()
+    assert "column29 and 20 more\n" in first.describe()
+
+
+def test_conversations_with_one_first_question_are_split_by_the_rest(chat_run):
+    rest = random_conversations(60)
+    alike = [[Message("user", "Explica'm un conte"), Message("assistant", "Quin?"), *messages] for messages in rest]
+    data = opened(chat_run(rows_of(alike)))
+    assert data.training[0].kept + data.validation[0].kept == 60
+    assert data.validation[0].kept > 0
+    assert "held out by the hash of the complete conversation" in data.describe()
+    (summary,) = Path("prepared").glob("conversations-*/prepared.json")
+    assert json.loads(summary.read_text())["split_by_conversation"]
+    assert "by the hash of the complete" not in opened(chat_run(rows_of(rest), path="varied.jsonl")).describe()
+
+
+def test_a_map_of_roles_is_part_of_what_is_prepared(chat_run):
+    rows = rows_of(random_conversations(40))
+    config = chat_run(
+        [{"messages": [turns[0] | {"role": "client"}, *turns[1:]]} for turns in (row["messages"] for row in rows)],
+        "data.sources.files.columns.roles.user=[client]",
+    )
+    assert opened(config).training[0].kept
+    source = config.data.sources["files"]
+    key = open_source("files", source).fingerprint()
+    source.columns.roles = RolesConfig(system=["client"])
+    assert open_source("files", source).fingerprint() != key
+
+
+def test_prepared_conversations_are_on_disk_before_their_summary_and_their_name(chat_run, disk_calls):
+    opened(chat_run(rows_of(random_conversations(40))))
+    (folder,) = Path("prepared").glob("conversations-*[0-9a-f]")
+    files = ["train.npz", "validation.npz"]
+    assert [call for call in disk_calls if folder.name not in call] == [
+        *(f"fsync {name}" for name in files), "fsync prepared.json.partial",
+        "rename prepared.json.partial prepared.json",
+    ]  # fmt: skip
+    assert [disk_calls.synced[name] for name in files] == [(folder / name).stat().st_size for name in files]
+    assert disk_calls[-1] == f"rename {folder.name}.partial {folder.name}"
 
 
 def test_damaged_conversations_are_refused(chat_run):
@@ -240,7 +325,8 @@ def test_a_broken_row_is_refused_with_its_line_or_left_out_and_counted(chat_run)
     with pytest.raises(UserError, match=r"chat\.jsonl:8: message 1 has the role 'robot'.*skip_broken_lines=true"):
         opened(chat_run(rows))
     data = opened(chat_run(rows, "data.skip_broken_lines=true"))
-    assert "1 more could not be used; the first: chat.jsonl:8: message 1 has the role 'robot'" in data.describe()
+    line = str(data.left_out[0])
+    assert line.startswith("files: 1 of 40 (2.5%) conversations could not be used: left out; the first: chat.jsonl:8: ")
     (summary,) = Path("prepared").glob("conversations-*/prepared.json")
     content = json.loads(summary.read_text())
     assert content["broken"] == 1
@@ -252,7 +338,10 @@ def test_repetitive_answers_are_left_out_and_counted(chat_run):
     rows = rows_of(random_conversations(40))
     rows[3] = {"prompt": "x", "completion": "un dos tres quatre cinc " * 20}
     data = opened(chat_run(rows, "data.max_5gram_repeats=15"))
-    assert "1 more left out: an answer repeats itself" in data.describe()
+    assert [str(entry) for entry in data.left_out] == [
+        "files: 1 of 40 (2.5%) conversations left out: an answer repeats itself",
+        "files: 4 of 39 (10.3%) conversations are longer than a window: cut after an answer",
+    ]
     (summary,) = Path("prepared").glob("conversations-*/prepared.json")
     assert json.loads(summary.read_text())["repetitive"] == 1
 
@@ -273,12 +362,27 @@ def test_a_source_without_a_usable_conversation_is_refused(chat_run):
         opened(chat_run([], path="chat.txt"))
 
 
+def test_names_that_are_no_text_are_stored_and_printed_as_escapes(chat_run):
+    rows = [row | {"\ud800\nx": 1} for row in rows_of(random_conversations(40))]
+    described = opened(chat_run(rows)).describe()
+    assert r"columns and keys that are not used: \ud800\nx" in described.splitlines()[1]
+
+
 def test_parquet_and_datasets_give_the_same_conversations_as_jsonl(chat_run, monkeypatch):
-    rows = rows_of(random_conversations(40))
-    fingerprint = opened(chat_run(rows)).fingerprints["data.sources.files"]
+    rows = rows_of(random_conversations(40, most_turns=3))
+    for row in rows[::2]:
+        row["messages"] += [{"role": "assistant", "content": "dolent", "weight": 0}, *row["messages"]]
+    data = opened(chat_run(rows))
+    text = "".join(
+        data.tokenizer.decode(targets[targets != IGNORED].tolist())
+        for targets in (data.training[0].window(number).targets for number in range(len(data.training[0])))
+    )
+    assert text.count("<im_end>") > 40 and "dolent" not in text
+    fingerprint = data.fingerprints["data.sources.files"]
     parquet.write_table(pyarrow.Table.from_pylist(rows), "chat.parquet")
     from_parquet = composed_config([*CHAT_RUN, "data=chat_files", "data.sources.files.path=chat.parquet"])
     assert opened(from_parquet).fingerprints["data.sources.files"] == fingerprint
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *arguments, **settings: SimpleNamespace(sha="1"))
     monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **settings: Dataset.from_list(rows))
     from_hub = composed_config([*CHAT_RUN, "data=chat", "data.sources.patufet_conversa.dataset=a/b"])
     assert opened(from_hub).fingerprints["data.sources.patufet_conversa"] == fingerprint

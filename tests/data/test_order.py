@@ -69,6 +69,30 @@ def test_sources_of_the_same_size_have_different_orders():
     assert windows[sources == 0].tolist() != windows[sources == 1].tolist()
 
 
+def shown_in_epoch(order: WindowOrder, epoch: int, source: int) -> set[int]:
+    """The windows of a source in an epoch: with weight one half, a half that the order within the source decides."""
+    pairs_of_epoch = pairs(order, epoch * order.windows_per_epoch, order.windows_per_epoch)
+    return {window for own, window in pairs_of_epoch if own == source}
+
+
+def test_the_order_within_a_source_depends_on_seed_pass_and_source():
+    order = WindowOrder([100, 100], [0.5, 0.5], seed=1)
+    first = shown_in_epoch(order, 0, source=0)
+    assert len(first) == 50
+    assert first != shown_in_epoch(WindowOrder([100, 100], [0.5, 0.5], seed=2), 0, source=0)
+    assert first != shown_in_epoch(order, 2, source=0)  # the second pass
+    assert first != shown_in_epoch(order, 0, source=1)
+
+
+def test_the_mixture_of_sources_depends_on_seed_and_epoch():
+    def sources(seed: int, epoch: int) -> list[int]:
+        return WindowOrder([100, 100], [1.0, 1.0], seed).windows(200 * epoch, 200)[0].tolist()
+
+    assert sources(1, 0) == sources(1, 0)
+    assert sources(1, 0) != sources(2, 0)
+    assert sources(1, 0) != sources(1, 1)
+
+
 def test_weight_two_shows_a_source_twice_an_epoch():
     shown = pairs(WindowOrder([10, 8], [1.0, 2.0], seed=3), 0, 26)
     assert {shown.count((0, w)) for w in range(10)} == {1}

@@ -69,6 +69,23 @@ class TestFormat:
         write_stream(tmp_path / "b", tokens, step=999)
         assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
+    def test_a_shard_is_on_disk_before_it_gets_its_name_and_the_manifest_comes_last(self, tmp_path, disk_calls):
+        write_stream(tmp_path / "s", random_tokens(1200))
+        assert disk_calls == [
+            *(f"{call}" for number in range(3) for call in (f"fsync {number:05}.partial",
+                                                            f"rename {number:05}.partial {number:05}.shard")),
+            "fsync shards.json.partial", "rename shards.json.partial shards.json", "fsync s",
+        ]  # fmt: skip
+        sizes = [disk_calls.synced[f"{number:05}.partial"] for number in range(3)]
+        assert sizes == [file.stat().st_size for file in sorted((tmp_path / "s").glob("*.shard"))]
+
+    def test_a_shard_knows_its_largest_id_wherever_it_stands(self, tmp_path, small_blocks):
+        tokens = np.full(1200, 7, dtype=np.uint16)
+        tokens[510] = 900
+        write_stream(tmp_path / "s", tokens)
+        assert len(open_stream(tmp_path / "s", vocab_size=901)) == 1200
+        assert "holds the id 900; the vocabulary has 900 entries" in refusal(tmp_path / "s", vocab_size=900)
+
     @pytest.mark.parametrize(("start", "length"), [(-1, 5), (1, 100), (100, 1), (5, -1)])
     def test_reading_outside_the_stream_is_an_error(self, tmp_path, start, length):
         write_stream(tmp_path / "s", random_tokens(100))

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,9 @@ from cucafera.data import tokenize
 from cucafera.data.shards import ShardWriter, TokenStream
 from cucafera.data.sources import is_held_out
 from cucafera.data.sources.files import FilesConfig
+from cucafera.data.split import Split
 from cucafera.data.tokenize import TokenizedSource, tokenize_source
-from cucafera.data.tokenizer import Tokenizer
+from cucafera.data.tokenizer import CUT, Tokenizer
 
 
 def prepare(path: Path, tokenizer: Tokenizer, folder: Path, **settings: object) -> TokenizedSource:
@@ -43,6 +45,12 @@ def test_documents_are_held_out_by_their_text_alone():
     assert 320 < len(held_out) < 480
     assert held_out > {text for text in documents if is_held_out(text, 0.05)}
     assert is_held_out("document 0", 1.0) and not is_held_out("document 0", 0.0)
+
+
+def test_a_document_is_on_the_same_side_in_every_version_of_this_package():
+    texts = ["la mar", "el sol", "Bon dia!", "cançons d'hivern", "€", "document 7", "document 8", "x" * 1000]
+    smallest = [next(f for f in range(101) if is_held_out(text, f / 100)) for text in texts]
+    assert smallest == [95, 9, 42, 43, 53, 59, 79, 10]  # the percentage from which each is held out
 
 
 class TestTokenizeSource:
@@ -77,7 +85,15 @@ class TestTokenizeSource:
             text_bytes=17,
             empty_documents=2,
             broken_lines=1,
+            first_broken=f"{path}:4: the text is a int, not a string",
         )
+
+    def test_documents_with_text_too_long_for_the_tokenizer_are_counted(self, write_jsonl, tokenizer, tmp_path):
+        path = write_jsonl("a.jsonl", ["la mar", "x" * 100_000, "el bosc " + "1" * 20_000, "y" * 10_000])
+        summary = prepare(path, tokenizer, tmp_path / "p", validation_fraction=0.5)
+        assert (summary.cut_documents, summary.documents + summary.held_out_documents) == (2, 4)
+        (left_out,) = summary.left_out("web")
+        assert str(left_out) == f"web: 2 of 4 (50.0%) documents {CUT}"
 
     def test_a_corpus_without_held_out_documents_says_so_in_the_summary(self, write_jsonl, tokenizer, tmp_path):
         path = write_jsonl("a.jsonl", ["la mar", "el bosc"])
@@ -165,9 +181,32 @@ class TestProcesses:
         assert prepare(corpus, tokenizer, tmp_path / "two", processes=2) == alone
         assert contents(tmp_path / "two") == contents(tmp_path / "alone")
 
+    @pytest.mark.parametrize(("characters", "most"), [(500, 4), (5000, 2)])
+    def test_long_documents_are_few_at_a_time(self, write_jsonl, tokenizer, tmp_path, monkeypatch, characters, most):
+        original, in_flight = tokenize._encode, []
+
+        class Pool:
+            def __init__(self, *arguments: object) -> None:
+                pass
+
+            def submit(self, function, batch):
+                in_flight.append(1)
+                return SimpleNamespace(result=lambda: (in_flight.pop(), original(tokenizer, Split(0.1), batch))[1])
+
+            def shutdown(self, **settings: object) -> None:
+                pass
+
+        monkeypatch.setattr(tokenize, "ProcessPoolExecutor", Pool)
+        monkeypatch.setattr(tokenize, "BATCH_BYTES", 500)
+        counts = []
+        append = ShardWriter.append
+        monkeypatch.setattr(ShardWriter, "append", lambda *args: (counts.append(len(in_flight)), append(*args)))
+        prepare(write_jsonl("a.jsonl", ["m" * characters] * 20), tokenizer, tmp_path / "p", processes=2)
+        assert max(counts) == most
+
     def test_a_small_corpus_starts_no_process(self, write_jsonl, tokenizer, tmp_path, monkeypatch):
         monkeypatch.setattr(tokenize, "ProcessPoolExecutor", None)
-        prepare(write_jsonl("a.jsonl", ["la mar"]), tokenizer, tmp_path / "p", processes=2)
+        assert prepare(write_jsonl("a.jsonl", ["la mar"]), tokenizer, tmp_path / "p", processes=2).documents == 1
 
     def test_a_killed_worker_is_reported(self, corpus, tokenizer, tmp_path, monkeypatch):
         original = ShardWriter.append

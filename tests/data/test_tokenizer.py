@@ -1,6 +1,7 @@
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,22 @@ import tokenizers
 
 from cucafera.config.errors import UserError
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, PAD_ID, SPECIAL_TOKENS
-from cucafera.data.tokenizer import BYTE_OF_CHARACTER, PROBE, WORD, Tokenizer, TokenizerError
+from cucafera.data import tokenizer as tokenizer_module
+from cucafera.data.tokenizer import (
+    BYTE_OF_CHARACTER,
+    CACHED_CHARACTERS,
+    ENCODED_CHARACTERS,
+    LIBRARY_CHARACTERS,
+    LONGEST_TRAINED_WORD,
+    LONGEST_WORD,
+    PART,
+    PROBE,
+    TRAINING_CHARACTERS,
+    WORD,
+    Tokenizer,
+    TokenizerError,
+    excerpts,
+)
 
 AWKWARD = [
     "",
@@ -84,7 +100,7 @@ def test_forgetting_words_changes_nothing(make_documents, tokenizer, monkeypatch
     forgetful = pickle.loads(pickle.dumps(tokenizer))
     monkeypatch.setattr("cucafera.data.tokenizer.CACHED_CHARACTERS", 10)
     assert [forgetful.encode(text) for text in make_documents(20)] == expected
-    assert len(forgetful._word_cache) < 20
+    assert len(forgetful._word_cache) < 20 and 10 < forgetful._cached_characters < 200
 
 
 def test_the_library_never_gets_a_long_document_at_once(tokenizer, monkeypatch):
@@ -94,6 +110,96 @@ def test_the_library_never_gets_a_long_document_at_once(tokenizer, monkeypatch):
     monkeypatch.setattr(fresh, "_add_to_cache", lambda words: (given.extend(words), original(words)))
     assert len(fresh.encode("la mar i el bosc són lluny\n" * 10_000)) > 100_000
     assert sum(map(len, given)) < 100
+
+
+LONG = {
+    "letter": "a" * 600_000,
+    "letters": "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=600_000)),
+    "digits": "0123456789" * 60_000,
+    "ideographs": "漢字" * 300_000,
+    "combining characters": "e" + "\u0301" * 600_000,
+    "spaces": " " * 600_000 + "x",
+    "line ends": "\n" * 600_000,
+    "no-break spaces": "\u00a0" * 600_000,
+    "emoji": "🐌" * 600_000,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_the_library_gets_little_text_at_a_time_even_if_it_has_no_spaces(tokenizer, text, monkeypatch):
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    library, calls = fresh._inner, []
+
+    class Recorder:
+        def encode_batch_fast(self, words, add_special_tokens):
+            calls.append(words)
+            return library.encode_batch_fast(words, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(fresh, "_inner", Recorder())
+    ids, other = fresh.encode_batch([text, "la mar"])
+    assert tokenizer.token_bytes()[ids.astype(int)].sum() == len(text.encode())
+    assert fresh.decode(ids.tolist()) == text and fresh.decode(other.tolist()) == "la mar"
+    assert max(len(word) for words in calls for word in words) <= LONGEST_WORD
+    assert max(sum(map(len, words)) for words in calls) <= LIBRARY_CHARACTERS + LONGEST_WORD
+    assert fresh._cached_characters <= CACHED_CHARACTERS + 2 * ENCODED_CHARACTERS
+    assert fresh.texts_cut == 1
+
+
+@pytest.mark.parametrize("size", [LONGEST_WORD, LONGEST_WORD + 1])
+def test_a_word_is_cut_only_beyond_the_limit(tokenizer, size):
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    text = "la " + "m" * (size - 1)  # a word begins with its space
+    assert fresh.decode(fresh.encode(text)) == text
+    assert fresh.texts_cut == (size > LONGEST_WORD)
+
+
+def test_text_without_spaces_but_with_signs_has_the_ids_of_the_library(tokenizer):
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    text = "".join(random.Random(0).choices("abclmr0123+/,", k=100_000))
+    assert fresh.encode(text) == fresh._inner.encode(text, add_special_tokens=False).ids
+    assert fresh.texts_cut == 0
+
+
+def test_where_a_word_is_cut_depends_on_the_text_alone(tokenizer, monkeypatch):
+    fresh = pickle.loads(pickle.dumps(tokenizer))
+    generator = random.Random(3)
+    signs = [*" \n\t", *"la'ts..,1234__²½\u0301\u00a0\u2003\x1c\x85\u200bç€🐌漢。"]
+    texts = ["".join(generator.choices(signs, k=generator.randrange(200))) for _ in range(200)]
+    monkeypatch.setattr(tokenizer_module, "LONGEST_WORD", 12)
+    monkeypatch.setattr(tokenizer_module, "PART", re.compile(PART.pattern.replace(str(LONGEST_WORD), "12"), re.DOTALL))
+    found = []
+    for characters in (24, 96, 10_000):
+        monkeypatch.setattr(tokenizer_module, "ENCODED_CHARACTERS", characters)
+        together = [ids.tolist() for ids in fresh.encode_batch(texts)]
+        before, uncut = fresh.texts_cut, []
+        for text in texts:
+            ids = fresh.encode(text)
+            assert fresh.decode(ids) == text
+            found.append(ids)
+            uncut.append(fresh.texts_cut == before)
+            before = fresh.texts_cut
+            if uncut[-1]:
+                assert ids == fresh._inner.encode(text, add_special_tokens=False).ids
+        assert together == found[-len(texts) :]
+        assert 20 < sum(uncut) < 180
+    assert found[:200] == found[200:400] == found[400:]
+
+
+def test_excerpts_to_train_on_are_all_of_the_text_but_for_what_is_long_without_a_space(make_documents):
+    text = "\n".join(make_documents(200))
+    parts = list(excerpts(text))
+    assert "".join(parts) == text and len(parts) > 3
+    assert all(WORD.findall(text)[0] and part[0] in " \n" for part in parts[1:])
+    long = list(excerpts(text + "x" * 1_000_000 + text))
+    assert max(map(len, long)) <= TRAINING_CHARACTERS + LONGEST_TRAINED_WORD
+    assert sum(map(len, long)) < 2 * len(text) + TRAINING_CHARACTERS + LONGEST_TRAINED_WORD
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_tokenizer_learns_from_the_beginning_of_a_long_word(text):
+    tokenizer = Tokenizer.train(["la mar la mar", text], vocab_size=400, show_progress=False)
+    assert max(tokenizer.token_bytes()) <= 4 * LONGEST_TRAINED_WORD
+    assert len(tokenizer.encode(" la mar")) <= 4
 
 
 def test_ids_beyond_the_vocabulary_and_half_characters_decode_to_a_replacement(tokenizer):
@@ -123,6 +229,19 @@ def test_training_twice_gives_the_same_tokenizer(tokenizer):
 
 def test_another_training_gives_another_fingerprint(tokenizer, make_documents):
     assert Tokenizer.train(make_documents(50), 299, show_progress=False).fingerprint != tokenizer.fingerprint
+
+
+def test_the_fingerprint_is_of_entries_and_merges_in_their_order(tokenizer, tmp_path):
+    tokens, merges = tokenizer.tokens, tokenizer.merges
+    same = Tokenizer.from_merges(tokens, merges)
+    assert same.fingerprint == tokenizer.fingerprint
+    assert same.encode("la mar i el bosc cançons") == tokenizer.encode("la mar i el bosc cançons")
+    other = Tokenizer.from_merges(tokens, [merges[1], merges[0], *merges[2:]])
+    assert other.tokens == tokens and other.fingerprint != tokenizer.fingerprint
+    content = described(tokenizer, tmp_path)
+    content["model"]["ignore_merges"] = True
+    (tmp_path / "ignoring.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path / "ignoring.json").fingerprint != tokenizer.fingerprint
 
 
 def test_a_small_corpus_gives_a_small_vocabulary():

@@ -1,13 +1,11 @@
-"""Batches of windows: what they hold, their transfer to the device, and the shared memory that they need."""
+"""Batches of windows: what they hold, and their transfer to the device."""
 
-import logging
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch.utils.data._utils.pin_memory import pin_memory
 
 from cucafera.config.command_line import composed_config
 from cucafera.config.tokens import DOCUMENT_START_ID
@@ -15,8 +13,7 @@ from cucafera.data.conversations import ConversationWindows, TokenizedConversati
 from cucafera.data.packed import DocumentData, StreamWindows
 from cucafera.data.windows import IGNORED, Batch, OpenedSource, batch_of_windows
 from cucafera.model.transformer import Decoder
-from cucafera.training import data_module as data_modules
-from cucafera.training.data_module import WindowDataModule, free_shared_memory
+from cucafera.training.data_module import WindowDataModule
 from tests.support import Stream, assert_equal
 
 TINY = ["model.vocab_size=320", "model.max_position_embeddings=32", "batch_tokens=256", "budget_tokens=2560",
@@ -41,7 +38,8 @@ def batch_of(count: int, document_masking: bool = True) -> Batch:
 def data_in_memory(*overrides: str) -> DocumentData:
     """The data of a run, from a stream in memory."""
     source = OpenedSource(stream_windows(), stream_windows(), "fingerprint")
-    return DocumentData(composed_config([*TINY, *overrides]), SimpleNamespace(fingerprint="x"), {"embedded": source})
+    config = composed_config([*TINY, *overrides])
+    return DocumentData(config, SimpleNamespace(fingerprint="x"), {"embedded": source}, [])
 
 
 def data_module(workers: int, *overrides: str) -> WindowDataModule:
@@ -84,13 +82,14 @@ def test_counts_are_split_with_their_windows_and_a_window_that_is_added_is_one_d
 
 def test_a_batch_comes_unchanged_out_of_workers_pinned_memory_and_the_transfer_to_a_device(monkeypatch):
     data = data_module(workers=2)
-    given = next(iter(data.train_dataloader()))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # needs a GPU
     wanted = data.training_steps[0]
-    for batch in (given, pin_memory(given), move_data_to_device(given, torch.device("cpu"))):
-        assert type(batch) is Batch
-        assert batch.document_counts == wanted.document_counts
-        assert all(map(torch.equal, batch[:3], wanted[:3]))
+    for data.pin_memory in (False, True):
+        given = next(iter(data.train_dataloader()))
+        for batch in (given, move_data_to_device(given, torch.device("cpu"))):
+            assert type(batch) is Batch
+            assert batch.document_counts == wanted.document_counts
+            assert all(map(torch.equal, batch[:3], wanted[:3]))
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -113,33 +112,55 @@ def test_int32_gives_the_loss_gradients_and_scores_of_int64_to_the_bit(compiled)
     assert_equal(*found)
 
 
-def test_the_size_of_a_batch_is_that_of_its_tensors():
-    for overrides in ([], ["data.document_masking=false"]):
-        steps = data_module(0, *overrides).training_steps
-        assert steps.batch_bytes == sum(part.nbytes for part in steps[0][:3] if part is not None)
+def test_held_out_windows_are_spread_evenly_over_all():
+    assert len(data_in_memory().validation[0]) == 100
+    for wanted, expected in ((10, range(0, 100, 10)), (3, [0, 33, 66]), (100, range(100)), (500, range(100))):
+        data = data_in_memory(f"data.validation_windows={wanted}")
+        assert data.validation_positions() == [(0, number) for number in expected]
+    assert len(data_in_memory("data.validation_windows=null").validation_positions()) == 100
 
 
-def test_workers_whose_batches_do_not_fit_into_shared_memory_are_not_started_with_a_warning(monkeypatch, caplog):
-    needed = 2 * 3 * 3 * 4 * 256  # workers, batches of each, tensors, bytes of a number, tokens
-    data = data_module(workers=2)
-    free = {"enough": needed, "none known": None, "too little": needed - 1}
-    workers = {}
-    with caplog.at_level(logging.WARNING):
-        for name, size in free.items():
-            monkeypatch.setattr(data_modules, "free_shared_memory", lambda folder, size=size: size)
-            assert not caplog.records
-            workers[name] = data.train_dataloader().num_workers
-    assert workers == {"enough": 2, "none known": 2, "too little": 0}
-    (record,) = caplog.records
-    assert "/dev/shm has 0 MB free, and the batches of 2 data loader workers need 0 MB" in record.getMessage()
-    assert torch.equal(next(iter(data.train_dataloader())).input_ids, data.training_steps[0].input_ids)
+@pytest.mark.parametrize(("devices", "windows"), [(1, 10), (2, 10), (4, 10), (8, 10), (2, 9), (4, 1)])
+def test_each_held_out_window_is_evaluated_once_on_any_number_of_devices(devices, windows):
+    data = data_in_memory(f"data.validation_windows={windows}")
+    shares = [list(data.validation_batches(rank, devices)) for rank in range(devices)]
+    assert len({len(share) for share in shares}) == 1  # every device takes part in every forward pass
+    evaluated = [row.tolist() for share in shares for batch in share for row in batch.targets if (row != IGNORED).any()]
+    expected = [data.validation[0].window(number).targets.tolist() for _, number in data.validation_positions()]
+    assert sorted(evaluated) == sorted(expected) and len(expected) == windows
+    assert all(len(batch.input_ids) <= 8 // devices for share in shares for batch in share)
 
 
-def test_the_workers_of_the_default_batch_fit_the_shared_memory_of_a_container():
-    steps = data_in_memory("+experiment=pretrain", "data=embedded").training_steps(())
-    assert 2 * (data_modules.PREFETCHED_BATCHES + 1) * steps.batch_bytes < 64e6
+def test_epochs_are_passes_over_the_mixture_of_sources():
+    data = data_in_memory()  # 100 windows, 8 of them per step
+    assert [data.epochs_at(step) for step in (0, 25, 50)] == [0.0, 2.0, 4.0]
+    assert [data.steps_of(epochs) for epochs in (0.08, 0.081, 1, 2, 2.5)] == [1, 2, 13, 25, 32]
+    twice = data_in_memory("data.sources.embedded.weight=2")
+    assert (twice.epochs_at(25), twice.steps_of(1)) == (1.0, 25)
 
 
-def test_shared_memory_is_measured_where_there_is_some(tmp_path):
-    assert 0 < free_shared_memory(tmp_path) < 1 << 60
-    assert free_shared_memory(tmp_path / "nowhere") is None
+def test_overfitting_repeats_the_first_steps():
+    steps = data_in_memory("data.overfit_steps=2").training_steps(())
+    ids = [steps[step].input_ids for step in range(5)]
+    assert torch.equal(ids[0], ids[2]) and torch.equal(ids[2], ids[4]) and torch.equal(ids[1], ids[3])
+    assert not torch.equal(ids[0], ids[1])
+    free = data_in_memory().training_steps(())
+    assert torch.equal(ids[1], free[1].input_ids) and not torch.equal(ids[2], free[2].input_ids)
+
+
+@pytest.mark.parametrize("skipped", [(5, 3, 4, 0), (0, 3, 4, 5), (3, 0, 5, 4)])
+def test_skipped_batches_are_never_shown_in_whatever_order_they_were_skipped(skipped):
+    data = data_in_memory()
+    steps = data.training_steps(skipped)
+    assert [steps.batch_at(step) for step in range(5)] == [1, 2, 6, 7, 8]
+    assert torch.equal(steps[2].input_ids, data.training_steps(())[6].input_ids)
+
+
+def test_a_step_has_the_windows_of_its_number_in_the_order_of_the_run():
+    data = data_in_memory()
+    for step in (0, 3):
+        sources, numbers = data.order.windows(8 * step, 8)
+        expected = [
+            data.training[source].window(number).input_ids for source, number in zip(sources, numbers, strict=True)
+        ]
+        assert torch.equal(data.training_steps(())[step].input_ids, torch.from_numpy(np.stack(expected)))

@@ -7,11 +7,11 @@ conversation columns. To add a kind, write a module with a `SourceKind` and deco
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Generic, TypeVar
 
-from cucafera.config.errors import UserError
+from cucafera.config.errors import UserError, one_line
 from cucafera.config.registry import SOURCES, Judge
 from cucafera.config.schema import SourceConfig
 
@@ -24,7 +24,10 @@ T = TypeVar("T")
 
 
 class CorpusError(UserError):
-    """A source that does not exist or cannot be read."""
+    """A source that does not exist or cannot be read, as one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 @dataclass
@@ -39,6 +42,8 @@ class ReadCounts:
     """Rows left out because they cannot be read."""
     first_broken: str = ""
     """Position of the first of those, and what is wrong with it."""
+    notes: list[str] = field(default_factory=list)
+    """Facts about the source that are known when it has been read, as clauses without its name."""
 
 
 @dataclass
@@ -55,13 +60,13 @@ class ReadContext:
     """Leave such rows out and count them, instead of stopping at the first."""
     counts: ReadCounts = field(default_factory=ReadCounts)
 
-    def broken(self, position: str, problem: object) -> None:
-        """Count a row that cannot be read. Raises CorpusError if such rows are not skipped."""
+    def broken(self, position: str, problem: object, rows: int = 1) -> None:
+        """Count a row, or several, that cannot be read. Raises CorpusError if such rows are not skipped."""
         if not self.skip_broken_rows:
             raise CorpusError(f"{position}: {problem}. {self.broken_advice}")
         if not self.counts.broken:
-            self.counts.first_broken = f"{position}: {problem}"
-        self.counts.broken += 1
+            self.counts.first_broken = one_line(f"{position}: {problem}")
+        self.counts.broken += rows
 
     def check_columns(self, position: str, wanted: Sequence[str] | None, found: Sequence[str]) -> None:
         """Raise CorpusError if a wanted column is not among those found."""
@@ -103,6 +108,23 @@ class Source(ABC, Generic[C]):
         Raises:
             CorpusError: The source does not exist.
         """
+
+    @property
+    def is_streamed(self) -> bool:
+        """True if each pass reads the rows over the network."""
+        return False
+
+    def inputs(self) -> set[str]:
+        """Return names of what is read, such as paths, by which an overlap of two sources is found."""
+        return set()
+
+    def notes(self) -> Iterator[str]:
+        """Yield facts that are known before reading and are no errors, such as files left out, as clauses.
+
+        Raises:
+            CorpusError: As `fingerprint`.
+        """
+        yield from ()
 
     def size_bytes(self) -> int | None:
         """Return the bytes of input in all, for progress; None if unknown. Raises CorpusError as `fingerprint`."""
@@ -185,6 +207,21 @@ def open_source(name: str, config: SourceConfig, skip_broken_rows: bool = False)
     context = ReadContext(key, f"set {key}.columns.text", advice, skip_broken_rows)
     kinds: list[SourceKind] = [SOURCES.get(kind) for kind in SOURCES.names()]
     return next(kind for kind in kinds if kind.config is type(config)).open(config, context)
+
+
+def source_notes(sources: Mapping[str, SourceConfig]) -> Iterator[str]:
+    """Yield the notes of all sources of a run, and which of them read the same, as one line each.
+
+    Raises:
+        CorpusError: A source does not exist.
+    """
+    opened = [open_source(name, config) for name, config in sources.items()]
+    for number, source in enumerate(opened):
+        yield from (one_line(f"{source.name}: {note}") for note in source.notes())
+        for other in opened[:number]:
+            if common := source.inputs() & other.inputs():
+                more = f" and {len(common) - 1:,} more" if len(common) > 1 else ""
+                yield one_line(f"{source.name}: reads the same as {other.name}: {min(common)}{more}")
 
 
 def fingerprint_of(config: SourceConfig, *parts: object) -> str:

@@ -1,50 +1,65 @@
-"""Files on this machine: .jsonl, .txt and .parquet, the first two also compressed."""
+"""Files on this machine: tables, JSON and text, also compressed."""
 
 import functools
-import glob
-import json
+import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
 
-from cucafera.config.errors import UserError
+from cucafera.config.errors import one_line
 from cucafera.config.fields import setting
-from cucafera.config.registry import SOURCES
+from cucafera.config.registry import SOURCES, Judge
 from cucafera.config.schema import SourceConfig
 from cucafera.data.compression import COMPRESSED, decompressed
-from cucafera.data.sources import (
-    CorpusError,
-    Row,
-    Source,
-    SourceKind,
-    SourceRow,
-    bad_byte,
-    fingerprint_of,
-    first_line,
+from cucafera.data.sources import CorpusError, Source, SourceKind, SourceRow, fingerprint_of
+from cucafera.data.sources._paths import FoundFiles, find_files
+from cucafera.data.sources._rows import (
+    DELIMITERS,
+    PlacedRow,
+    rows_of_csv,
+    rows_of_json,
+    rows_of_json_lines,
+    rows_of_parquet,
+    rows_of_text,
 )
 
-FORMATS = (".jsonl", ".txt", ".parquet")
-READABLE = ".jsonl, .txt (both also compressed as .gz or .zst) and .parquet"
+VERSION = 1
+"""Increased whenever the same files would give other rows."""
+TABLES = "rows of columns, as in .jsonl, .json, .csv or .parquet"
+COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+READABLE = ".jsonl, .txt, .json, .ndjson, .csv and .tsv (also compressed as .gz or .zst) and .parquet"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-CHUNK_BYTES = 1 << 20
-MAX_TEXT_BYTES = 1 << 30
-"""Of a line, or of a document in a .txt file: a file of a few megabytes may decompress to any size."""
-BATCH_ROWS = 256
-"""Rows of a parquet file in memory at a time."""
+MISNAMED = {
+    b"\xff\xfe\0\0": "UTF-32, not UTF-8: convert it, for example with iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "compressed by gzip: let its name end with .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: let its name end with .zst",
+    b"PK\x03\x04": "a zip archive: extract it",
+    b"BZh91AY&SY": "compressed by bzip2: decompress it",
+    b"\xfd7zXZ\0": "compressed by xz: decompress it",
+    b"%PDF-": "a PDF: extract its text",
+    b"version https://git-lfs.github.com/": "a pointer of Git LFS, not the file: get it with `git lfs pull`",
+}
+"""First bytes of what is no text, and what that is."""
+LONGEST_BEGINNING = max(map(len, MISNAMED))
+HELD_OUT_NAMES = {"test", "valid", "validation", "val", "dev", "eval"}
+"""Words in the names of files that other people hold out."""
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 @dataclass
 class FilesConfig(SourceConfig):
     """Files on this machine."""
 
-    path: str | None = setting(
-        None, "A file, folder or glob of .jsonl, .parquet or .txt, the first and last also compressed as .gz or .zst."
+    path: str | list[str] | None = setting(
+        None, f"A file, folder or glob, or a list of them: '[a.jsonl,b/]'. Formats: {READABLE}."
     )
     document_separator: str | None = setting(
-        None, "Text between documents of a .txt file; null: a file is one document."
+        None, r"Text between documents of a .txt file, with \n, \r, \t and \\ as escapes; null: a file is one document."
     )
 
 
@@ -52,94 +67,132 @@ class FilesSource(Source[FilesConfig]):
     """Rows of files, in the order of their paths. Sizes are bytes of the files as they are on the disk."""
 
     @functools.cached_property
-    def files(self) -> list[Path]:
-        """The files, sorted. Raises CorpusError if there is none, or one that cannot be read."""
-        assert self.config.path is not None
-        return _find_files(Path(self.config.path).expanduser(), self.name)
+    def _found(self) -> FoundFiles:
+        path = self.config.path
+        assert path is not None
+        return find_files([path] if isinstance(path, str) else path, self.name, _format, READABLE)
+
+    @functools.cached_property
+    def _statuses(self) -> dict[Path, tuple[int, int]]:
+        """Size and time of change of each file when it was first looked at."""
+        return {file: self._status(file) for file in self._found.files}
+
+    def _status(self, file: Path) -> tuple[int, int]:
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise self._cannot_read(file, error) from error
+        return status.st_size, status.st_mtime_ns
+
+    @functools.cached_property
+    def _separator(self) -> str | None:
+        separator = self.config.document_separator
+        if not separator:
+            return None
+        unescaped = re.sub(r"\\([nrt\\])", lambda found: ESCAPES[found[1]], separator)
+        return unescaped.replace("\r\n", "\n").replace("\r", "\n")
 
     def size_bytes(self) -> int:
         """Return the bytes of all files."""
-        return sum(file.stat().st_size for file in self.files)
+        return sum(size for size, _ in self._statuses.values())
 
     def fingerprint(self) -> str:
         """Return a hash of the files' relative names, sizes and times of change, and of how they are read."""
-        folder = next(parent for parent in self.files[0].parents if all(parent in file.parents for file in self.files))
-        files = [
-            (file.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
-            for file, status in ((file, file.stat()) for file in self.files)
-        ]
-        return fingerprint_of(self.config, "files", files, self.config.document_separator)
+        absolute = {Path(os.path.abspath(file)): status for file, status in self._statuses.items()}  # noqa: PTH100  # resolve() would follow symlinks
+        folder = Path(os.path.commonpath([file.parent for file in absolute]))
+        files = [(file.relative_to(folder).as_posix(), *status) for file, status in absolute.items()]
+        return fingerprint_of(self.config, "files", VERSION, files, self._separator)
+
+    def inputs(self) -> set[str]:
+        """Return the files, without symlinks."""
+        return {os.path.realpath(file) for file in self._found.files}
+
+    def notes(self) -> Iterator[str]:
+        """Yield what is left out of the folders, and a separator without effect."""
+        if left_out := self._found.describe():
+            yield left_out
+        if self._separator and not any(_format(file) == ".txt" for file in self._found.files):
+            yield "document_separator has no effect: there is no .txt file"
+        words = {word for file in self._found.files for word in _words(file)}
+        if "train" in words and (others := HELD_OUT_NAMES & words):
+            yield (
+                f"files named train and {', '.join(sorted(others))} are all training data, of which "
+                "data.validation_fraction is held out: to leave some out, name those to read in path"
+            )
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[SourceRow]:
         """Yield each row. One of a .txt file has only the text column, so it is refused where all are needed."""
-        for path in self.files:
-            if columns is None and _format(path) not in (".parquet", ".jsonl"):
-                raise CorpusError(f"{self.name}: {path} is a .txt file, which has no columns: give .jsonl or .parquet")
-            match _format(path):
-                case ".parquet":
-                    yield from self._parquet(path, columns)
-                case ".jsonl":
-                    yield from self._jsonl(path)
-                case _:
-                    yield from self._txt(path)
+        without_rows, undivided, divided = [], [], 0
+        for path, status in self._statuses.items():
+            if columns is None and _format(path) == ".txt":
+                raise CorpusError(f"{self.name}: {path} is a .txt file, which has no columns: give {TABLES}")
+            broken, number = self.counts.broken, 0
+            for number, row in enumerate(self._rows_of(path, columns), 1):  # noqa: B007
+                yield row
+            if self._status(path) != status:
+                raise CorpusError(f"{self.name}: {path} changed while it was read: start again when it is complete")
+            if not number and self.counts.broken == broken:
+                without_rows.append(path)
+            elif self._separator and _format(path) == ".txt":
+                divided += number > 1
+                undivided += [path] if number == 1 else []
+        if without_rows:
+            self.counts.notes.append(
+                one_line(f"{len(without_rows):,} of its files hold no row, such as {without_rows[0]}")
+            )
+        if undivided:
+            total = len(undivided) + divided
+            self.counts.notes.append(
+                f"no document_separator in {len(undivided):,} of {total:,} .txt files, each of which is one document, "
+                f"such as {one_line(str(undivided[0]))}"
+            )
 
-    @contextmanager
-    def _open(self, path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-        """Yield the file as it is on the disk, whose position shows progress, and its decompressed content."""
+    def _rows_of(self, path: Path, columns: Sequence[str] | None) -> Iterator[SourceRow]:
         try:
+            if _format(path) == ".parquet":
+                with path.open("rb") as raw:
+                    self._check_beginning(raw, path)
+                yield from rows_of_parquet(path, columns, self.context)
+                return
             with path.open("rb") as raw, decompressed(raw, path) as content:
-                yield raw, content
-        except OSError as error:
-            raise CorpusError(f"{self.name}: cannot read {path}: {error.strerror or error}") from error
-
-    def _jsonl(self, path: Path) -> Iterator[SourceRow]:
-        with self._open(path) as (raw, content):
-            read = 0
-            for number, line in enumerate(_lines(content, path), start=1):
-                if not line.strip():
-                    continue
-                position = f"{path}:{number}"
-                try:
-                    row = _parse_line(line)
-                except UserError as problem:
-                    self.context.broken(position, problem)
-                    continue
-                yield row, raw.tell() - read, position
-                read = raw.tell()
-
-    def _txt(self, path: Path) -> Iterator[SourceRow]:
-        column, separator = self.config.columns.text, self.config.document_separator
-        with self._open(path) as (raw, content):
-            read, line = 0, 1
-            for document in _split(content, separator, path):
-                try:
-                    yield {column: document.decode()}, raw.tell() - read, f"{path}:{line}"
+                head = self._check_beginning(content, path)
+                if b"\0" in head[:4]:
+                    raise CorpusError(f"{self.name}: {path} begins with NUL bytes: it is no text, or not in UTF-8")
+                if head.startswith(BYTE_ORDER_MARK):
+                    content.read(len(BYTE_ORDER_MARK))
+                read = 0
+                for row, position in self._rows_of_content(content, path, columns):
+                    yield row, raw.tell() - read, position
                     read = raw.tell()
-                except UnicodeDecodeError as error:
-                    line_of_error = line + document.count(b"\n", 0, error.start)
-                    self.context.broken(f"{path}:{line_of_error}", bad_byte(error))
-                line += document.count(b"\n") + (separator or "").count("\n")
-
-    def _parquet(self, path: Path, columns: Sequence[str] | None) -> Iterator[SourceRow]:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(path) as file:
-                self.context.check_columns(str(path), columns, file.schema_arrow.names)
-                size = path.stat().st_size // max(1, file.metadata.num_rows)
-                number = 0
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                    for values in _values_of_batch(batch):
-                        number += 1
-                        if isinstance(values, str):
-                            self.context.broken(f"{path}, row {number}", values)
-                        else:
-                            yield values, size, f"{path}, row {number}"
-        except pyarrow.ArrowException as error:
-            raise CorpusError(f"{path} is damaged or truncated: {first_line(error)}") from error
         except OSError as error:
-            raise CorpusError(f"{self.name}: cannot read {path}: {error.strerror or error}") from error
+            raise self._cannot_read(path, error) from error
+
+    def _check_beginning(self, content: BufferedReader, path: Path) -> bytes:
+        """Return the first bytes of a file. Raises CorpusError if they are those of another format."""
+        head = content.peek(LONGEST_BEGINNING)[:LONGEST_BEGINNING]
+        for beginning, what in MISNAMED.items():
+            if head.startswith(beginning):
+                raise CorpusError(f"{self.name}: {path} is {what}")
+        return head
+
+    def _rows_of_content(
+        self, content: BufferedReader, path: Path, columns: Sequence[str] | None
+    ) -> Iterator[PlacedRow]:
+        match _format(path):
+            case ".json":
+                return rows_of_json(content, path, self.context)
+            case ".csv" | ".tsv" as kind:
+                return rows_of_csv(content, path, DELIMITERS[kind], columns, self.context)
+            case ".txt":
+                return rows_of_text(content, path, self.config.columns.text, self._separator, self.context)
+        return rows_of_json_lines(content, path, self.context)
+
+    def _cannot_read(self, path: Path, error: OSError) -> CorpusError:
+        return CorpusError(f"{self.name}: cannot read {path}: {error.strerror or error}")
+
+
+def _words(file: Path) -> list[str]:
+    return re.split(r"[^a-z]+", f"{file.parent.name}/{file.stem}".lower())
 
 
 @SOURCES.register
@@ -150,94 +203,18 @@ class Files(SourceKind):
     config = FilesConfig
     source = FilesSource
 
-
-def _find_files(path: Path, name: str) -> list[Path]:
-    """Return the files of a path, folder or glob, sorted. Raises CorpusError if there is none that can be read."""
-    if path.is_dir():
-        visible = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)) and file.is_file()]
-        files = [file for file in visible if _format(file) is not None]  # a README next to the data is no data
-        if not files:
-            raise CorpusError(f"{name}: the folder {path} holds no file that can be read: {READABLE}")
-        return sorted(files)
-    matches = {Path(match) for match in glob.glob(str(path), recursive=True)}  # noqa: PTH207  # that of Path takes no absolute ones
-    files = [path] if path.is_file() else [match for match in matches if match.is_file()]
-    if not files:
-        raise CorpusError(f"{name}: there is no file {path}")
-    for file in files:
-        if _format(file) is None:
-            raise CorpusError(f"{name}: {file} has a format that cannot be read; {READABLE} can")
-    return sorted(files)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    def problems(self, key: str, config: FilesConfig, judge: Judge) -> Iterator[str]:
+        """Yield a sentence for an empty path or separator."""
+        if judge(f"{key}.path") and isinstance(config.path, list) and not all(config.path):
+            yield f"{key}.path has an empty item; each must be a file, folder or glob"
+        if judge(f"{key}.document_separator") and config.document_separator == "":
+            yield f"{key}.document_separator is empty; give a text, or null: a file is one document"
 
 
 def _format(path: Path) -> str | None:
-    """Return which of FORMATS a file has by its name, or None."""
-    if path.suffix in COMPRESSED and path.with_suffix("").suffix in (".jsonl", ".txt"):
-        return path.with_suffix("").suffix
-    return path.suffix if path.suffix in FORMATS else None
-
-
-def _lines(content: IO[bytes], path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, without a byte order mark."""
-    mark = BYTE_ORDER_MARK
-    while line := content.readline(MAX_TEXT_BYTES + 1):
-        _check_length(line, "line", path)
-        yield line.removeprefix(mark)
-        mark = b""
-
-
-def _split(content: IO[bytes], separator: str | None, path: Path) -> Iterator[bytes]:
-    """Yield the parts of a file between separators; the last may be empty. Bytes, so that no character is cut."""
-    if not separator:
-        document = content.read(MAX_TEXT_BYTES + 1)
-        _check_length(document, "document", path)
-        yield document.removeprefix(BYTE_ORDER_MARK)
-        return
-    rest = content.read(CHUNK_BYTES).removeprefix(BYTE_ORDER_MARK)
-    # Chunks grow with what is left over, or a document of n bytes would be copied n / CHUNK_BYTES times.
-    while chunk := content.read(max(CHUNK_BYTES, len(rest))):
-        *documents, rest = (rest + chunk).split(separator.encode())
-        _check_length(rest, "document", path)
-        yield from documents
-    yield from rest.split(separator.encode())
-
-
-def _check_length(text: bytes, kind: str, path: Path) -> None:
-    if len(text) > MAX_TEXT_BYTES:
-        raise CorpusError(f"{path} holds a {kind} of over {MAX_TEXT_BYTES >> 20:,} MiB")
-
-
-def _parse_line(line: bytes) -> Row:
-    """Return the object of a JSON line. Raises UserError."""
-    try:
-        values = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise UserError(bad_byte(error)) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
-    except RecursionError as error:
-        raise UserError("not JSON: nested too deeply") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise UserError(f"not JSON: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise UserError("not a JSON object")
-    return values
-
-
-def _values_of_batch(batch: Any) -> Iterator[Row | str]:
-    """Yield the columns of each row of a pyarrow batch, or what is wrong with the row."""
-    try:
-        rows = batch.to_pylist()
-    except (ValueError, OverflowError):
-        rows = []  # a row is broken: find it row by row
-    yield from rows
-    for number in range(len(rows), batch.num_rows):
-        try:
-            yield batch.slice(number, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            yield bad_byte(error)
-        except (ValueError, OverflowError) as error:  # such as a date after the year 9999
-            yield first_line(error)
+    """Return the suffix by which a file is read, in small letters and without that of a compression; or None."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        suffix = path.with_suffix("").suffix.lower()
+        return suffix if suffix in COMPRESSIBLE else None
+    return suffix if suffix in (*COMPRESSIBLE, ".parquet") else None
