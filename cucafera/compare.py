@@ -1,16 +1,23 @@
 """The command that compares runs: `python -m cucafera.compare RUN RUN...`."""
 
-import argparse
+if __name__ == "__main__":  # before the other imports
+    from cucafera.process import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import sys
 from pathlib import Path
 
 from cucafera.config.errors import UserError
+from cucafera.options import command_parser
+from cucafera.output import protect_output
 
 
 def main() -> None:
     """Print the differences of configurations, and the results; draw the curves with --plot."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cucafera.compare",
+    protect_output(is_required=True)
+    parser = command_parser(
+        "compare",
         description="Shows runs side by side: the differences of their configurations, and their results.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs, such as a sweep")

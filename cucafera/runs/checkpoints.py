@@ -13,17 +13,20 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from cucafera.config.errors import UserError
+from cucafera.runs.shape import NUMBER, shape_problem
 from cucafera.storage import (
     PARTIAL,
     ChecksumError,
     atomic_write,
     file_sha256,
     fsync_folder,
+    list_folder,
     read_json_with_checksum,
     write_json_with_checksum,
 )
@@ -34,6 +37,11 @@ VERSION = 2
 UNFINISHED = ".unfinished"
 """Suffix added to a checkpoint file that has no marker when a new run starts in its folder."""
 STEP_FILE = re.compile(r"step-\d+\.ckpt")
+MARKER = {"step": int, "size": int, "sha256": str}
+SCORE = {"metric": str, "value": NUMBER, "direction": str}
+"""Shapes of a marker, and of the score in it."""
+CONTENT: dict[str, Any] = {"config": {}, "fingerprints": {str: str}, "state_dict": {}, "steps_done": int}
+"""Shape of what a checkpoint must hold."""
 ANNOUNCED_BYTES = 1 << 30
 """Verifying a checkpoint larger than this takes seconds, so it is logged."""
 
@@ -84,10 +92,29 @@ class CheckpointFolder:
 
     Args:
         path: The folder; it need not exist.
+
+    Attributes:
+        on_save: Called with the step after each checkpoint that is complete.
+
+    Methods that look into the folder raise CheckpointError if it cannot be read: it may hold checkpoints.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.on_save: Callable[[int], None] = lambda step: None
+
+    def entries(self) -> list[Path]:
+        """Return the paths in the folder, sorted; none if there is no folder."""
+        try:
+            return list_folder(self.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read: {error.strerror or error}. Fix that, for example by mounting its disk, "
+                "since it may hold checkpoints"
+            ) from error
+
+    def _named(self, ending: str) -> list[Path]:
+        return [path for path in self.entries() if path.name.startswith("step-") and path.name.endswith(ending)]
 
     def file_at(self, step: int) -> Path:
         """Return the path of the checkpoint of a step."""
@@ -95,19 +122,34 @@ class CheckpointFolder:
 
     def marked(self) -> list[Path]:
         """Return the checkpoint files that have a marker, oldest first, without verifying them."""
-        return [marker.with_suffix(".ckpt") for marker in sorted(self.path.glob("step-*.json"))]
+        return [marker.with_suffix(".ckpt") for marker in self._named(".json")]
 
     def unmarked(self) -> list[Path]:
         """Return the checkpoint files without a marker: saves or removals that were interrupted."""
-        return sorted(set(self.path.glob("step-*.ckpt")) - set(self.marked()))
+        return sorted(set(self._named(".ckpt")) - set(self.marked()))
 
     def complete(self) -> list[Checkpoint]:
         """Return the checkpoints with an intact marker, oldest first; their content is not verified."""
         found = []
         for path in self.marked():
-            with contextlib.suppress(CheckpointError):
+            with contextlib.suppress(DamagedCheckpointError):
                 found.append(read_marker(path))
         return [checkpoint for checkpoint in found if checkpoint.path.exists()]
+
+    def why_none(self) -> str:
+        """Return the reason why no checkpoint is complete, as a clause."""
+        if unmarked := self.unmarked():
+            return (
+                f"{unmarked[-1].name} has no marker {_marker_path(unmarked[-1]).name}: it was never completed, or its "
+                "marker was deleted"
+            )
+        for path in reversed(self.marked()):
+            try:
+                read_marker(path)
+            except CheckpointError as error:
+                return str(error)
+            return f"there is a marker {_marker_path(path).name}, but no {path.name}"
+        return "its checkpoints/ is empty" if self.path.is_dir() else "it has no folder checkpoints/"
 
     def newest_step(self) -> int:
         """Return the step of the newest complete checkpoint; 0 if there is none."""
@@ -133,6 +175,7 @@ class CheckpointFolder:
         facts = {"step": step, "size": content.size, "sha256": content.hash.hexdigest()}
         marker = {"version": VERSION, **facts, "score": score and score._asdict()}
         write_json_with_checksum(_marker_path(path), marker)
+        self.on_save(step)
 
     def remove_old(self, step: int, keep_last: int, keep_every_steps: int) -> None:
         """Remove the checkpoints that need not be kept once that of a step is complete.
@@ -166,7 +209,7 @@ class CheckpointFolder:
         self._remove_named(PARTIAL)
 
     def _remove_named(self, ending: str) -> None:
-        for path in self.path.glob("step-*" + ending):
+        for path in self._named(ending):
             path.unlink()
 
     def _remove(self, paths: Iterable[Path]) -> None:
@@ -222,15 +265,18 @@ def _marker_path(path: Path) -> Path:
 def read_marker(path: Path) -> Checkpoint:
     """Return what the marker of a checkpoint file says. Raises DamagedCheckpointError if it is missing or damaged."""
     marker = _marker_path(path)
-    if path.exists() and path.suffix != ".ckpt":
-        raise CheckpointError(f"{path} is not a checkpoint: the name of a checkpoint ends with .ckpt")
     try:
+        if path.suffix != ".ckpt" and path.exists():
+            raise CheckpointError(f"{path} is not a checkpoint: the name of a checkpoint ends with .ckpt")
         content = read_json_with_checksum(marker)
-        if content["version"] != VERSION:
-            raise ChecksumError(f"its format is {content['version']}, and this version of cucafera reads {VERSION}")
+        if content.get("version") != VERSION:
+            raise ChecksumError(f"its format is {content.get('version')}, and this version of cucafera reads {VERSION}")
+        problem = shape_problem(content, MARKER) or (content.get("score") and shape_problem(content["score"], SCORE))
+        if problem:
+            raise ChecksumError(f"it is not the marker of a checkpoint: {problem}")
         if STEP_FILE.fullmatch(path.name) and path.name != f"step-{content['step']:08d}.ckpt":
             raise ChecksumError(f"it is the marker of step {content['step']}")
-        score = content["score"] and Score(**content["score"])
+        score = Score(*(content["score"][field] for field in Score._fields)) if content.get("score") else None
         return Checkpoint(path, content["step"], content["size"], content["sha256"], score)
     except FileNotFoundError:
         reason = (
@@ -240,14 +286,37 @@ def read_marker(path: Path) -> Checkpoint:
         raise _unreadable(marker, error.strerror or error) from error
     except ChecksumError as error:
         reason = f"{marker.name} is damaged: {error}"
-    except KeyError as error:
-        reason = f"{marker.name} is not the marker of a checkpoint: it has no {error}"
     raise DamagedCheckpointError(f"{path} cannot be used: {reason}")
 
 
 def _unreadable(path: Path, reason: object) -> CheckpointError:
     """Return the error of a file that may be intact: no earlier checkpoint replaces it as a fallback."""
     return CheckpointError(f"{path} cannot be read: {reason}. Fix that, or delete the file to do without it")
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint file with its marker.
+
+    Raises:
+        DamagedCheckpointError: it is missing, incomplete or damaged.
+        CheckpointError: it cannot be read now, or is not a checkpoint of cucafera.
+    """
+    marker = read_marker(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedCheckpointError(f"{path} is damaged: it is not a regular file")
+        size = status.st_size
+        if size != marker.size:
+            raise DamagedCheckpointError(f"{path} is damaged: it has {size:,} bytes instead of {marker.size:,}")
+        if size > ANNOUNCED_BYTES:
+            log.info("Verifying %s (%.1f GB)", path, size / 1e9)
+        if file_sha256(path) != marker.sha256:
+            raise DamagedCheckpointError(f"{path} is damaged: checksum mismatch (SHA-256)")
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: there is no such file") from error
+    except OSError as error:
+        raise _unreadable(path, error.strerror or error) from error
 
 
 def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
@@ -263,25 +332,11 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """
     import torch
 
-    marker = read_marker(path)
+    verify(path)
     try:
-        size = path.stat().st_size
-        if size != marker.size:
-            raise DamagedCheckpointError(f"{path} is damaged: it has {size:,} bytes instead of {marker.size:,}")
-        if size > ANNOUNCED_BYTES:
-            log.info("Verifying %s (%.1f GB)", path, size / 1e9)
-        if file_sha256(path) != marker.sha256:
-            raise DamagedCheckpointError(f"{path} is damaged: checksum mismatch (SHA-256)")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except FileNotFoundError as error:
-        raise DamagedCheckpointError(f"{path} cannot be read: there is no such file") from error
-    except OSError as error:
-        raise _unreadable(path, error.strerror or error) from error
-    except CheckpointError:
-        raise
     except Exception as error:  # torch.load raises many kinds of errors, also when memory runs out
         raise _unreadable(path, (str(error) or type(error).__name__).splitlines()[0]) from error
-    missing = {"config", "fingerprints", "state_dict", "steps_done"} - set(checkpoint)
-    if missing:
-        raise CheckpointError(f"{path} is not a checkpoint of cucafera: it has no {', '.join(sorted(missing))}")
+    if problem := shape_problem(checkpoint, CONTENT):
+        raise CheckpointError(f"{path} is not a checkpoint of cucafera: {problem}")
     return dict(checkpoint)

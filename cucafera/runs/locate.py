@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cucafera.config.errors import UserError
+from cucafera.storage import list_folder
 
 HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 """OWNER/NAME or OWNER/NAME@REVISION of the Hugging Face hub."""
@@ -38,7 +39,8 @@ def locate_model(source: str) -> ModelLocation:
     try:
         return _locate(source, Path(source).expanduser())
     except (OSError, RuntimeError) as error:  # no permission; a name too long; ~USER without such a user
-        raise UserError(f"{source} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        place = getattr(error, "filename", None) or source
+        raise UserError(f"{place} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _locate(source: str, path: Path) -> ModelLocation:
@@ -49,8 +51,10 @@ def _locate(source: str, path: Path) -> ModelLocation:
     if is_hugging_face(source):
         return ModelLocation("hugging_face", path if path.is_dir() else None)
     if path.is_dir():
-        if next((path / "checkpoints").glob("*.ckpt"), None) is None:
-            raise UserError(f"{source}: the folder holds no checkpoint")
+        checkpoints = path / "checkpoints"
+        if not any(entry.suffix == ".ckpt" for entry in list_folder(checkpoints)):
+            missing = "its checkpoints/ is empty" if checkpoints.is_dir() else "it has no folder checkpoints/"
+            raise UserError(f"{source}: the folder holds no checkpoint: {missing}")
         return ModelLocation("run", path)
     if not path.exists():
         raise UserError(f"{source}: there is no such run folder or checkpoint")

@@ -18,9 +18,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cucafera.config.errors import EXIT_USER_ERROR, UserError
+from cucafera.runs.shape import shape_problem
+from cucafera.storage import parse_json, read_small_file
 
 log = logging.getLogger(__name__)
 
+OWNER = {"host": str, "pid": int}
+"""Shape of the owner's file."""
 ORPHAN_SECONDS = 60.0
 """Longest wait for the child processes of a killed owner, which may hold its lock until they notice that it is dead."""
 HEARTBEAT_SECONDS = 15.0
@@ -62,20 +66,25 @@ def run_lock(path: Path) -> Iterator[None]:
             file.write(json.dumps(owner) + "\n")
     except OSError as error:
         lock.release()
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}") from error
     except BaseException:
         lock.release()
         raise
     stop = threading.Event()
     heartbeat = threading.Thread(target=_beat, args=(path, owner, stop), name="run lock", daemon=True)
-    heartbeat.start()
+    try:
+        heartbeat.start()
+    except RuntimeError as error:
+        log.warning("%s: without a heartbeat, another machine may take this run over: %s", path.parent, error)
     try:
         yield
     finally:
         stop.set()
-        heartbeat.join()
-        if _read_owner(path) == owner:
-            path.unlink(missing_ok=True)
+        if heartbeat.is_alive():
+            heartbeat.join()
+        with contextlib.suppress(OSError):  # a disk that is away
+            if _read_owner(path) == owner:
+                path.unlink(missing_ok=True)
         lock.release()
 
 
@@ -141,10 +150,10 @@ def _in_use(path: Path, owner: dict[str, Any]) -> UserError:
 def _read_owner(path: Path) -> dict[str, Any]:
     """Return what the file says about the owner; empty if it is missing or damaged."""
     try:
-        owner = json.loads(path.read_bytes())
+        owner = parse_json(read_small_file(path))
     except (FileNotFoundError, ValueError):
         return {}
-    return owner if isinstance(owner, dict) and {"host", "pid"} <= set(owner) else {}
+    return owner if shape_problem(owner, OWNER) is None and owner["pid"] > 0 else {}
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
@@ -152,8 +161,8 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     if owner.get("host") != socket.gethostname():
         return False
     try:
-        os.kill(int(owner["pid"]), 0)
-    except (ProcessLookupError, TypeError, ValueError, OverflowError):
+        os.kill(owner["pid"], 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:  # it exists, and belongs to another user
         return False

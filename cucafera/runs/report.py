@@ -1,14 +1,16 @@
 """The report of a run: metrics.json, report.md, and the same on the terminal."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from cucafera.config.errors import UserError
 from cucafera.config.registry import OBJECTIVES
+from cucafera.data.left_out import LeftOut
+from cucafera.markup import markdown, markdown_code, markdown_table
 from cucafera.objectives import Objective
 from cucafera.runs.folder import RunFolder
+from cucafera.runs.results import write_metrics
 from cucafera.storage import write_text
 
 
@@ -35,6 +37,7 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         train_loss = f"{metrics['train_loss']:.3f} {objective.loss_unit}".rstrip()
     lines = [
         ("Parameters", parameters),
+        *(("Left out", str(LeftOut(**entry))) for entry in metrics["left_out"]),
         ("Trained on", trained),
         ("Time", f"{duration(metrics['training_seconds'])} of training"),
         ("Speed", speed),
@@ -53,14 +56,13 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
 
 def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:
     """Write metrics.json and report.md into the run folder. Raises UserError if they cannot be written."""
-    report = [f"# {metrics['name']}", ""]
-    report += ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in summary(metrics, folder)), ""]
+    report = [f"# {markdown(metrics['name'])}", "", *markdown_table([("", ""), *summary(metrics, folder)]), ""]
     report += ["## Validation", "", *validation_table(metrics)]
     report += ["", "## Samples", "", *as_quoted_samples(metrics)]
-    report += ["## Next", "", *(f"    {command}" for _, command in next_commands(folder)), ""]
+    report += ["## Next", "", *(markdown_code(command) for _, command in next_commands(folder)), ""]
     try:
         write_text(folder.report, "\n".join(report))
-        write_text(folder.metrics, json.dumps(metrics, indent=2) + "\n")
+        write_metrics(folder.metrics, metrics)
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {folder.path}: {error.strerror or error}. The run itself is complete and "

@@ -199,14 +199,47 @@ def test_checkpoints_after_the_resumed_step_do_not_displace_the_newest(folder):
     assert steps_in(folder) == [20]
 
 
-def test_markers_are_removed_before_their_checkpoints(folder, monkeypatch):
+def test_the_removal_of_markers_is_on_disk_before_that_of_their_checkpoints(folder, disk_calls):
     for step in (1, 2, 3):
         folder.write(step, state_of(step), None)
-    removed = []
-    unlink = Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options)))
+    disk_calls.clear()
     folder.remove_old(3, keep_last=1, keep_every_steps=0)
-    assert removed == ["step-00000001.json", "step-00000002.json", "step-00000001.ckpt", "step-00000002.ckpt"]
+    assert disk_calls == [
+        "unlink step-00000001.json", "unlink step-00000002.json", "fsync checkpoints",
+        "unlink step-00000001.ckpt", "unlink step-00000002.ckpt",
+    ]  # fmt: skip
+    disk_calls.clear()
+    folder.remove_all()
+    assert disk_calls == ["unlink step-00000003.json", "fsync checkpoints", "unlink step-00000003.ckpt"]
+
+
+WRITTEN = [
+    "fsync step-00000003.ckpt.partial", "rename step-00000003.ckpt.partial step-00000003.ckpt", "fsync checkpoints",
+    "fsync step-00000003.json.partial", "rename step-00000003.json.partial step-00000003.json", "fsync checkpoints",
+]  # fmt: skip
+
+
+def test_a_marker_is_written_when_its_checkpoint_is_on_disk_and_removed_before_it_changes(folder, disk_calls):
+    folder.write(3, state_of(3), None)
+    assert disk_calls == WRITTEN
+    assert disk_calls.synced["step-00000003.ckpt.partial"] == folder.file_at(3).stat().st_size
+    disk_calls.clear()
+    folder.write(3, state_of(4) | {"steps_done": 3}, None)
+    removed = ["unlink step-00000003.json", "fsync checkpoints", "unlink step-00000003.ckpt"]
+    assert disk_calls == [*removed, *WRITTEN]
+
+
+def test_a_run_resumes_from_the_newest_and_removes_only_what_is_later(folder):
+    assert folder.newest_step() == 0
+    for step in (4, 8, 12):
+        folder.write(step, state_of(step), None)
+    assert folder.newest_step() == 12
+    folder.remove_after(8)
+    assert (steps_in(folder), folder.newest_step()) == ([4, 8], 8)
+    folder.file_at(8).with_suffix(".json").unlink()
+    assert folder.newest_step() == 4
+    folder.remove_after(8)
+    assert not folder.file_at(8).exists()
 
 
 def test_training_can_change_the_weights_while_a_checkpoint_is_written(folder, monkeypatch):
@@ -228,6 +261,53 @@ def test_training_can_change_the_weights_while_a_checkpoint_is_written(folder, m
     read = read_checkpoint(folder.file_at(3))
     assert torch.equal(read["state_dict"]["weight"], state_of(3)["state_dict"]["weight"])
     assert read["history"] == [1]
+
+
+def test_a_save_waits_for_the_one_before_whose_memory_it_takes(folder, monkeypatch):
+    written = []
+    may_write = threading.Event()
+    write = CheckpointFolder.write
+
+    def slow_write(folder, step, state, score):
+        may_write.wait(10)
+        write(folder, step, state, score)
+        written.append(step)
+
+    monkeypatch.setattr(CheckpointFolder, "write", slow_write)
+    writer = writer_of(folder)
+    writer.save_checkpoint(state_of(1), None, None)
+    threading.Timer(0.1, may_write.set).start()
+    writer.save_checkpoint(state_of(2), None, None)
+    assert written == [1]
+    writer.finish()
+    assert written == [1, 2]
+    for step in (1, 2):
+        assert torch.equal(
+            read_checkpoint(folder.file_at(step))["state_dict"]["weight"], state_of(step)["state_dict"]["weight"]
+        )
+
+
+def test_a_tensor_that_changed_its_shape_or_dtype_is_copied_as_it_is_now(folder):
+    writer = writer_of(folder)
+    tensors = [torch.arange(6.0), torch.arange(4.0), torch.arange(4).to(torch.int32), torch.ones(2, 2)]
+    for step, tensor in enumerate(tensors, 1):
+        writer.save_checkpoint(state_of(step) | {"extra": tensor}, None, None)
+        writer.finish()
+        read = read_checkpoint(folder.file_at(step))["extra"]
+        assert torch.equal(read, tensor) and read.dtype == tensor.dtype
+
+
+def test_a_tenth_of_the_free_memory_stays_free(folder):
+    state = {**state_of(1), "large": torch.zeros(1000, dtype=torch.float64)}
+    size = 8000 + 4000 + 4
+    free = {"enough": int(size / 0.9) + 1, "too little": int(size / 0.9) - 1}
+    for name, memory in free.items():
+        assert writer_of(folder, memory=memory)._has_room_for_copy(state) == (name == "enough")
+    writer = writer_of(folder, memory=free["enough"])
+    writer.save_checkpoint(state, None, None)
+    writer.finish()
+    writer.free_memory = lambda: 0  # the memory of the first copy is used again
+    assert writer._has_room_for_copy(state)
 
 
 def test_the_next_save_reuses_the_memory_of_the_copy(folder):

@@ -138,6 +138,44 @@ def test_a_silent_owner_on_another_machine_is_taken_over(path, caplog, fast_hear
     assert "is taken over from process 7 on elsewhere, which has died" in caplog.text
 
 
+def test_an_owner_whose_file_vanishes_while_its_heartbeat_is_waited_for_has_ended(path, fast_heartbeat):
+    path.parent.mkdir()
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "user": "u", "since": "s"}))
+    ended = threading.Timer(0.1, path.unlink)
+    ended.start()
+    with run_lock(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    ended.join()
+
+
+@pytest.mark.parametrize(
+    ("owner", "error", "is_dead"),
+    [
+        ({"host": socket.gethostname(), "pid": 7}, None, False),
+        ({"host": socket.gethostname(), "pid": 7}, PermissionError, False),  # of another user
+        ({"host": socket.gethostname(), "pid": 7}, ProcessLookupError, True),
+        ({"host": "elsewhere", "pid": 7}, ProcessLookupError, False),  # its processes are not seen here
+        ({}, ProcessLookupError, False),
+    ],
+)
+def test_an_owner_is_dead_only_if_this_machine_has_no_such_process(monkeypatch, owner, error, is_dead):
+    def kill(pid: int, number: int) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert lock_module._is_dead(owner) is is_dead
+
+
+def test_a_lock_whose_owner_cannot_be_named_is_released(path):
+    path.mkdir(parents=True)  # a folder in the place of the file
+    with pytest.raises(UserError, match="lock cannot be written") as refused, run_lock(path):
+        pass
+    path.rmdir()
+    with run_lock(path):
+        assert refused.tb is not None  # it keeps the lock from being collected, which would release it
+
+
 def test_the_owner_of_a_lock_touches_its_file(path, fast_heartbeat):
     with run_lock(path):
         os.utime(path, (1, 1))
@@ -201,13 +239,14 @@ def test_a_folder_that_cannot_be_written_is_refused_in_a_sentence(path, monkeypa
         pass
 
 
-def _take(path: Path, taken, start) -> None:
+def _take(path: Path, taken, times, start) -> None:
     start.wait()
     for _ in range(50):
         try:
             with run_lock(path):
                 with taken.get_lock():
                     taken.value += 1
+                    times.value += 1
                 assert taken.value == 1
                 with taken.get_lock():
                     taken.value -= 1
@@ -217,11 +256,12 @@ def _take(path: Path, taken, start) -> None:
 
 def test_concurrent_processes_never_hold_the_lock_together(path):
     context = multiprocessing.get_context("fork")
-    taken, start = context.Value("i", 0), context.Event()
-    processes = [context.Process(target=_take, args=(path, taken, start)) for _ in range(4)]
+    taken, times, start = context.Value("i", 0), context.Value("i", 0), context.Event()
+    processes = [context.Process(target=_take, args=(path, taken, times, start)) for _ in range(4)]
     for process in processes:
         process.start()
     start.set()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
+    assert times.value > 4
