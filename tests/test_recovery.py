@@ -4,6 +4,7 @@ import errno
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -18,8 +19,9 @@ import torch
 
 from cucafera.config.errors import UserError
 from cucafera.interop.trained import load_trained
+from cucafera.output import protect_output
 from cucafera.run import train
-from cucafera.runs.checkpoints import _HashedFile, read_checkpoint
+from cucafera.runs.checkpoints import CheckpointFolder, _HashedFile, read_checkpoint
 from cucafera.runs.lock import run_lock
 from cucafera.storage import read_json_with_checksum, write_json_with_checksum
 from cucafera.training.callbacks.checkpoints import Checkpoints
@@ -78,6 +80,16 @@ def test_a_stopped_run_resumes_to_the_same_end(small_run, at_step):
         assert scalars("outputs/whole", tag) == scalars("outputs/run", tag)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGHUP, signal.SIGHUP], [signal.SIGTERM, signal.SIGHUP], [signal.SIGHUP, signal.SIGTERM, signal.SIGHUP]],
+)
+def test_the_signals_of_a_closed_terminal_are_one_request(small_run, at_step, numbers):
+    at_step(6, lambda: [os.kill(os.getpid(), number) for number in numbers])
+    stopped(small_run("name=run"), 128 + (signal.SIGTERM if signal.SIGTERM in numbers else signal.SIGHUP))
+    assert folder_of("run").checkpoints.complete()[-1].step == 6
+
+
 def test_a_second_signal_ends_at_once(small_run, at_step, monkeypatch):
     class EndedError(Exception):
         pass
@@ -97,9 +109,21 @@ def test_a_second_signal_ends_at_once(small_run, at_step, monkeypatch):
     assert folder_of("run").checkpoints.complete()[-1].step == 4
 
 
-@pytest.mark.parametrize(("tasks", "problem"), [("2", "--ntasks-per-node=2"), ("1", "--nodes=3")])
-def test_devices_that_slurm_did_not_allocate_are_refused(small_run, monkeypatch, tasks, problem):
-    facts = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_NTASKS_PER_NODE": tasks, "SLURM_NNODES": "3"}
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "3"}, "--ntasks-per-node=2"),
+        ({"SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "3"}, "--nodes=3"),
+        ({}, "--ntasks=2"),
+        ({"SLURM_NTASKS_PER_NODE": "1"}, "This is process 0 of 2, for 1 device"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "1"}, "This is process 1 of 1, for 1 device"),
+        ({"SLURM_NTASKS": "two"}, "invalid literal for int"),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": None}, "The environment variable 'SLURM_PROCID' is missing"),
+    ],
+)
+def test_devices_that_slurm_did_not_allocate_are_refused(small_run, monkeypatch, facts, problem):
+    facts = {"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "job", "SLURM_PROCID": "0"} | facts
+    facts = {name: value for name, value in facts.items() if value is not None}
     for name, value in facts.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=rf"{problem}.*sbatch --nodes=1 --ntasks-per-node=1, or other values of"):
@@ -116,7 +140,7 @@ def test_devices_that_torchrun_did_not_start_are_refused(small_run, monkeypatch)
 def test_a_signal_at_the_last_step_changes_nothing(small_run, at_step):
     at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM))
     train(small_run("name=run"), [])
-    assert folder_of("run").report.exists()
+    assert folder_of("run").report.exists() and history_of("run")[-1]["event"] == "completed"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -150,6 +174,11 @@ def test_max_time_saves_and_stops_with_the_status_of_timeout(small_run, caplog):
     train(small_run("name=run", "max_time=1:00:00:00"), [])
     train(small_run("name=whole"), [])
     assert_equal(weights("outputs/whole"), weights("outputs/run"))
+
+
+def test_max_time_counts_from_the_start_of_the_command(small_run):
+    assert Interruption(small_run("max_time=00:10:00"), started=100.0).deadline == 700.0
+    assert Interruption(small_run(), started=100.0).deadline is None
 
 
 @pytest.mark.parametrize(
@@ -242,8 +271,9 @@ def test_allowed_changes_take_effect_and_are_written_to_the_history(small_run):
         ),
         ["name=run"],
     )  # fmt: skip
-    began, completed, resumed_entry, completed_again = history_of("run")
-    assert [began["event"], completed["event"], completed_again["event"]] == ["started", "completed", "completed"]
+    began, saved, completed, resumed_entry, completed_again = history_of("run")
+    assert [began["event"], saved["event"], saved["step"]] == ["started", "first checkpoint", 4]
+    assert [completed["event"], completed_again["event"]] == ["completed", "completed"]
     assert (resumed_entry["event"], resumed_entry["step"], resumed_entry["overrides"]) == ("resumed", 8, ["name=run"])
     assert resumed_entry["changed"] == {
         "budget_tokens": [2048, 3072],
@@ -348,7 +378,7 @@ def test_a_run_killed_before_its_report_writes_it_at_the_next_start(small_run):
     folder.report.unlink()
     train(small_run("name=run"), [])
     assert folder.report.read_text() == report
-    assert [line["event"] for line in history_of("run")] == ["started", "completed", "completed"]
+    assert [line["event"] for line in history_of("run")] == ["started", "first checkpoint", "completed", "completed"]
 
 
 def test_a_stop_that_could_not_be_saved_says_where_the_run_resumes(small_run, full_disk, at_step, caplog):
@@ -375,7 +405,7 @@ def test_a_truncated_line_of_the_history_damages_no_other(small_run):
     history = folder_of("run").history
     history.write_bytes(history.read_bytes()[:-10])
     train(small_run("name=run", HORIZON), [])
-    began, torn, resumed_entry, completed = history.read_text().splitlines()
+    began, _, torn, resumed_entry, completed = history.read_text().splitlines()
     assert json.loads(began)["event"] == "started" and torn.startswith('{"time"')
     assert (json.loads(resumed_entry)["event"], json.loads(completed)["event"]) == ("resumed", "completed")
 
@@ -400,7 +430,9 @@ def test_a_model_whose_best_checkpoint_is_damaged_is_refused_with_the_other_one(
 def test_damaged_prepared_files_are_refused_by_name(small_run, what):
     train(small_run("name=run", HORIZON, "budget_tokens=1024"), [])
     dice = random.Random(0)
-    for path in Path("prepared").rglob(what):
+    paths = list(Path("prepared").rglob(what))
+    assert paths
+    for path in paths:
         content = path.read_bytes()
         for changed in (content[: dice.randrange(len(content))], flipped(content, dice)):
             path.write_bytes(changed)
@@ -431,6 +463,79 @@ def test_a_folder_that_cannot_be_written_is_refused(small_run, monkeypatch):
             train(config, [])
 
 
+def test_a_killed_worker_stops_the_run_after_the_step_with_a_checkpoint(small_run, at_step, caplog):
+    def kill():
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+
+    caplog.set_level("INFO")
+    at_step(5, kill)
+    stopped(small_run("name=run", "trainer.num_workers=1", "budget_tokens=25_600", HORIZON), 1)
+    assert "(SIGKILL; memory may have run out) after step 6; checkpoint saved. Run the same command" in caplog.text
+    assert not multiprocessing.active_children() and not folder_of("run").lock.exists()
+    assert history_of("run")[-1]["reason"].startswith("the death of data loader worker")
+    assert folder_of("run").checkpoints.complete()[-1].step == 6
+
+
+def refused_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def no_memory(state, copies, path=""):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("patched", "message"),
+    [
+        (
+            ("threading.Thread.start", refused_thread),
+            "Training waits for the checkpoint to be written: can't start new",
+        ),
+        (("cucafera.training.checkpoint_writer._copied", no_memory), "to be written: no memory for a copy"),
+    ],
+)
+def test_a_save_without_a_thread_or_memory_is_written_while_training_waits(
+    small_run, monkeypatch, caplog, patched, message
+):
+    monkeypatch.setattr(*patched)
+    train(small_run("name=run"), [])
+    assert message in caplog.text
+    assert [checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()] == [8, 12]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_save_that_runs_out_of_memory_does_not_end_the_run(small_run, monkeypatch, caplog, error):
+    write = CheckpointFolder.write
+
+    def fail_or_write(folder, step, state, score):
+        if step == 8:
+            raise error
+        write(folder, step, state, score)
+
+    monkeypatch.setattr(CheckpointFolder, "write", fail_or_write)
+    train(small_run("name=run"), [])
+    assert "THE CHECKPOINT OF STEP 8 COULD NOT BE WRITTEN" in caplog.text
+    assert [checkpoint.step for checkpoint in folder_of("run").checkpoints.complete()] == [4, 12]
+
+
+def test_curves_and_history_that_cannot_be_written_for_a_time_end_no_run(small_run, monkeypatch, caplog):
+    calls = itertools.count()
+    write = os.write
+
+    def fail_or_write(descriptor, content):
+        if next(calls) and "history.jsonl" not in caplog.text:  # the first one is the start of the run in its history
+            raise OSError(errno.EIO, "Input/output error")
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", fail_or_write)
+    train(small_run("name=run"), [])
+    assert "history.jsonl cannot be written: Input/output error" in caplog.text
+    assert "The curves wait in memory" in caplog.text
+    assert len(scalars("outputs/run", "train/loss")) == 12
+
+
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_run_whose_terminal_or_pipe_is_closed_trains_to_its_end(small_run, monkeypatch, is_terminal):
     class Closed(io.StringIO):
@@ -441,5 +546,6 @@ def test_a_run_whose_terminal_or_pipe_is_closed_trains_to_its_end(small_run, mon
             return is_terminal
 
     monkeypatch.setattr(sys, "stdout", Closed())
+    protect_output()
     train(small_run("name=run"), [])
     assert folder_of("run").checkpoints.complete()[-1].step == 12

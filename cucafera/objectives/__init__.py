@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cucafera.config.registry import OBJECTIVES, Judge
 from cucafera.config.schema import Config, ObjectiveConfig
+from cucafera.markup import markdown, markdown_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ class Objective(ABC):
             is not one of them unless it is named here.
         primary: Name of the metric to compare runs and checkpoints by.
         loss_unit: Unit of the training loss, for reports.
-        stop_id: The token that ends what the model writes in answer to a prompt.
+        stop_id: The end-of-sequence token, for other programs.
     """
 
     name: str
@@ -124,12 +125,14 @@ class Objective(ABC):
         return self.metric(self.primary)
 
     def sample_markdown(self, prompt: str, continuation: str) -> str:
-        """Return a prompt in bold, and what the model wrote."""
-        return f"**{prompt}**" + ("\n\n" if self.chats else "") + continuation
+        """Return a prompt in bold, and what the model wrote, in Markdown: of these texts nothing is interpreted."""
+        bold = "\n\n".join(f"**{markdown(part)}**" for part in prompt.split("\n\n") if part.strip())
+        return bold + ("\n\n" if self.chats else "") + markdown_lines(continuation)
 
     def sample_text(self, prompt: str, continuation: str) -> list[str]:
         """Return the lines of a prompt and what the model wrote, for the terminal."""
-        return [f"> {prompt}", continuation] if self.chats else [f"«{prompt}{continuation}»"]
+        text = f"> {prompt}\n{continuation}" if self.chats else f"«{prompt}{continuation}»"
+        return text.split("\n")
 
     def summary(self, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Return lines of the report that only this objective has: label and value, from a run's metrics.json."""

@@ -48,9 +48,9 @@ class Finetuning(NextToken):
         return render_prompt([Message("user", prompt)], tokenizer)
 
     def summary(self, metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-        """Return the number of sample answers that ended with the stop token."""
+        """Return the number of sample answers that the model ended."""
         samples = metrics["samples"]
         if not samples:
             return []
         ended = sum(sample["finish_reason"] == "stop" for sample in samples)
-        return [("Answers", f"{ended} of {len(samples)} ended with <im_end>")]
+        return [("Answers", f"{ended} of {len(samples)} ended by themselves")]

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from cucafera.runs.checkpoints import CheckpointFolder, Score
+from cucafera.runs.checkpoints import CheckpointError, CheckpointFolder, Score
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +20,9 @@ MEMORY_LEFT_FREE = 0.1
 class CheckpointWriter(CheckpointIO):
     """Writes checkpoints while training continues: copies the state, and writes the copy in a thread.
 
-    If the memory has no room for a copy, training waits for the disk. A save that fails, because the disk is full or
-    gone, is logged as an error and leaves the earlier checkpoints as they are; the next save is tried as usual.
+    If the memory has no room for a copy, or the system no thread, training waits for the disk. A save that fails,
+    because the disk is full or gone or memory has run out, is logged as an error and leaves the earlier checkpoints as
+    they are; the next save is tried as usual.
 
     Args:
         folder: The folder to write to.
@@ -49,7 +50,7 @@ class CheckpointWriter(CheckpointIO):
         self.keep_every_steps = keep_every_steps
         self.free_memory = free_memory
         self.saved_step: int | None = resumed["steps_done"] if resumed else None
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._unexpected: BaseException | None = None
@@ -67,14 +68,24 @@ class CheckpointWriter(CheckpointIO):
         """
         self.finish()
         score = None if storage_options is None else Score(**storage_options)
-        if self._has_room_for_copy(checkpoint):
-            copy = _copied(checkpoint, self._copies)
-            self._thread = threading.Thread(target=self._write, args=(copy, score), name="checkpoint")
-            self._thread.start()
-        else:
+        if not self._is_written_in_thread(checkpoint, score):
             self._copies.clear()
             self._write(checkpoint, score)
             self.finish()
+
+    def _is_written_in_thread(self, checkpoint: dict[str, Any], score: Score | None) -> bool:
+        """Start to write a copy; return False if there is no memory for it, or no thread."""
+        if not self._has_room_for_copy(checkpoint):
+            return False
+        try:
+            copy = _copied(checkpoint, self._copies)
+            thread = threading.Thread(target=self._write, args=(copy, score), name="checkpoint")
+            thread.start()
+        except (MemoryError, RuntimeError) as error:  # of torch and threading: no memory, no thread
+            log.warning("Training waits for the checkpoint to be written: %s", str(error) or "no memory for a copy")
+            return False
+        self._thread = thread
+        return True
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Return the state that the run resumes from; the arguments are ignored, since it has been read before."""
@@ -100,7 +111,7 @@ class CheckpointWriter(CheckpointIO):
         try:
             self.folder.write(step, state, score)
             self.saved_step, self.failure = step, None
-        except OSError as error:
+        except (OSError, MemoryError, RuntimeError) as error:  # torch reports a lack of memory as the last one
             self.failure = error
             last = (
                 f"the last checkpoint is of step {self.saved_step:,}"
@@ -109,8 +120,9 @@ class CheckpointWriter(CheckpointIO):
             )
             log.error(
                 "THE CHECKPOINT OF STEP %s COULD NOT BE WRITTEN to %s: %s. Training continues, and the next checkpoint "
-                "is tried as usual; until then, %s. Free some space on that disk.",
-                f"{step:,}", self.folder.path, error.strerror or error, last,
+                "is tried as usual; until then, %s.%s",
+                f"{step:,}", self.folder.path, reason_of(error), last,
+                " Free some space on that disk." if isinstance(error, OSError) else "",
             )  # fmt: skip
             return
         except BaseException as error:  # `finish` raises it in the thread that trains
@@ -118,12 +130,20 @@ class CheckpointWriter(CheckpointIO):
             return
         try:
             self.folder.remove_old(step, self.keep_last, self.keep_every_steps)
-        except OSError as error:
-            log.warning("Old checkpoints in %s cannot be removed: %s", self.folder.path, error.strerror or error)
+        except (OSError, CheckpointError) as error:
+            reason = getattr(error, "strerror", None) or error
+            log.warning("Old checkpoints in %s cannot be removed: %s", self.folder.path, reason)
 
     def _has_room_for_copy(self, state: dict[str, Any]) -> bool:
         needed = sum(tensor.nbytes for tensor in _tensors(state)) - sum(copy.nbytes for copy in self._copies.values())
         return needed <= (1 - MEMORY_LEFT_FREE) * self.free_memory()
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a save failed, in words."""
+    if isinstance(error, MemoryError):
+        return "memory has run out"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _tensors(state: Any) -> list[Tensor]:

@@ -1,39 +1,30 @@
 """Lightning's data module: serves the windows of a run, one optimizer step at a time."""
 
+import contextlib
+import io
 import logging
-import shutil
+import multiprocessing
+import multiprocessing.util
+import pickle
 import signal
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader, Sampler
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from cucafera.data.run_data import RunData
 from cucafera.data.windows import Batch, TrainingSteps
 
 log = logging.getLogger(__name__)
 
-PREFETCHED_BATCHES = 2
-"""Batches that a worker process reads ahead: two workers then hold 38 MB of the default 524,288 tokens, and a container
-has 64 MB of shared memory by default."""
-SHARED_MEMORY = Path("/dev/shm")
-"""Where workers put their batches on Linux; a worker that finds no room there dies, and the run with it."""
 
-
-class RemainingSteps(Sampler[int]):
-    """The steps of a run from `first` on."""
-
-    def __init__(self, first: int, total: int) -> None:
-        self.steps = range(first, total)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
+CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+"""How workers are started: a fork has the open data at once; on macOS, its libraries forbid it."""
 
 
 class WindowDataModule(pl.LightningDataModule):
@@ -42,10 +33,10 @@ class WindowDataModule(pl.LightningDataModule):
     Args:
         data: The data of the run, open.
         first_step: The step that training starts or resumes with.
-        num_workers: Processes that read windows; 0: the training process, which also reads where shared memory is too
-            small for the batches of that many.
+        num_workers: Processes that read windows; 0: the training process.
         pin_memory: Put batches into page-locked memory, which a GPU copies from asynchronously.
         skipped_batches: Numbers of batches that rollbacks skip.
+        worker_lost: See `StepLoader`.
     """
 
     training_steps: TrainingSteps
@@ -57,6 +48,7 @@ class WindowDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         pin_memory: bool = False,
         skipped_batches: Sequence[int] = (),
+        worker_lost: Callable[[str], None] = log.warning,
     ) -> None:
         super().__init__()
         self.data = data
@@ -64,49 +56,20 @@ class WindowDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.skipped_batches = skipped_batches
+        self.worker_lost = worker_lost
 
     def setup(self, stage: str | None = None) -> None:
         """Take this device's share of each step."""
         self.training_steps = self.data.training_steps(self.skipped_batches, *self._rank_and_world_size())
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> "StepLoader":
         """Return the remaining steps, each a Batch of this device's windows."""
-        workers = self._workers_that_fit()
-        return DataLoader(
-            self.training_steps,
-            sampler=RemainingSteps(self.first_step, self.data.config.total_steps),
-            batch_size=None,
-            generator=torch.Generator(),  # or the loader would draw from the one whose state checkpoints keep
-            collate_fn=_unchanged,
-            num_workers=workers,
-            pin_memory=self.pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
-            prefetch_factor=PREFETCHED_BATCHES if workers else None,
-        )
+        remaining = range(self.first_step, self.data.config.total_steps)
+        return StepLoader(self.training_steps, remaining, self.num_workers, self.pin_memory, self.worker_lost)
 
     def val_dataloader(self) -> Iterator[Batch]:
         """Yield this device's share of the held-out windows."""
         yield from self.data.validation_batches(*self._rank_and_world_size())
-
-    def _workers_that_fit(self) -> int:
-        """The worker processes; none if shared memory is too small for what those of this machine hold at once."""
-        if not self.num_workers:
-            return 0
-        devices = 1 if self.trainer is None else self.trainer.num_devices
-        # A worker holds the batches that it reads ahead, and the one that training has taken.
-        needed = devices * self.num_workers * (PREFETCHED_BATCHES + 1) * self.training_steps.batch_bytes
-        free = free_shared_memory(SHARED_MEMORY)
-        if free is None or needed <= free:
-            return self.num_workers
-        if self._rank_and_world_size()[0] == 0:
-            log.warning(
-                "%s has %.0f MB free, and the batches of %d data loader workers need %.0f MB: the training process "
-                "reads its data itself. A container gets more with --shm-size=1g; trainer.num_workers=0 ends this "
-                "warning.",
-                SHARED_MEMORY, free / 1e6, devices * self.num_workers, needed / 1e6,
-            )  # fmt: skip
-        return 0
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self.trainer is None:
@@ -124,20 +87,148 @@ def data_module_of(trainer: pl.Trainer) -> WindowDataModule:
     return cast(WindowDataModule, trainer.datamodule)  # type: ignore[attr-defined]
 
 
-def free_shared_memory(folder: Path) -> int | None:
-    """Return the free bytes of the folder of shared memory; None where there is no such folder, and no such limit."""
+class _Worker(NamedTuple):
+    """A process that reads every n-th step ahead, and the pipe that its batches come through."""
+
+    process: BaseProcess
+    batches: Connection
+
+
+class StepLoader:
+    """The batches of the remaining steps, read ahead by worker processes.
+
+    Worker w of n reads the steps w, w + n, w + 2n, ...: nothing need be sent to a worker, and each has a pipe of its
+    own. No lock, queue or memory is shared, so a worker that is killed cannot block another process, and its pipe shows
+    at once that it is dead. A worker reads ahead until its pipe is full: one batch, or some small ones.
+
+    What a worker does not deliver, the training process reads itself.
+
+    Args:
+        steps: The batch of each step.
+        remaining: The steps to read.
+        num_workers: Processes; 0: the training process reads.
+        pin_memory: Put batches into page-locked memory.
+        worker_lost: Called with the reason if a worker dies; from then on, the training process reads.
+    """
+
+    def __init__(
+        self,
+        steps: TrainingSteps,
+        remaining: range,
+        num_workers: int,
+        pin_memory: bool,
+        worker_lost: Callable[[str], None],
+    ) -> None:
+        self.steps = steps
+        self.remaining = remaining
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.worker_lost = worker_lost
+        self._workers: list[_Worker] = []
+        self._at_exit: multiprocessing.util.Finalize
+
+    def __len__(self) -> int:
+        return len(self.remaining)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._start()
+        try:
+            for index, step in enumerate(self.remaining):
+                batch = self._from_worker(index) or self.steps[step]
+                yield apply_to_collection(batch, torch.Tensor, torch.Tensor.pin_memory) if self.pin_memory else batch
+        finally:
+            self._stop()
+
+    def _start(self) -> None:
+        """Start the workers; where the system has no process for them, the training process reads."""
+        # At exit, multiprocessing would send SIGTERM, which workers ignore, and wait for them.
+        self._at_exit = multiprocessing.util.Finalize(None, self._stop, exitpriority=0)
+        try:
+            for number in range(self.num_workers):
+                receiver, sender = multiprocessing.Pipe(duplex=False)
+                inherited = [receiver, *(worker.batches for worker in self._workers)]
+                steps = self.remaining[number :: self.num_workers]
+                process = CONTEXT.Process(
+                    target=_serve, args=(self.steps, steps, sender, inherited), name="data loader worker", daemon=True
+                )
+                process.start()
+                sender.close()  # now only the worker has it: its death ends the pipe
+                self._workers.append(_Worker(process, receiver))
+        except (OSError, MemoryError) as error:
+            self._stop()
+            log.warning(
+                "trainer.num_workers=%d: a process cannot be started: %s. The training process reads its data itself.",
+                self.num_workers, error,
+            )  # fmt: skip
+
+    def _from_worker(self, index: int) -> Batch | None:
+        """Return the batch of a step by its number among the remaining ones; None if no worker delivers it."""
+        if not self._workers:
+            return None
+        content = None
+        with contextlib.suppress(EOFError, OSError):
+            content = self._workers[index % self.num_workers].batches.recv_bytes()
+        # One that has read all of its steps exits with 0.
+        dead = [worker.process for worker in self._workers if worker.process.exitcode]
+        if content is None and not dead:  # its pipe ended before the process did
+            self._workers[index % self.num_workers].process.join(1)
+            dead = [self._workers[index % self.num_workers].process]
+        if dead:
+            self._stop()
+            self.worker_lost(f"the death of data loader worker {dead[0].pid} ({_end_of(dead[0])})")
+        return cast(Batch, pickle.loads(content)) if content else None
+
+    def _stop(self) -> None:
+        """Kill the workers; they hold nothing."""
+        self._at_exit.cancel()
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.batches.close()
+        self._workers.clear()
+
+
+def _end_of(process: BaseProcess) -> str:
+    """Return how a process has ended, in words."""
+    code = process.exitcode
+    if code is None or code >= 0:
+        return f"exit code {code}"
     try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name}; memory may have run out" if name == "SIGKILL" else name
 
 
-def _unchanged(batch: Any) -> Any:
-    """Collate nothing: the default would turn the tuple of counts into a list."""
-    return batch
+def _serve(steps: TrainingSteps, numbers: range, sender: Connection, inherited: Sequence[Connection]) -> None:
+    """Send the batches of steps, in a worker process.
 
-
-def _ignore_signals(worker: int) -> None:
-    """Ignore signals, which may be sent to every process of a job: a reader must live until the step is saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    Signals may be sent to every process of a job; a worker must live until the step is saved. It ends when the training
+    process does, since its pipe has no reader then: a worker must not keep the other end open.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    for receiver in inherited:
+        receiver.close()
+    torch.set_num_threads(1)
+    with contextlib.suppress(OSError):  # the training process has ended
+        for step in numbers:
+            try:
+                content = _packed(steps[step])
+            except Exception:  # the training process reads this step itself, and reports the error
+                content = b""
+            sender.send_bytes(content)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as arrays; by themselves they would be pickled by torch.save, or into shared memory."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Return how to restore a tensor."""
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def _packed(batch: Batch) -> bytes:
+    content = io.BytesIO()
+    _Pickler(content, protocol=5).dump(batch)
+    return content.getvalue()

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from cucafera.runs.folder import EVENTS
+from cucafera.runs.folder import EVENTS, RunFolder
 from cucafera.storage import append
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class BufferedAppendFile:
     def flush(self) -> None:
         """Append the buffer to the file and sync it; report the first failure of a series, and keep the buffer."""
         try:
-            append(self.path, bytes(self._pending))
+            append(self.path, self._pending)
         except OSError as error:
             if not self._failure_reported:
                 log.error("%s cannot be written: %s. The curves wait in memory", self.path, error.strerror or error)
@@ -111,7 +111,7 @@ def _stamp_after(folder: Path) -> str:
     TensorBoard reads files in the order of their names, and a run may be resumed on a machine whose clock is behind.
     """
     stamp = time.time_ns()
-    for path in folder.glob(EVENTS + "*"):
+    for path in RunFolder(folder).event_files():
         seconds, _, rest = path.name.removeprefix(EVENTS).partition(".")
         nanoseconds = rest.partition(".")[0]
         if seconds.isdecimal() and nanoseconds.isdecimal():

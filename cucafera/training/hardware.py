@@ -77,9 +77,15 @@ def decide_hardware(config: Config, environment: Mapping[str, str] | None = None
             in its job; None: all GPUs are visible and it is the only process.
 
     Raises:
-        UserError: the machine lacks what the settings require.
+        UserError: the machine lacks what the settings require, or a rank is not a number.
     """
     trainer, environment = config.trainer, environment or {}
+    for variable in RANK_VARIABLES:  # Lightning reads them where it is imported
+        if not environment.get(variable, "0").isdecimal():
+            raise UserError(
+                f"The environment variable {variable} is {environment[variable]!r}, not a number: unset it, or "
+                "start the processes with torchrun or srun"
+            )
     warn = log.warning if _is_first_process(environment) else log.debug
     accelerator = _accelerator(config, environment, warn)
     on_gpu = accelerator == "cuda"

@@ -17,17 +17,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from cucafera.config.command_line import differences_from_defaults
-from cucafera.config.errors import EXIT_DIVERGED, UserError
+from cucafera.config.errors import EXIT_DIVERGED, EXIT_WORKER_LOST, UserError
 from cucafera.config.schema import Config
 from cucafera.data.run_data import RunData
+from cucafera.data.sources import source_notes
 from cucafera.interop.trained import InitialWeights, initial_tokenizer, load_initial_weights
 from cucafera.objectives import objective_of
 from cucafera.runs.compatibility import matches_key
 from cucafera.runs.folder import ResumedCheckpoint, RunFolder
 from cucafera.runs.lock import run_lock
 from cucafera.runs.report import terminal_report, write_report
+from cucafera.training.callbacks.checkpoints import is_lost_connection
 from cucafera.training.callbacks.guards import GuardsError, RollbackRequest
 from cucafera.training.callbacks.interruption import Interruption
+from cucafera.training.checkpoint_writer import reason_of
 from cucafera.training.data_module import WindowDataModule
 from cucafera.training.hardware import Hardware
 from cucafera.training.module import LanguageModel
@@ -35,6 +38,12 @@ from cucafera.training.results import collect_metrics
 from cucafera.training.trainer import Callbacks, build_callbacks, build_trainer, describe_plan, disk_problem
 
 log = logging.getLogger(__name__)
+
+
+class ProcessLostError(UserError):
+    """Another process of the job has died."""
+
+    exit_code = EXIT_WORKER_LOST
 
 
 class Job:
@@ -91,6 +100,10 @@ class Job:
                     self._give_up(str(error))
                 except torch.OutOfMemoryError as error:
                     self._use_less_memory(error)
+                except RuntimeError as error:
+                    if not is_lost_connection(error):
+                        raise
+                    self._stop_without_process(error)
                 self._has_trained = True
                 gc.collect()  # frees model and optimizer before the next ones are built
                 if self.hardware.compile:
@@ -143,11 +156,15 @@ class Job:
         if data is None:
             data = self._open_data(state, initial)
         data_module = WindowDataModule(
-            data, first_step, self.hardware.num_workers, self.hardware.accelerator == "cuda", skipped_batches
+            data,
+            first_step,
+            self.hardware.num_workers,
+            self.hardware.accelerator == "cuda",
+            skipped_batches,
+            self.interruption.stop_without_worker,
         )
         if self.is_first_process:  # only now, when every input has been read, is an earlier run in the folder erased
-            folder.begin(config, self.overrides, first_step if state else None)
-            folder.note_start(config, self.overrides, dataclasses.asdict(self.hardware), resumed)
+            folder.begin(config, self.overrides, dataclasses.asdict(self.hardware), resumed)
         checkpoint = resumed.path if resumed else None
         del resumed, state, initial  # training would keep a second copy of the weights
         self.interruption.install_signal_handlers()
@@ -174,6 +191,9 @@ class Job:
             expected = state["fingerprints"]
         elif initial:
             expected = {"tokenizer": initial.tokenizer}
+        if self.is_first_process:
+            for note in source_notes(config.data.sources):
+                log.info("%s", note)
         data = self.objective.open_data(config)
         data.check_fingerprints(
             {key: value for key, value in expected.items() if not matches_key(key, config.resume_allow_changed)}
@@ -187,7 +207,11 @@ class Job:
 
     def _report_completed(self, callbacks: Callbacks, step: int) -> float:
         """Print the report of a run that has already finished, and write it if it is not there."""
-        metrics = self.folder.read_metrics()
+        try:
+            metrics = self.folder.read_metrics()
+        except UserError as error:
+            log.warning("%s. It is written again", error)
+            metrics = None
         is_current = metrics is not None and metrics["steps"] == step
         if metrics is None or not is_current:  # killed between its last checkpoint and its report
             metrics = collect_metrics(self.config, self.hardware, callbacks)
@@ -210,7 +234,7 @@ class Job:
                 log.info("%s", stop_line(interruption.reason, step, writer.saved_step))
             self._leave(interruption.exit_code)
         if writer.failure is not None:
-            why = writer.failure.strerror or str(writer.failure)
+            why = reason_of(writer.failure)
             self.folder.note(
                 "stopped", step=step, saved_step=writer.saved_step, reason=f"the result could not be written: {why}"
             )
@@ -292,6 +316,18 @@ class Job:
         self.folder.note("stopped", saved_step=self.folder.checkpoints.newest_step(), reason=why)
         raise GuardsError(why)
 
+    def _stop_without_process(self, error: RuntimeError) -> NoReturn:
+        """End a run of which another process has died. Raises ProcessLostError in the first process."""
+        if not self.is_first_process:
+            sys.exit(EXIT_WORKER_LOST)
+        step = self.folder.checkpoints.newest_step()
+        self.folder.note("stopped", saved_step=step, reason="the death of another process of the job")
+        resume = f"resume after step {step:,}" if step else "start from scratch"
+        raise ProcessLostError(
+            f"Another process of this job has died: memory may have run out, or its machine is gone. Run the same "
+            f"command again to {resume}."
+        ) from error
+
     def _leave(self, code: int) -> NoReturn:
         """Exit; the exit code of the first process is the job's.
 
@@ -304,7 +340,7 @@ def stop_line(reason: str, step: int | None, saved_step: int | None) -> str:
     """Return the last line of a run that was stopped: what is saved, and how to resume.
 
     Args:
-        reason: The signal or limit.
+        reason: The signal, limit or death.
         step: The step that should have been saved; None if none should.
         saved_step: The last one that is saved.
     """

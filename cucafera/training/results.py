@@ -39,6 +39,7 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
         "precision": hardware.precision,
         "skipped_updates": guards.skipped_updates,
         "skipped_batches": guards.skipped_batches,
+        "left_out": throughput.left_out,
         "train_loss": loss if math.isfinite(loss) else None,
         "peak_memory_gib": throughput.latest.get("memory/peak_gib"),
         "validation": validation.history,

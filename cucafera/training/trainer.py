@@ -1,11 +1,12 @@
 """The Lightning Trainer and the callbacks of a run."""
 
 import dataclasses
+import functools
 import logging
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -189,21 +190,28 @@ def _strategy(config: Config, hardware: Hardware) -> Strategy | str:
 
 def _started_by(devices: int, num_nodes: int) -> ClusterEnvironment | None:
     """Return what has started the processes of this job, one per device; None if Lightning is to start them."""
-    environment: ClusterEnvironment
+    build: Callable[[], ClusterEnvironment]
     if TorchElasticEnvironment.detect():
-        environment = TorchElasticEnvironment()
+        build = TorchElasticEnvironment
         command = f"torchrun --nnodes={num_nodes} --nproc-per-node={devices}"
     elif SLURMEnvironment.detect():
-        # Lightning would save a checkpoint of its own on SIGUSR1, without the position in the data.
-        environment = SLURMEnvironment(auto_requeue=False)
+        # By itself, Lightning would save a checkpoint of its own on SIGUSR1, without the position in the data.
+        build = functools.partial(SLURMEnvironment, auto_requeue=False)
         command = f"sbatch --nodes={num_nodes} --ntasks-per-node={devices}"
     else:
         return None
     try:
+        environment = build()
         environment.validate_settings(devices, num_nodes)
-    except ValueError as error:
+        if environment.world_size() != devices * num_nodes or environment.global_rank() >= environment.world_size():
+            raise ValueError(
+                f"This is process {environment.global_rank()} of {environment.world_size()}, for {devices * num_nodes} "
+                f"device{'s' if devices * num_nodes > 1 else ''}."
+            )
+    except (ValueError, RuntimeError, KeyError) as error:
+        problem = f"The environment variable {error} is missing." if isinstance(error, KeyError) else str(error)
         raise UserError(
-            f"{error} The job needs one process per device: {command}, or other values of trainer.num_nodes and "
+            f"{problem} The job needs one process per device: {command}, or other values of trainer.num_nodes and "
             "trainer.devices"
         ) from None
     return environment

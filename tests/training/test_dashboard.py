@@ -39,7 +39,7 @@ from cucafera.runs.folder import EVENTS, RunFolder
 from cucafera.training.callbacks import layers
 from cucafera.training.callbacks.hyperparameters import overridden_values
 from cucafera.training.callbacks.reference import PUBLISHED, PublishedLoss
-from cucafera.training.callbacks.system import plain, source_revision, system_page, table
+from cucafera.training.callbacks.system import source_revision, system_page
 from cucafera.training.hardware import decide_hardware
 from cucafera.training.module import LanguageModel
 from cucafera.training.schedules import lr_ratio
@@ -294,25 +294,6 @@ def test_the_system_page_describes_the_run(small_run):
         assert "<tr>\n" + "\n".join(f"<td>{cell}</td>" for cell in row) + "\n</tr>" in html
     assert "python -m cucafera.run name=run seed=7 model.hidden_act=silu" in html
     assert socket.gethostname() not in html
-
-
-def test_cells_are_escaped_for_markdown_and_html():
-    cells = [
-        "a|b",
-        "one\ntwo\r\n| three |",
-        "<script>x</script>",
-        "[x](javascript:y)",
-        "**b** `c` _d_",
-        "\\|",
-        "# h",
-        "&amp;",
-    ]
-    html = plugin_util.markdown_to_safe_html("\n".join(table(("key", "value"), [("k", cell) for cell in cells])))
-    assert html.count("<tr>") == 1 + len(cells) and html.count("<td>") == 2 * len(cells)
-    for markup in ("<script", "<a ", "<strong", "<code", "<em", "<h1"):
-        assert markup not in html
-    assert "one two | three |" in unescape(html) and "<td>&#38;amp;</td>" in html
-    assert plain("1e-05 outputs/x y_z") == "1e-05 outputs/x y&#95;z"
 
 
 def test_the_revision_of_a_checkout_reports_uncommitted_changes(tmp_path):

@@ -12,6 +12,7 @@ from cucafera.optimizers import build_optimizer
 from cucafera.run import train
 from cucafera.runs.folder import RunFolder
 from cucafera.training.callbacks.guards import GuardsError
+from cucafera.training.first_steps import FirstSteps
 from cucafera.training.gradient_check import _part_with_targets
 from cucafera.training.module import LanguageModel
 from tests.support import assert_equal, weights
@@ -71,6 +72,31 @@ def test_updates_that_change_no_weight_stop_the_run(small_run, monkeypatch):
     monkeypatch.setattr("cucafera.training.module.build_optimizer", without_updates)
     with pytest.raises(GuardsError, match="no weight has changed in the first 3 steps, although every update was"):
         train(small_run("name=run"), [])
+
+
+@pytest.mark.parametrize(("rate", "message"), [(1e-3, "no weight has changed"), (1e-9, None)])
+def test_unchanged_weights_are_a_fault_only_at_a_rate_that_would_change_them(rate, message):
+    model = torch.nn.Linear(3, 3)
+    watched = FirstSteps(model, steps_done=5)
+    for step in range(3):
+        assert not watched.has_seen_enough
+        model.weight.grad, model.bias.grad = torch.ones(3, 3), torch.ones(3)
+        watched.watch(rate if step == 0 else 0.0)  # the largest counts
+    assert watched.has_seen_enough and watched.last_step == 8
+    fault = watched.fault()
+    assert (message in fault) if message else fault is None
+
+
+def test_a_gradient_that_is_zero_in_one_step_is_no_fault_and_in_all_is_one():
+    model = torch.nn.Linear(3, 3)
+    watched = FirstSteps(model, steps_done=0)
+    for step in range(3):
+        model.weight.grad = torch.zeros(3, 3) if step < 2 else torch.ones(3, 3)
+        model.bias.grad = torch.zeros(3)
+        watched.watch(1e-3)
+    with torch.no_grad():
+        model.weight += 1
+    assert watched.fault() == "the gradient of bias was exactly zero in each of the first 3 steps"
 
 
 def test_a_long_log_interval_still_stops_the_run_early(small_run, monkeypatch):
@@ -136,6 +162,7 @@ def test_one_wrong_gradient_is_enough_and_is_reported_by_name(small_run, compile
 def test_the_gradient_check_can_be_turned_off(small_run, compiled_as):
     compiled_as(lambda model, loss: 1.1 * loss if loss.ndim == 0 else loss)
     train(small_run(*COMPILED, "trainer.check_gradients=false"), [])
+    assert RunFolder(Path("outputs/run")).report.exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -175,6 +202,7 @@ def test_a_gradient_that_consists_of_rounding_errors_is_no_fault(small_run, comp
     small_run()  # makes its own folder the current one
     settings = ("data.sources.files.path=same", "tokenizer.vocab_size=266", "schedule.warmup_steps=0")
     train(small_run(*COMPILED, *settings), [])
+    assert RunFolder(Path("outputs/run")).report.exists()
 
 
 def test_the_gradient_check_uses_a_window_with_targets(monkeypatch):

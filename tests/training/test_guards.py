@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.runs.checkpoints import read_checkpoint
 from cucafera.runs.folder import RunFolder
-from cucafera.training.callbacks.guards import LossMonitor
-from cucafera.training.module import LanguageModel
+from cucafera.training.callbacks.guards import Guards, LossMonitor
+from cucafera.training.callbacks.interruption import Interruption
+from cucafera.training.module import LanguageModel, StepRecord
 from tests.support import assert_equal, scalars, weights
 
 POISON = 9
@@ -114,6 +116,12 @@ def test_consecutive_nonfinite_updates_are_counted_across_a_resume(small_run, in
         train(small_run("name=run", horizon), [])
 
 
+def test_skipped_updates_that_are_not_consecutive_do_not_stop_the_run(small_run, inject):
+    inject({3, 4, 5, 7, 8, 9}, math.nan)  # three and three, with one between them
+    train(small_run("name=run", "callbacks.log_every_steps=12"), [])
+    assert json.loads(Path("outputs/run/metrics.json").read_text())["skipped_updates"] == 6
+
+
 def test_the_policy_stop_stops_at_the_first_nonfinite_update(small_run, inject):
     inject({5}, math.nan)
     with pytest.raises(UserError, match="found a non-finite update at step 6"):
@@ -170,7 +178,8 @@ def test_repeated_rollbacks_to_one_step_stop_the_run(small_run, inject):
     inject(range(5, 100), math.nan)
     with pytest.raises(UserError, match="3 rollbacks to step 4 did not help"):
         train(small_run("name=run", ROLLBACK), [])
-    assert [line["event"] for line in history_of("run")] == ["started", *["rolled back", "resumed"] * 3, "stopped"]
+    sessions = ["started", "first checkpoint", *["rolled back", "resumed"] * 3, "stopped"]
+    assert [line["event"] for line in history_of("run")] == sessions
 
 
 def test_a_signal_in_the_step_that_requests_a_rollback_is_not_lost(small_run, inject, monkeypatch, caplog):
@@ -202,9 +211,9 @@ def test_a_signal_during_a_rollback_is_handled_after_the_next_step(small_run, in
     inject({5}, math.nan)
     begin = RunFolder.begin
 
-    def begin_and_signal(folder, config, overrides, resumed_step):
-        begin(folder, config, overrides, resumed_step)
-        if resumed_step == 4:
+    def begin_and_signal(folder, config, overrides, hardware, resumed):
+        begin(folder, config, overrides, hardware, resumed)
+        if resumed is not None and resumed.state["steps_done"] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(RunFolder, "begin", begin_and_signal)
@@ -275,6 +284,57 @@ def test_the_monitor_distinguishes_a_spike_from_noise_and_a_falling_loss():
     assert monitor.deviations(5.0) > 6
     assert monitor.mean - mean < 0.02  # a spike hardly moves the mean
     assert monitor.deviations(3.05) < 6
+
+
+def test_spikes_are_found_from_the_end_of_the_first_window_on():
+    for steps in (9, 10):
+        monitor = LossMonitor(GuardsConfig(spike_window_steps=10))
+        for _ in range(steps):
+            monitor.deviations(2.0)
+        assert (monitor.deviations(9.0) > 6) == (steps == 10)
+
+
+def test_a_loss_that_falls_at_once_is_no_spike():
+    monitor = LossMonitor(GuardsConfig(spike_window_steps=10))
+    for _ in range(50):
+        monitor.deviations(5.0)
+    assert monitor.deviations(1.0) < 0
+
+
+def test_one_spike_does_not_hide_the_next():
+    monitor = LossMonitor(GuardsConfig(spike_window_steps=10))
+    for _ in range(50):
+        monitor.deviations(5.0)
+    assert monitor.deviations(1e6) > 6
+    assert monitor.mean == pytest.approx(5.0 + 2 / 11 * 6 * 0.05) and monitor.deviations(8.0) > 6
+
+
+def test_a_nonfinite_loss_leaves_the_monitor_as_it_was(small_run, inject, caplog):
+    inject({4}, math.nan)
+    train(small_run("name=run", *SPIKES), [])
+    state = read_checkpoint(RunFolder(Path("outputs/run")).checkpoints.marked()[-1])
+    guards = next(value for key, value in state["callbacks"].items() if "monitor" in value)
+    assert math.isfinite(guards["monitor"]["mean"]) and guards["monitor"]["steps"] == 11
+
+
+def test_the_monitor_of_the_loss_survives_a_resume(small_run, inject, caplog):
+    inject({9}, 2.0)  # the second step of the next session: a new monitor would have seen one loss
+    horizon = "schedule.horizon_steps=12"
+    train(small_run("name=run", horizon, "budget_tokens=2048", *SPIKES), [])
+    train(small_run("name=run", horizon, *SPIKES), [])
+    assert "Step 10: its loss of" in caplog.text
+
+
+def test_the_state_of_the_guards_is_complete(small_run):
+    config = small_run(*SPIKES)
+    guards, restored = (Guards(config, Interruption(config, 0.0), []) for _ in range(2))
+    for number, loss in enumerate([5.0, 4.0, 4.5, 4.25, 4.0, 4.1], 1):
+        guards._check(SimpleNamespace(is_global_zero=True), [StepRecord(number, loss, 1.0, applied=number != 6)])
+    state = guards.state_dict()
+    assert (state["skipped_updates"], state["consecutive_skips"], state["monitor"]["steps"]) == (1, 1, 5)
+    restored.load_state_dict(state)
+    assert restored.state_dict() == state
+    assert restored.skipped_updates == 1 and restored.monitor.deviations(9.0) == guards.monitor.deviations(9.0) > 6
 
 
 def test_a_constant_loss_does_not_spike_at_its_first_change():

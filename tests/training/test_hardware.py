@@ -247,6 +247,30 @@ def test_devices_of_one_job_choose_the_same_micro_batch(card, caplog):
     assert [message.split(": ")[-1] for message in caplog.messages] == ["training may run out of memory."]
 
 
+@pytest.mark.parametrize(
+    ("windows", "length", "devices", "micro_batch"),
+    [
+        (8, 256, 1, 8),  # all of them fit: 16 windows of 256 tokens would
+        (8, 256, 2, 4),  # and no device has more than its share
+        (8, 256, 8, 1),
+        (32, 512, 1, 8),
+        (32, 512, 2, 8),
+        (12, 1024, 1, 4),
+        (18, 1024, 1, 3),  # a divisor near to what fits, for micro-batches of one size
+        (14, 1024, 1, 4),  # none is near: 2 would be half
+        (10, 1024, 2, 4),
+        (2, 8192, 1, 1),
+    ],
+)
+def test_a_micro_batch_is_a_share_of_the_windows_of_one_device(monkeypatch, windows, length, devices, micro_batch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    config = composed_config(
+        ["trainer=cpu", f"trainer.devices={devices}", f"batch_tokens={windows * length}",
+         f"model.max_position_embeddings={length}", "budget_tokens=1e7"]
+    )  # fmt: skip
+    assert decide_hardware(config).micro_batch_windows == micro_batch
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, torch.AcceleratorError])
 @pytest.mark.parametrize("accelerator", ["cuda", "auto"])
 def test_a_gpu_that_accepts_no_further_process_is_refused_in_one_line(card, kind, accelerator):
@@ -317,3 +341,9 @@ def test_unavailable_flash_attention_3_and_4_are_refused_with_the_reason(name, c
 
     with pytest.raises(UserError, match=message):
         activate_flash_attention(name, "A100", capability)
+
+
+@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
+def test_a_rank_that_is_not_a_number_is_refused_before_lightning_is_imported(variable):
+    with pytest.raises(UserError, match=f"variable {variable} is 'two', not a number"):
+        decide_hardware(composed_config([]), {variable: "two"})

@@ -11,7 +11,8 @@ from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
 from cucafera.config.registry import OPTIMIZERS
 from cucafera.data.windows import TrainingSteps
-from cucafera.model.flops import parameter_count
+from cucafera.model.flops import adapter_parameter_count, parameter_count
+from cucafera.model.loss import LOGITS_BYTES
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.runs.folder import RunFolder
@@ -175,6 +176,35 @@ def test_out_of_memory_under_ddp_says_nothing_about_fsdp(tmp_path):
     assert not folder.ran_out_of_memory(fsdp, dataclasses.asdict(decide_hardware(fsdp)))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [["sequence_length=128"], ["model.num_hidden_layers=2"], ["trainer.micro_batch_windows=2"],
+     ["adapter.rank=4", "init_from=x"], ["trainer.strategy=fsdp"], ["trainer.precision=bf16"]],
+)  # fmt: skip
+def test_out_of_memory_says_nothing_about_a_step_that_needs_another_amount(tmp_path, other):
+    def facts(*overrides: str):
+        config = composed_config(["trainer=cpu", "trainer.micro_batch_windows=4", *overrides])
+        return config, dataclasses.asdict(decide_hardware(config))
+
+    folder = RunFolder(tmp_path)
+    assert not folder.ran_out_of_memory(*facts())
+    folder.note_out_of_memory(*facts())
+    assert folder.ran_out_of_memory(*facts())
+    assert folder.ran_out_of_memory(*facts("optimizer.lr=1e-4", "seed=3"))
+    assert not folder.ran_out_of_memory(*facts(*other))
+
+
+def test_next_to_adapters_weights_have_no_gradient_and_no_state():
+    config = composed_config(["model=cucafera", "adapter.rank=8", "init_from=x"])
+    full = composed_config(["model=cucafera"])
+    parameters, head = parameter_count(full.model), 65_536 * 768
+    adapters = adapter_parameter_count(config.model, config.adapter)
+    alone, adapted = (StepMemory(each, "fp32", ADAMW).fixed_bytes for each in (full, config))
+    # weights, gradients and two moments in fp32; one chunk of logits; and the head's own gradient
+    assert alone == 16 * parameters + LOGITS_BYTES["cuda"] + 4 * head
+    assert adapted == 4 * parameters + 16 * adapters + LOGITS_BYTES["cuda"]
+
+
 def test_out_of_memory_with_one_window_turns_activation_checkpointing_on(small_run, little_memory):
     train(small_run("name=given", "trainer.micro_batch_windows=1"), [])
     assert little_memory(windows=1, only_checkpointing=True) == []
@@ -197,7 +227,9 @@ def test_out_of_memory_in_the_middle_of_a_run_does_not_erase_it(small_run, littl
     train(small_run("name=found", "resume=overwrite"), [])
     assert failures == [8]
     notes = [(line["event"], line.get("step")) for line in history_of("found")]
-    assert notes == [("started", 0), ("out of memory", None), ("resumed", 8), ("completed", 12)]
+    assert notes == [
+        ("started", 0), ("first checkpoint", 4), ("out of memory", None), ("resumed", 8), ("completed", 12),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,26 @@ def test_wsd_is_constant_and_then_decays_linearly():
     assert values[100:] == pytest.approx([0.0] * 50)
 
 
+@pytest.mark.parametrize("final", [0.0, 0.1, 0.5, 1.0])
+def test_a_decay_goes_linearly_or_by_half_a_cosine_to_the_final_ratio(final):
+    wsd = ratios(name="wsd", warmup_steps=40, decay_fraction=0.5, final_lr_ratio=final)
+    # Half of the horizon, 50 steps, not of the 60 that follow the warm-up.
+    assert wsd[40:51] == [1.0] * 11
+    assert wsd[50:101] == pytest.approx([1 - (1 - final) * step / 50 for step in range(51)])
+    assert wsd[100:] == pytest.approx([final] * 50)
+    cosine = ratios(name="cosine", warmup_steps=40, final_lr_ratio=final)
+    assert cosine[40:101] == pytest.approx(
+        [final + (1 - final) * (1 + math.cos(math.pi * step / 60)) / 2 for step in range(61)]
+    )
+    assert cosine[100:] == pytest.approx([final] * 50)
+
+
+def test_a_decay_never_begins_before_the_end_of_the_warm_up():
+    values = ratios(name="wsd", warmup_steps=90, decay_fraction=0.5, final_lr_ratio=0.0)
+    assert values[89] == pytest.approx(90 / 91) and values[90] == 1.0 and values[95] == pytest.approx(0.5)
+    assert ratios(name="wsd", warmup_steps=0, decay_fraction=0.0)[99] == 1.0
+
+
 @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
 def test_a_warm_up_as_long_as_the_horizon_is_possible(name):
     assert all(0 <= value <= 1 for value in ratios(horizon=10, name=name, warmup_steps=10))

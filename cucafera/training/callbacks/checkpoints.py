@@ -1,6 +1,9 @@
 """Save checkpoints when they are due."""
 
+import contextlib
 import logging
+import re
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,8 +21,14 @@ from cucafera.training.callbacks.validation import Validation
 from cucafera.training.checkpoint_writer import CheckpointWriter
 from cucafera.training.data_module import data_of
 from cucafera.training.module import LanguageModel
+from cucafera.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
+
+LOST_CONNECTION = re.compile(
+    r"gloo.*(Connection|Socket|Read error|Write error|Broken pipe)|NCCL.*(remote|peer)", re.DOTALL
+)
+"""In the messages of PyTorch's collectives."""
 
 
 class Checkpoints(Callback):
@@ -99,3 +108,21 @@ class Checkpoints(Callback):
         self.writer.finish()
         if isinstance(exception, RollbackRequest | GuardsError):
             trainer.strategy.barrier()
+        elif is_lost_connection(exception):
+            self._save_alone(trainer, cast(LanguageModel, pl_module))
+
+    def _save_alone(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Save the last finished step when another process of the job has died, if this one has all of its state.
+
+        No collective follows a step's update within the step, so weights and moments are those of a finished step.
+        """
+        has_all = not isinstance(trainer.strategy, FullySharded) and module.device.type == "cpu"
+        if trainer.is_global_zero and has_all and module.steps_done > (self.writer.saved_step or 0):
+            with contextlib.suppress(RuntimeError):  # the barrier after the save fails
+                trainer.save_checkpoint(self.folder.checkpoints.file_at(module.steps_done))
+            self.writer.finish()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """True for the error of a collective of which another process has died."""
+    return isinstance(error, RuntimeError) and bool(LOST_CONNECTION.search(str(error)))

@@ -1,6 +1,5 @@
 """Signals and time limits: finish the step, save a checkpoint, then stop or continue."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -14,8 +13,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 
-from cucafera.config.errors import EXIT_OUT_OF_TIME
+from cucafera.config.errors import EXIT_OUT_OF_TIME, EXIT_WORKER_LOST
 from cucafera.config.schema import Config
+from cucafera.output import notify
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.module import LanguageModel
 
@@ -25,10 +25,13 @@ HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1,
 class Interruption(Callback):
     """Handle signals and the time limit.
 
-    The first SIGINT, SIGTERM or SIGHUP (a closed terminal), or reaching max_time, finishes the step, saves a checkpoint
-    and stops; a second signal exits immediately. Before the first step there is nothing to save, so the first signal
-    exits immediately. SIGUSR1 saves a checkpoint, and training continues. SIGUSR2, with which a sweep stops its jobs,
-    never counts as the second signal: a job may receive it in addition to the signal that stopped the sweep.
+    The first SIGINT, SIGTERM or SIGHUP (a closed terminal), reaching max_time, or the death of a worker process
+    finishes the step, saves a checkpoint and stops; a second signal exits immediately. Before the first step there is
+    nothing to save, so the first signal exits immediately. SIGUSR1 saves a checkpoint, and training continues.
+
+    Two signals never count as the second one. SIGUSR2, with which a sweep stops its jobs: a job may receive it in
+    addition to the signal that stopped the sweep. SIGHUP: of a closed terminal, the shell and the system each send one,
+    and systemd sends it together with SIGTERM.
 
     Several devices agree at the next log step, since a signal may have reached only one of them. The object lives as
     long as the run, through all its rollbacks.
@@ -48,15 +51,19 @@ class Interruption(Callback):
         self.exit_code: int | None = None
         self.save_requested = False
         self._training = False
+        self._code = 0
         self._received: signal.Signals | None = None
         self._stop_signals = 0
         self._save_received = False
+        self._worker_lost = "the death of a worker process"
 
     @property
     def reason(self) -> str:
-        """The signal or limit that stopped training, for messages."""
+        """The signal, limit or death that stopped training, for messages."""
         if self.exit_code == EXIT_OUT_OF_TIME:
             return f"max_time={self.config.max_time}"
+        if self.exit_code == EXIT_WORKER_LOST:
+            return self._worker_lost
         assert self.exit_code is not None
         if self.exit_code == 128 + signal.SIGUSR2:
             return "the sweep"
@@ -78,6 +85,11 @@ class Interruption(Callback):
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # started by nohup
                 signal.signal(number, self._on_signal)
 
+    def stop_without_worker(self, reason: str) -> None:
+        """Stop after this step, since a worker process has died; `reason` says which, and how."""
+        self._worker_lost = reason
+        self._code = EXIT_WORKER_LOST
+
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Install the handlers again: Lightning has set its own, which exit with status 0 and save nothing."""
         self.install_signal_handlers()
@@ -90,18 +102,17 @@ class Interruption(Callback):
             sys.exit(128 + number)
         elif number == signal.SIGUSR2:
             self._received = self._received or signal.SIGUSR2
+        elif number == signal.SIGHUP:
+            if self._received is None:
+                self._received = signal.SIGHUP
+                notify("SIGHUP received: saving a checkpoint after this step.")
         elif self._stop_signals:
             self._exit_at_once(number)
         else:
             self._stop_signals += 1
             self._received = signal.Signals(number)
-            # os.write is async-signal-safe. The log is not: the signal may have interrupted it while it held its lock.
             again = "Press Ctrl-C again" if number == signal.SIGINT else "Send it again"
-            message = (
-                f"{self._received.name} received: saving a checkpoint after this step. {again} to exit immediately."
-            )
-            with contextlib.suppress(OSError):  # the terminal may be closed
-                os.write(sys.stderr.fileno(), f"\n{message}\n".encode())
+            notify(f"{self._received.name} received: saving a checkpoint after this step. {again} to exit immediately.")
 
     def _exit_at_once(self, number: int) -> NoReturn:
         os._exit(128 + number)
@@ -109,7 +120,7 @@ class Interruption(Callback):
     def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Decide whether to stop or save after this step; `Checkpoints`, later in the same step, saves."""
         self.save_requested = False
-        code = 0 if self._received is None else 128 + self._received
+        code = self._code if self._received is None else 128 + self._received
         if not code and self.deadline is not None and time.monotonic() > self.deadline:
             code = EXIT_OUT_OF_TIME
         save = self._save_received

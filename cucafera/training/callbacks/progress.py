@@ -1,6 +1,5 @@
 """Progress of training on the terminal and in run.log."""
 
-import contextlib
 import logging
 import sys
 from typing import Any
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from cucafera.config.schema import Config
 from cucafera.objectives import Objective
+from cucafera.output import bar_output
 from cucafera.runs.report import count, duration
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.throughput import Throughput
@@ -17,24 +17,6 @@ from cucafera.training.callbacks.validation import Validation
 from cucafera.training.module import LanguageModel
 
 log = logging.getLogger("cucafera.steps")
-
-
-class _TerminalOutput:
-    """Standard output that a run cannot fail by: writing to a closed terminal or pipe does nothing."""
-
-    def write(self, text: str) -> int:
-        """Write, if there is still a terminal."""
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, if there is still a terminal."""
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stdout, name)
 
 
 class Progress(Callback):
@@ -56,7 +38,7 @@ class Progress(Callback):
                 total=self.config.total_steps,
                 initial=module.steps_done,
                 unit="step",
-                file=_TerminalOutput(),
+                file=bar_output(sys.stdout),
                 dynamic_ncols=True,
                 bar_format="{desc}{percentage:3.0f}%|{bar}| step {n}/{total} [{elapsed}, {remaining} left]{postfix}",
             )
@@ -86,13 +68,13 @@ class Progress(Callback):
             values = "  ".join(f"{metric.name} {record[metric.name]:{metric.format}}" for metric in shown)
             line = f"step {step:>6,}  validation {values}"
             if self._bar is not None:
-                self._bar.write(line, file=_TerminalOutput())
+                self._bar.write(line, file=sys.stdout)
             self._line(line)
 
     def _line(self, text: str) -> None:
         log.info(text)
         if not sys.stdout.isatty():
-            print(text, file=_TerminalOutput(), flush=True)
+            print(text, flush=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Close the bar before the error message."""

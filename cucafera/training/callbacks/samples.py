@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cucafera.config.schema import Config
+from cucafera.data.chatml import STOP_IDS
 from cucafera.generation.generate import generate
 from cucafera.model.transformer import Decoder
 from cucafera.runs.report import continuation_of
@@ -59,7 +60,7 @@ class Samples(Callback):
                 data.tokenizer,
                 [module.objective.prompt_ids(data.tokenizer, prompt)[-max_prompt_tokens:]],
                 callbacks.sampling,
-                frozenset({module.objective.stop_id}),
+                frozenset(STOP_IDS),
                 torch.Generator(module.device).manual_seed(self.config.seed),
             )
             self.latest.append({"prompt": prompt, "continuation": written.text, "finish_reason": written.finish_reason})
@@ -67,7 +68,5 @@ class Samples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, sample in enumerate(self.latest, 1):
-                    # Two spaces before a line's end keep it in Markdown, which TensorBoard shows texts as.
                     text = module.objective.sample_markdown(sample["prompt"], continuation_of(sample))
-                    text = text.replace("\n", "  \n")
                     logger.experiment.add_text(f"samples/{number}", text, module.steps_done)

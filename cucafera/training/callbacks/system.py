@@ -1,10 +1,9 @@
 """A page that describes a session: source revision, versions, device, command, and changed settings."""
 
 import platform
-import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 import cucafera
 from cucafera.config.fields import format_value
+from cucafera.markup import markdown, markdown_table
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.events import event_logger
 from cucafera.training.hardware import Hardware
@@ -56,22 +56,11 @@ def system_page(hardware: Hardware, overrides: Sequence[str], changes: Mapping[s
         "device": f"{hardware.world_size} x {hardware.name}, {hardware.precision}{compiled}",
     }
     rows = [(key, format_value(default), format_value(value)) for key, (default, value) in changes.items()]
-    lines = [plain(f"python -m cucafera.run {shlex.join(overrides)}"), ""]
-    lines += [*table(("property", "value"), [(name, value) for name, value in facts.items() if value]), ""]
+    lines = [markdown(f"python -m cucafera.run {shlex.join(overrides)}"), ""]
+    lines += [*markdown_table([("property", "value"), *((name, value) for name, value in facts.items() if value)]), ""]
     lines += ["### Settings that differ from the defaults", ""]
-    lines += table(("key", "default", "this run"), rows) if rows else ["None."]
+    lines += markdown_table([("key", "default", "this run"), *rows]) if rows else ["None."]
     return "\n".join(lines)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def plain(text: str) -> str:
-    """Escape a text for Markdown and HTML, and join its lines."""
-    return re.sub(r"[\\`*_{}\[\]()#+!|~:^&<>\"']", lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
 
 
 def source_revision(root: Path) -> str | None:

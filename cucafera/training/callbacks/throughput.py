@@ -1,5 +1,6 @@
 """Training curves: loss, gradient norm, learning rate, tokens, speed, memory."""
 
+import dataclasses
 import logging
 import resource
 import sys
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf import OmegaConf
 
 from cucafera.config.schema import Config
+from cucafera.markup import markdown_code
 from cucafera.model.flops import training_flops_per_token
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.guards import Guards
@@ -46,6 +48,7 @@ class Throughput(Callback):
         self.training_seconds = 0.0
         self.waiting_seconds = 0.0
         self.latest: dict[str, float] = {}
+        self.left_out: list[dict[str, Any]] = []
         self._log_step = 0
         self._since = 0.0
         self._paused = 0.0
@@ -53,27 +56,35 @@ class Throughput(Callback):
         self._own_hook_done_at = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last values, and the seconds so far: a resumed run reports its total time."""
+        """Return the last values, what was left out of the data, and the seconds so far, for the report."""
         return {
             "training_seconds": self.training_seconds,
             "waiting_seconds": self.waiting_seconds,
             "latest": self.latest,
+            "left_out": self.left_out,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the last values and the seconds."""
+        """Restore all that `state_dict` returned."""
         self.training_seconds = state_dict["training_seconds"]
         self.waiting_seconds = state_dict["waiting_seconds"]
         self.latest = state_dict["latest"]
+        self.left_out = state_dict["left_out"]
 
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        """Report the amounts of text, write the configuration, and start the clock."""
+        """Report the amounts of text and what was left out of it, write the configuration, and start the clock."""
         data = data_of(trainer)
+        self.left_out = [dataclasses.asdict(entry) for entry in data.left_out]
         if trainer.is_global_zero:
             log.info("%s", data.describe())
+            for entry in data.left_out:
+                if entry.is_large:
+                    log.warning("WARNING %s", entry)
+                else:
+                    log.info("        %s", entry)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                text = f"```yaml\n{OmegaConf.to_yaml(OmegaConf.structured(self.config))}```"
+                text = markdown_code(OmegaConf.to_yaml(dataclasses.asdict(self.config)))
                 logger.experiment.add_text("config", text, module.steps_done)
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
