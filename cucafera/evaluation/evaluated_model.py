@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from cucafera.config.errors import UserError
 from cucafera.interop.trained import TrainedModel, load_trained
 from cucafera.runs.checkpoints import read_checkpoint
 
@@ -43,21 +39,18 @@ class EvaluatedModel(TrainedModel):
     @property
     def prepared(self) -> Path:
         """The run's data.prepared_dir; a relative one is relative to the folder that training was started in."""
-        return Path(str(_value(self._config(), "data.prepared_dir") or "outputs/prepared"))
+        return Path(str(self._setting("data", "prepared_dir") or "outputs/prepared"))
 
     @property
     def prompts(self) -> list[str]:
         """The prompts of the run's samples; empty if unknown."""
-        return [str(prompt) for prompt in _value(self._config(), "callbacks.prompts") or []]
+        prompts = self._setting("callbacks", "prompts")
+        return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
-    def _config(self) -> Any:
-        """Return the config.yaml of the run folder; an empty configuration for a model from elsewhere."""
-        if self.run is None:
-            return OmegaConf.create()
-        try:
-            return OmegaConf.load(self.run.config)
-        except (OSError, YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{self.run.config} cannot be read: {str(error).splitlines()[0]}") from error
+    def _setting(self, group: str, key: str) -> Any:
+        """Return a setting of the run; None if it is not there: another version may have written its config.yaml."""
+        settings = {} if self.run is None else self.run.read_config().get(group)
+        return settings.get(key) if isinstance(settings, dict) else None
 
 
 def load_evaluated_model(source: str, device: torch.device) -> EvaluatedModel:
@@ -69,11 +62,3 @@ def load_evaluated_model(source: str, device: torch.device) -> EvaluatedModel:
     trained = load_trained(source)
     trained.model.to(device)
     return EvaluatedModel(**vars(trained), source=source)
-
-
-def _value(config: Any, key: str) -> Any:
-    """Return a value of a configuration, None if it is missing: another version may have written the file."""
-    try:
-        return OmegaConf.select(config, key)
-    except OmegaConfBaseException:
-        return None

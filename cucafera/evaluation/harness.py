@@ -32,7 +32,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID
-from cucafera.data.chatml import CHAT_TEMPLATE, STOP_IDS, Message, render_prompt
+from cucafera.data.chatml import CHAT_TEMPLATE, STOP_IDS, Message, render_prompt, stripped
 from cucafera.evaluation.evaluated_model import EvaluatedModel
 from cucafera.evaluation.likelihood import DecoderScorer
 from cucafera.evaluation.progress import progress_bar
@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if add_generation_prompt:
             ids = render_prompt(messages, tokenizer)
         else:
-            ids = render_prompt(messages[:-1], tokenizer) + tokenizer.encode(messages[-1].content.strip())
+            ids = render_prompt(messages[:-1], tokenizer) + tokenizer.encode(stripped(messages[-1].content))
         text = tokenizer.decode(ids)
         self._conversations[text] = ids
         return text

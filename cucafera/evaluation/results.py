@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cucafera.config.errors import UserError
 from cucafera.evaluation.reference import REFERENCE
 from cucafera.runs.folder import EVENTS
-from cucafera.storage import PARTIAL, atomic_write, write_text
+from cucafera.runs.results import write_evaluation
+from cucafera.storage import PARTIAL, atomic_write
 
 if TYPE_CHECKING:
     from cucafera.runs.folder import RunFolder
@@ -55,13 +56,14 @@ class ResultFile:
         run: The run folder.
 
     Raises:
-        UserError: the file exists and cannot be read.
+        UserError: the file exists and cannot be read, or was edited: it would be overwritten.
     """
 
     def __init__(self, run: "RunFolder") -> None:
+        self.run = run
         self.folder = run.path
         self.path = run.evaluation
-        self.entries = self._read()
+        self.entries = run.read_evaluation()
 
     def add(self, result: Result, checkpoint: str, step: int) -> None:
         """Add a result of a checkpoint, replacing an earlier one of the same measurement, and write the files.
@@ -80,26 +82,10 @@ class ResultFile:
         }
         self.entries = [*(other for other in self.entries if _key(other) != _key(entry)), entry]
         try:
-            write_text(self.path, json.dumps({"results": self.entries}, indent=2, ensure_ascii=False) + "\n")
+            write_evaluation(self.path, self.entries)
             self._write_events()
         except OSError as error:
             raise UserError(f"the results cannot be written to {self.path}: {error.strerror or error}") from error
-
-    def _read(self) -> list[dict[str, Any]]:
-        try:
-            content = json.loads(self.path.read_bytes())
-            entries: list[dict[str, Any]] = content["results"]
-            for entry in entries:
-                _key(entry), entry["metrics"].items(), int(entry["step"])
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.path} is damaged, and would be overwritten: repair it, or move it elsewhere"
-            ) from error
-        return entries
 
     def _write_events(self) -> None:
         """Write all metrics as TensorBoard scalars, replacing the earlier file; per task and step, the last result."""
@@ -119,7 +105,7 @@ class ResultFile:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             records.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
-        names = [path.name for path in self.folder.glob(EVENTS + "*")]
+        names = [path.name for path in self.run.event_files()]
         curves = sorted(name for name in names if not name.endswith((SUFFIX, PARTIAL)))
         name = (curves[-1] if curves else EVENTS + "0000000001") + SUFFIX
         with atomic_write(self.folder / name) as file:

@@ -1,12 +1,12 @@
 """Prompts in, one page of HTML out: generated texts of several models side by side, for a person to read."""
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
+from cucafera.markup import html_text
 
 DEFAULT_PROMPTS = ("Catalunya és", "La meva àvia sempre deia que", "Per fer pa amb tomàquet,", "El dia que va ploure,")
 """For a model whose run names no prompts."""
@@ -71,28 +71,26 @@ def samples_page(
     """
     names = ", ".join(model.name for model in models)
     heads = "".join(
-        f'<th scope="col">{html.escape(model.name)}<div class="facts">{html.escape(model.facts)}</div></th>'
+        f'<th scope="col">{html_text(model.name)}<div class="facts">{html_text(model.facts)}</div></th>'
         for model in models
     )
     body = "\n".join(
-        f'<tr><th scope="row">{html.escape(prompt)}</th>{"".join(map(_cell, texts))}</tr>' for prompt, texts in rows
+        f'<tr><th scope="row">{html_text(prompt)}</th>{"".join(map(_cell, texts))}</tr>' for prompt, texts in rows
     )
     return (
         '<!DOCTYPE html>\n<html lang="ca">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>Samples of {html.escape(names)}</title>\n<style>{STYLE}</style>\n"
-        f'</head>\n<body>\n<h1 lang="en">Samples</h1>\n<p lang="en">{html.escape(_describe(sampling, seed))}.</p>\n'
+        f"<title>Samples of {html_text(names)}</title>\n<style>{STYLE}</style>\n"
+        f'</head>\n<body>\n<h1 lang="en">Samples</h1>\n<p lang="en">{html_text(_describe(sampling, seed))}.</p>\n'
         f'<table>\n<thead><tr><th scope="col" lang="en">prompt</th>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n'
         "</table>\n</body>\n</html>\n"
     )
 
 
 def _cell(generated: GeneratedText) -> str:
-    reason = FINISH_REASONS.get(generated.finish_reason, html.escape(generated.finish_reason))
-    return (
-        f'<td><div class="text">{html.escape(generated.text.strip()) or "(empty)"}</div>'
-        f'<div class="finish">{reason}</div></td>'
-    )
+    reason = FINISH_REASONS.get(generated.finish_reason, html_text(generated.finish_reason))
+    text = html_text(generated.text) if generated.text.strip() else "(empty)"
+    return f'<td><div class="text">{text}</div><div class="finish">{reason}</div></td>'
 
 
 def _describe(sampling: SamplingConfig, seed: int) -> str:

@@ -31,6 +31,12 @@ def check_texts(path: str, column: str) -> None:
     next(_documents(path, column))
 
 
+def file_notes(option: str, path: str) -> Iterator[str]:
+    """Yield what is left out of the files of an option, as lines. Raises CorpusError if there are none."""
+    for note in FilesSource(FilesConfig(path=path), ReadContext(option, "", "")).notes():
+        yield f"{option} {path}: {note}"
+
+
 def read_texts(path: str, column: str, documents: int | None, tokenizer: Tokenizer) -> Iterator[EncodedText]:
     """Yield the documents of files, encoded.
 

@@ -24,6 +24,10 @@ class ContextFullError(UserError):
     """A prompt that leaves no space for new tokens in the context."""
 
 
+class NonfiniteError(UserError):
+    """A model whose logits are no distribution to draw from."""
+
+
 class DecodingBackend(Protocol):
     """A model with its KV cache: one batch of sequences at a time.
 
@@ -160,6 +164,7 @@ def generate(
 
     Raises:
         ContextFullError: a prompt fills the context.
+        NonfiniteError: the model computes NaN or infinity.
         ValueError: a prompt has no token.
     """
     if not prompts:
@@ -326,6 +331,10 @@ def decode_steps(
     presence = TokenPresence(list(prompts), backend.vocab_size, backend.device)
     logits = backend.prefill(prompts, steps)
     for step in range(1, steps + 1):
+        if not logits.isfinite().all():
+            raise NonfiniteError(
+                "the model computes values that are not finite: its training diverged, or its weights are damaged"
+            )
         tokens = sample_tokens(logits, presence.mask, sampling, generator)
         presence.add(tokens)
         yield tokens[:, 0].tolist()

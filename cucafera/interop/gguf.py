@@ -9,6 +9,7 @@ Two differences of logits are measured on real text, at every position and over 
 Without llama.cpp the file is read with the package gguf, and only `stored` is measured.
 """
 
+import importlib.util
 import logging
 import math
 from collections import Counter
@@ -37,7 +38,7 @@ from cucafera.interop.gguf_format import (
     stored_weights,
     tokenizer_in,
 )
-from cucafera.interop.llama_cpp import LlamaCpp, is_installed, quantize
+from cucafera.interop.llama_cpp import LlamaCpp, check_quantizer, is_installed, quantize
 from cucafera.interop.real_text import conversations, documents
 from cucafera.model.transformer import Decoder
 from cucafera.storage import atomic_replace
@@ -159,8 +160,7 @@ def write_gguf(
         UserError: GGUF cannot represent this model, the file does not compute the same, it cannot be written, or a
             package is not installed.
     """
-    if type_ not in TYPES:
-        raise UserError(f"there is no type {format_value(type_)}: choose one of {', '.join(TYPES)}")
+    check_type(type_)
     architecture_of(trained.model.config)
     try:
         with atomic_replace(path) as partial:
@@ -177,6 +177,16 @@ def write_gguf(
     return verification
 
 
+def check_type(type_: str) -> None:
+    """Raise UserError if a type does not exist, or something is not installed that writes it."""
+    if type_ not in TYPES:
+        raise UserError(f"there is no type {format_value(type_)}: choose one of {', '.join(TYPES)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(INSTALL_GGUF)
+    if type_ in LLAMA_CPP_TYPES:
+        check_quantizer(type_)
+
+
 def _write_by_llama_cpp(trained: "TrainedModel", path: Path, type_: str, name: str, licence: str | None) -> None:
     full = path.with_name(f"{path.name}.f32")
     try:
@@ -188,11 +198,8 @@ def _write_by_llama_cpp(trained: "TrainedModel", path: Path, type_: str, name: s
 
 
 def _write(trained: "TrainedModel", path: Path, type_: str, name: str, licence: str | None) -> None:
-    try:
-        import gguf
-        from gguf import GGMLQuantizationType as Type
-    except ImportError as error:
-        raise UserError(INSTALL_GGUF) from error
+    import gguf
+    from gguf import GGMLQuantizationType as Type
 
     config = trained.model.config
     writer = gguf.GGUFWriter(path, architecture_of(config))

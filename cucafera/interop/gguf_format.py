@@ -17,7 +17,7 @@ exact GELU.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from cucafera.model.transformer import Decoder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
+
+T = TypeVar("T")
 
 ARCHITECTURES = {"gelu_pytorch_tanh": "gemma", "silu": "llama"}
 """The architecture by model.hidden_act."""
@@ -50,6 +52,8 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 
+MAX_READS = 2_000_000
+"""Values of a file's header that are read: a vocabulary of 65,536 entries has 400,000, and each takes memory."""
 INSTALL_GGUF = "GGUF needs the package gguf: pip install '.[gguf]'"
 
 
@@ -178,7 +182,21 @@ def open_gguf(path: Path) -> "GGUFReader":
     except ImportError as error:
         raise UserError(INSTALL_GGUF) from error
 
+    class Reader(GGUFReader):
+        """Reads nothing beyond the end of the file, and stops where an array claims more items than metadata has."""
+
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **settings: Any) -> NDArray[Any]:
+            self.reads += 1
+            values: NDArray[Any] = super()._get(offset, dtype, count, *order, **settings)
+            if len(values) != int(count) or self.reads > MAX_READS:
+                raise ValueError("a size in the file is wrong")
+            return values
+
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file")
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
@@ -186,20 +204,44 @@ def open_gguf(path: Path) -> "GGUFReader":
     if magic != b"GGUF":
         raise UserError(f"{path} is not a GGUF file")
     try:
-        return GGUFReader(path)
+        with np.errstate(all="ignore"):
+            return Reader(path)
     except Exception as error:  # parsing damaged bytes raises many classes
         raise UserError(f"{path} is damaged or truncated; write it again") from error
 
 
-def metadata(reader: "GGUFReader", key: str) -> Any:
-    """Return a value of the file, or None. ARCH in the key is replaced by the name of the architecture."""
-    field = reader.get_field(key.replace("ARCH", _text(reader, "general.architecture")))
-    return None if field is None else field.contents()
+def metadata(reader: "GGUFReader", key: str, kind: type[T]) -> T | None:
+    """Return a value of the file, or None. ARCH in the key is replaced by the name of the architecture.
 
-
-def _text(reader: "GGUFReader", key: str) -> str:
+    Raises:
+        UserError: it is of another type than `kind`, or cannot be decoded.
+    """
+    if key.startswith("ARCH."):
+        key = key.replace("ARCH", metadata(reader, "general.architecture", str) or "")
     field = reader.get_field(key)
-    return "" if field is None else str(field.contents())
+    if field is None:
+        return None
+    try:
+        value = field.contents()
+    except Exception as error:  # damaged bytes raise many classes
+        raise _damaged(reader, key) from error
+    if not isinstance(value, kind):
+        raise _damaged(reader, key)
+    return value
+
+
+def _damaged(reader: "GGUFReader", what: str) -> UserError:
+    path = getattr(reader.data, "filename", "the file")
+    return UserError(f"{path} is damaged: {what} is not what it should be; write it again")
+
+
+def context_in(reader: "GGUFReader") -> int:
+    """Return the context of a model, in tokens. Raises UserError if the file states none, or an impossible one."""
+    limits = ModelConfig.__dataclass_fields__["max_position_embeddings"].metadata["limits"]
+    context = metadata(reader, "ARCH.context_length", int)
+    if context is None or not limits.allow(context):
+        raise _damaged(reader, "its context_length")
+    return context
 
 
 def tokenizer_in(reader: "GGUFReader", path: Path) -> Tokenizer:
@@ -210,28 +252,39 @@ def tokenizer_in(reader: "GGUFReader", path: Path) -> Tokenizer:
     """
     from gguf import TokenType
 
-    tokens, types = metadata(reader, "tokenizer.ggml.tokens"), metadata(reader, "tokenizer.ggml.token_type")
-    kind = [_text(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre")]
+    kind = [metadata(reader, f"tokenizer.ggml.{key}", str) or "" for key in ("model", "pre")]
+    tokens, types, merges = (
+        metadata(reader, f"tokenizer.ggml.{key}", list) for key in ("tokens", "token_type", "merges")
+    )
     if kind != ["gpt2", "gpt-2"] or tokens is None or types is None:
         raise UserError(
             f"{path}: unsupported tokenizer: {' '.join(kind).strip() or 'none'} (only gpt2 with pattern gpt-2)"
         )
+    if len(types) != len(tokens) or not all(isinstance(text, str) for text in [*tokens, *(merges or [])]):
+        raise _damaged(reader, "its tokenizer")
     used = len(tokens) - types.count(TokenType.UNUSED)
     try:
-        return Tokenizer.from_merges(tokens[:used], metadata(reader, "tokenizer.ggml.merges") or [])
+        return Tokenizer.from_merges(tokens[:used], merges or [])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def decoder_in(reader: "GGUFReader", config: ModelConfig) -> Decoder:
-    """Return a decoder with the weights of a file, in fp32."""
+    """Return a decoder with the weights of a file, in fp32.
+
+    Raises:
+        UserError: a weight is missing, or has another shape or an unknown type.
+    """
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     with torch.device("meta"):
         shapes = Decoder(config).state_dict()
     state = {}
     for name, value in shapes.items():
-        tensor = tensors[_gguf_name(name)]
-        stored = torch.from_numpy(_dequantized(tensor.data, tensor.tensor_type)).reshape(value.shape)
+        try:
+            tensor = tensors[_gguf_name(name)]
+            stored = torch.from_numpy(_dequantized(tensor.data, tensor.tensor_type)).reshape(value.shape)
+        except (KeyError, NotImplementedError, ValueError, RuntimeError) as error:
+            raise _damaged(reader, _gguf_name(name)) from error
         state[name] = _from_graph(name, stored, config)
     return Decoder.from_weights(config, state)
 
@@ -239,4 +292,5 @@ def decoder_in(reader: "GGUFReader", config: ModelConfig) -> Decoder:
 def _dequantized(data: NDArray[Any], type_: Any) -> NDArray[np.float32]:
     from gguf.quants import dequantize
 
-    return np.array(dequantize(data, type_), dtype=np.float32)  # a copy: the memory-mapped file is read-only
+    with np.errstate(all="ignore"):
+        return np.array(dequantize(data, type_), dtype=np.float32)  # a copy: the memory-mapped file is read-only

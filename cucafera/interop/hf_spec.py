@@ -8,22 +8,32 @@ rows reordered. Nothing here imports torch: a configuration inherits the shape b
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cucafera.config.errors import UserError
-from cucafera.config.fields import format_value
+from cucafera.config.fields import Limits, format_value
 from cucafera.config.schema import ModelConfig
 from cucafera.config.tokens import MAX_VOCABULARY, SPECIAL_TOKENS
 from cucafera.data.tokenizer import NotUsableError, Tokenizer, TokenizerError
+from cucafera.interop.chat_template import chat_template_notes, token_name
 from cucafera.runs.locate import HUB_NAME
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-DESCRIPTION_FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG)
+ADAPTER_CONFIG = "adapter_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+DESCRIPTION_FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG, CHAT_TEMPLATE_FILE)
+
+MAX_DESCRIPTION_BYTES = 1 << 26
+"""Largest size of a description file; the tokenizer.json of 250,000 entries has half of it."""
+MAX_EMBEDDING_ROWS = 1 << 20
+MAX_ROTARY_VALUES = 1 << 28
+"""Positions times head dim: the tables of RoPE take four bytes each, in total 1 GiB."""
 
 OTHER_NAMES = {
     "</s>": ("<|endoftext|>",),
@@ -51,19 +61,15 @@ LLAMA_DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "rope_theta": 10_000.0,
-    "tie_word_embeddings": False,
 }
 """Default values of transformers for fields of LlamaConfig that config.json omits."""
-INTEGER_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "max_position_embeddings",
-)  # fmt: skip
-FLOAT_FIELDS = ("initializer_range", "rms_norm_eps", "rope_theta")
 ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh", "gelu": "gelu", "silu": "silu",
     "swish": "silu",
 }  # fmt: skip
 """From names of transformers to `model.hidden_act`."""
+MAX_SHOWN = 200
+"""Characters of a value of a foreign file, or of a text about it, in a message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +106,7 @@ def folder_of(source: str, with_weights: bool) -> Path:
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     name = HUB_NAME.fullmatch(source)
     assert name is not None
@@ -108,9 +115,10 @@ def folder_of(source: str, with_weights: bool) -> Path:
         return Path(snapshot_download(name["repository"], revision=name["revision"], allow_patterns=patterns))
     except Exception as error:  # wrong names and network failures raise many classes
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise UserError(
-            f"{source}: there is no such run folder, and the download from the Hugging Face hub failed: {reason}"
-        ) from error
+        # Without an answer of the hub, it looks for an earlier download.
+        unreachable = isinstance(error, LocalEntryNotFoundError)
+        problem = "hub could not be reached" if unreachable else "download from the hub failed"
+        raise UserError(f"{source}: there is no such run folder, and the {problem}: {reason}") from error
 
 
 def read_hf_spec(folder: Path) -> HFModelSpec:
@@ -119,21 +127,21 @@ def read_hf_spec(folder: Path) -> HFModelSpec:
     Raises:
         UserError: a file is missing or damaged, or the model is not supported; the message names the fields.
     """
-    times = tuple((folder / name).stat().st_mtime_ns for name in DESCRIPTION_FILES if (folder / name).is_file())
+    paths = [folder / name for name in DESCRIPTION_FILES]
+    times = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
     return _read_hf_spec(folder, times)
 
 
 @functools.lru_cache(maxsize=8)
 def _read_hf_spec(folder: Path, modified_ns: tuple[int, ...]) -> HFModelSpec:
     """Cache by modification times: each inherited key of a configuration asks for the same folder."""
-    described = _read_json(folder / CONFIG)
-    if problems := list(_problems(described)):
+    if (folder / ADAPTER_CONFIG).exists():
+        raise UserError(f"{folder / ADAPTER_CONFIG}: adapters are not supported: merge them into the model with PEFT")
+    described = read_json(folder / CONFIG)
+    values = _model_values(described)
+    if problems := list(_problems(described, values)):
         raise UserError(_unsupported(folder / CONFIG, problems))
-    values = {key: described.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
-    values["rope_theta"] = _rope(described).get("rope_theta", values["rope_theta"])
-    values["num_key_value_heads"] = described.get("num_key_value_heads") or values["num_attention_heads"]
     values["hidden_act"] = ACTIVATIONS[values["hidden_act"]]
-    del values["tie_word_embeddings"]
     embedding_rows: int = values["vocab_size"]
     tokenizer, row_of_id, notes = _tokenizer(folder, embedding_rows)
     if row_of_id is not None:
@@ -143,7 +151,9 @@ def _read_hf_spec(folder: Path, modified_ns: tuple[int, ...]) -> HFModelSpec:
             f"hidden_act=gelu in {folder / CONFIG} is computed as the exact GELU; a model that was trained with the "
             "tanh approximation should have gelu_pytorch_tanh"
         )
-    chats = _ends_with_im_end(folder)
+    about_tokenizer = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
+    chats = _ends_with_im_end(about_tokenizer)
+    notes += chat_template_notes(_chat_template(folder, about_tokenizer), about_tokenizer, OTHER_NAMES)
     return HFModelSpec(folder, ModelConfig(**values), embedding_rows, tokenizer, row_of_id, chats, tuple(notes))
 
 
@@ -153,16 +163,54 @@ def _unsupported(path: Path, problems: list[str]) -> str:
     return f"{path}: unsupported model:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a description file.
+
+    Raises:
+        UserError: it cannot be read, is a pipe, a folder or another special file, or is far too large.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file")
+        if (size := path.stat().st_size) > MAX_DESCRIPTION_BYTES:
+            raise UserError(f"{path} has {size:,} bytes; such a file has at most {MAX_DESCRIPTION_BYTES:,}")
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a description file.
+
+    Raises:
+        UserError: as `read_bytes` does; or it holds no JSON object.
+    """
+    try:
+        content = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {shown(str(error))}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content
+
+
+def _chat_template(folder: Path, about_tokenizer: dict[str, Any]) -> Any:
+    """Return the folder's own chat template: a file of its own in transformers 5; None if there is none."""
+    if not (folder / CHAT_TEMPLATE_FILE).exists():
+        return about_tokenizer.get("chat_template")
+    try:
+        return read_bytes(folder / CHAT_TEMPLATE_FILE).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / CHAT_TEMPLATE_FILE} is not UTF-8") from error
+
+
+def _model_values(described: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ModelConfig as config.json has them: values of any type, activations by any name."""
+    values = {key: described.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
+    values["rope_theta"] = _rope(described).get("rope_theta", values["rope_theta"])
+    shared = described.get("num_key_value_heads")
+    values["num_key_value_heads"] = values["num_attention_heads"] if shared is None else shared
+    return values
 
 
 def _rope(described: dict[str, Any]) -> dict[str, Any]:
@@ -171,76 +219,92 @@ def _rope(described: dict[str, Any]) -> dict[str, Any]:
     return rope if isinstance(rope, dict) else {"rope_type": rope}
 
 
-def _problems(described: dict[str, Any]) -> Iterator[str]:
-    """Yield a message for each field with an unsupported value."""
+def _problems(described: dict[str, Any], values: dict[str, Any]) -> Iterator[str]:
+    """Yield a message for each field with an unsupported value; arguments are config.json, and `_model_values`."""
     kind = described.get("model_type")
     architectures = described.get("architectures") or ["LlamaForCausalLM"]
     if kind != "llama":
-        yield f"model_type={format_value(kind)} (only llama is supported)"
+        yield f"model_type={shown(kind)} (only llama is supported)"
         return  # other model types have other fields
     if architectures != ["LlamaForCausalLM"]:
-        yield f"architectures={format_value(architectures)} (only LlamaForCausalLM is supported)"
-    wrong = set()
-    for key in (*INTEGER_FIELDS, *FLOAT_FIELDS):
-        value = described.get(key, LLAMA_DEFAULTS.get(key))
-        kinds = (int,) if key in INTEGER_FIELDS else (int, float)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or value <= 0):
-            wrong.add(key)
-            yield f"{key}={format_value(value)} (must be a positive {'integer' if kinds == (int,) else 'number'})"
-    activation = described.get("hidden_act", LLAMA_DEFAULTS["hidden_act"])
-    if activation not in ACTIVATIONS:
-        yield f"hidden_act={format_value(activation)} (supported are {', '.join(ACTIVATIONS)})"
-    if not described.get("tie_word_embeddings", LLAMA_DEFAULTS["tie_word_embeddings"]):
-        yield "tie_word_embeddings=false (only tied embeddings are supported)"
+        yield f"architectures={shown(architectures)} (only LlamaForCausalLM is supported)"
+    activation = values["hidden_act"]
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        yield f"hidden_act={shown(activation)} (supported are {', '.join(ACTIVATIONS)})"
+    if (tied := described.get("tie_word_embeddings", False)) is not True:
+        yield f"tie_word_embeddings={shown(tied)} (only tied embeddings are supported)"
     for key in ("attention_bias", "mlp_bias"):
         if described.get(key):
-            yield f"{key}={format_value(described[key])} (only bias-free Llama is supported)"
-    rope = _rope(described)
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        yield f"rope_scaling of type {format_value(rope_type)} (only RoPE without scaling is supported)"
-    if (part := rope.get("partial_rotary_factor", described.get("partial_rotary_factor"))) not in (None, 1, 1.0):
-        yield f"partial_rotary_factor={format_value(part)} (only 1 is supported)"
+            yield f"{key}={shown(described[key])} (only bias-free Llama is supported)"
+    yield from _rope_problems(described)
     if described.get("quantization_config"):
         yield "quantization_config (only unquantized weights are supported)"
-    if not wrong:
-        yield from _shape_problems(described)
+    wrong = list(_field_problems(values))
+    yield from wrong or _shape_problems(described, values)
 
 
-def _shape_problems(described: dict[str, Any]) -> Iterator[str]:
-    size = described.get("hidden_size", LLAMA_DEFAULTS["hidden_size"])
-    heads = described.get("num_attention_heads", LLAMA_DEFAULTS["num_attention_heads"])
-    shared = described.get("num_key_value_heads") or heads
-    head_dim = described.get("head_dim")
+def shown(value: Any) -> str:
+    """Return a value of a foreign file, or a text about it, for a message: one line of limited length."""
+    text = " ".join(format_value(value).split())
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _field_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Yield a message for each number that a ModelConfig cannot have."""
+    for field in dataclasses.fields(ModelConfig):
+        if field.type not in (int, float):
+            continue
+        value, limits = values[field.name], field.metadata["limits"]
+        if field.name == "vocab_size":  # of the folder, whose rows are reordered to at most MAX_VOCABULARY
+            limits = Limits(at_least=1, at_most=MAX_EMBEDDING_ROWS)
+        is_number = type(value) in (int, field.type) and abs(value) <= sys.float_info.max  # not so of NaN
+        if not is_number or not limits.allow(value):
+            kind = "an integer" if field.type is int else "a number"
+            yield f"{field.name}={shown(value)} (must be {kind}, {limits.text()})"
+
+
+def _rope_problems(described: dict[str, Any]) -> Iterator[str]:
+    rope = _rope(described)
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        yield f"rope_scaling of type {shown(rope_type)} (only RoPE without scaling is supported)"
+    if parts := [key for key, value in rope.items() if isinstance(value, dict)]:
+        yield f"rope_parameters of {', '.join(map(shown, parts))} (only one RoPE for all layers is supported)"
+    if (part := rope.get("partial_rotary_factor", described.get("partial_rotary_factor"))) not in (None, 1, 1.0):
+        yield f"partial_rotary_factor={shown(part)} (only 1 is supported)"
+
+
+def _shape_problems(described: dict[str, Any], values: dict[str, Any]) -> Iterator[str]:
+    size, heads, shared = (values[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    head_dim, positions = described.get("head_dim"), values["max_position_embeddings"]
     if size % heads or size // heads % 2:
         yield f"hidden_size={size}, num_attention_heads={heads} (the quotient must be an even integer)"
     elif head_dim is not None and head_dim != size // heads:
-        yield f"head_dim={format_value(head_dim)} (must be hidden_size / num_attention_heads, {size // heads})"
+        yield f"head_dim={shown(head_dim)} (must be hidden_size / num_attention_heads, {size // heads})"
+    elif positions * (size // heads) > MAX_ROTARY_VALUES:
+        yield f"max_position_embeddings={format_value(positions)} (too many for heads of {size // heads})"
     if heads % shared:
         yield f"num_key_value_heads={shared} (must divide num_attention_heads, {heads})"
 
 
-def _ends_with_im_end(folder: Path) -> bool:
+def _ends_with_im_end(about_tokenizer: dict[str, Any]) -> bool:
     """Return True if the end-of-sequence token is `<im_end>`, by either name."""
-    path = folder / TOKENIZER_CONFIG
-    eos = _read_json(path).get("eos_token") if path.is_file() else None
-    name = eos.get("content") if isinstance(eos, dict) else eos
-    return name in ("<im_end>", *OTHER_NAMES["<im_end>"])
+    return token_name(about_tokenizer, "eos_token") in ("<im_end>", *OTHER_NAMES["<im_end>"])
 
 
 def _tokenizer(folder: Path, embedding_rows: int) -> tuple[Tokenizer, tuple[int | None, ...] | None, list[str]]:
     """Return tokenizer, row_of_id and notes of an `HFModelSpec`."""
     path = folder / TOKENIZER
-    described = _read_json(path)
+    described = read_json(path)
     row_of_id: tuple[int | None, ...] | None = None
     notes: list[str] = []
     try:
         try:
-            tokenizer = Tokenizer.from_json(path.read_bytes())
+            tokenizer = Tokenizer.from_json(json.dumps(described).encode())
         except NotUsableError:
             reordered, row_of_id, notes = _reordered(described)
             tokenizer = Tokenizer.from_json(json.dumps(reordered).encode())
     except TokenizerError as error:
-        raise UserError(f"{path}: unsupported tokenizer: {error}") from error
+        raise UserError(f"{path}: unsupported tokenizer: {shown(str(error))}") from error
     if row_of_id is None and embedding_rows > MAX_VOCABULARY:
         row_of_id = tuple(range(tokenizer.vocab_size))
         unused = embedding_rows - len(row_of_id)
@@ -263,9 +327,13 @@ def _reordered(described: dict[str, Any]) -> tuple[dict[str, Any], tuple[int | N
         model = described["model"]
         words = dict(sorted(model["vocab"].items(), key=lambda entry: entry[1]))
         extra = {token["content"]: token["id"] for token in described["added_tokens"]}
+        id_of = words | extra
     except (KeyError, TypeError, AttributeError) as error:
         raise NotUsableError("it holds no BPE with a vocabulary") from error
-    id_of = words | extra
+    if not all(type(token) is int and token >= 0 for token in id_of.values()):
+        raise NotUsableError("its ids are not all whole numbers from 0 on")
+    if len(set(id_of.values())) < len(id_of):
+        raise NotUsableError("two of its entries have the same id")
     source = {name: _source_name(name, id_of) for name in SPECIAL_TOKENS}
     controls = {name for name in source.values() if name is not None} | set(SPECIAL_TOKENS)
     kept = [word for word in words if word not in controls and word not in extra]
@@ -295,4 +363,4 @@ def _reordering_notes(source: dict[str, str | None], id_of: dict[str, int], drop
     if missing := [name for name, found in source.items() if found is None]:
         yield f"Control tokens that its vocabulary lacks start as the mean of all embeddings: {', '.join(missing)}"
     if dropped:
-        yield f"Added tokens are dropped: {', '.join(sorted(dropped))}"
+        yield f"Added tokens are dropped: {shown(', '.join(sorted(dropped)))}"

@@ -1,5 +1,6 @@
 """Hugging Face folders: read their weights, and write a model as one, verified with transformers."""
 
+import contextlib
 import dataclasses
 import json
 from itertools import islice
@@ -15,7 +16,15 @@ from cucafera.config.schema import SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, PAD_ID
 from cucafera.data.chatml import STOP_IDS, render, tokenizer_description
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.interop.hf_spec import CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, HFModelSpec
+from cucafera.interop.hf_spec import (
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    HFModelSpec,
+    read_json,
+    shown,
+)
 from cucafera.interop.real_text import conversations, documents, sample_ids
 from cucafera.model.transformer import Decoder
 from cucafera.storage import atomic_write, write_text
@@ -28,6 +37,9 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+READABLE_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Of tensors in a file; quantized ones have a scale elsewhere."""
 
 LOGIT_TOLERANCE = 1e-5
 """Difference of two fp32 logits of the same weights that is always accepted."""
@@ -49,66 +61,103 @@ def load_weights(spec: HFModelSpec) -> dict[str, Tensor]:
     Raises:
         UserError: a file is missing or damaged, or the tensors do not fit the shape in config.json.
     """
-    weights = _read_tensors(spec.folder)
-    _check_tensors(spec, weights)
+    weights = _read_tensors(spec)
     if spec.row_of_id is not None:
         weights[EMBEDDING] = _reorder_rows(weights[EMBEDDING], spec.row_of_id)
     return weights
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _read_tensors(spec: HFModelSpec) -> dict[str, Tensor]:
+    """Read the weights, after names, shapes and dtypes in the headers of all files were compared with the shape."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise UserError("reading model.safetensors needs safetensors: pip install '.[hf]'") from error
-    weights = {}
-    for path in _weight_files(folder):
-        try:
-            weights.update(load_file(path))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist") from error
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or truncated: {error}. Download it again") from error
-    return {name: tensor.float() for name, tensor in weights.items()}
+    weights: dict[str, Tensor] = {}
+    owner: dict[str, tuple[Path, Any]] = {}
+    described: dict[str, tuple[tuple[int, ...], str]] = {}
+    with contextlib.ExitStack() as opened:
+        for path in _weight_files(spec.folder):
+            try:
+                if path.exists() and not path.is_file():
+                    raise UserError(f"{shown(str(path))} is not a regular file")
+                file = opened.enter_context(safe_open(path, framework="pt"))
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            except FileNotFoundError as error:
+                raise UserError(f"{path} does not exist") from error
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(
+                    f"{shown(str(path))} is damaged or truncated: {shown(str(error))}. Download it again"
+                ) from error
+            if twice := sorted(parts.keys() & owner.keys()):
+                raise UserError(f"{path} holds {shown(twice[0])}, which another file of the folder holds too")
+            owner |= dict.fromkeys(parts, (path, file))
+            described |= {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+        for name in _checked_names(spec, described):
+            path, file = owner[name]
+            try:
+                weights[name] = file.get_tensor(name).float()
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(f"{path} is damaged or truncated: {shown(str(error))}. Download it again") from error
+            if not weights[name].isfinite().all():
+                raise UserError(f"{path}: {name} holds values that are not finite")
+    head = weights.pop(HEAD, None)
+    if head is not None and not torch.equal(head, weights[EMBEDDING]):
+        raise _misfit(spec, [f"{HEAD} differs from the embedding (only tied embeddings are supported)"])
+    return weights
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
+    if not (folder / INDEX).exists():
+        if not (folder / WEIGHTS).exists():
             others = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
             advice = f", only {others}, whose format can run code: convert it with transformers" if others else ""
             raise UserError(f"{folder} holds no {WEIGHTS}{advice}")
         return [folder / WEIGHTS]
     try:
-        names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+        names = set(read_json(folder / INDEX)["weight_map"].values())
+        if not names:
+            raise ValueError("it names no file")
         if not all(Path(name).name == name for name in names):
             raise ValueError("it names a file outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX} cannot be used: {error}") from error
+        raise UserError(f"{folder / INDEX} cannot be used: {shown(str(error))}") from error
     return [folder / name for name in sorted(names)]
 
 
-def _check_tensors(spec: HFModelSpec, weights: dict[str, Tensor]) -> None:
-    """Remove a head that equals the embedding. Raises UserError if the tensors do not fit the shape otherwise."""
+def _checked_names(spec: HFModelSpec, described: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
+    """Return the names of the tensors to read: those of the model, and a head, if there is one.
+
+    Args:
+        spec: The model.
+        described: Shape and dtype of each tensor of the folder.
+
+    Raises:
+        UserError: the tensors do not fit the shape in config.json.
+    """
     with torch.device("meta"):
         model = Decoder(dataclasses.replace(spec.model, vocab_size=spec.embedding_rows))
     expected = {f"model.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    head = weights.pop(HEAD, None)
-    for name in [name for name in weights if name.endswith("rotary_emb.inv_freq")]:
-        del weights[name]  # saved by old versions of transformers; derived from the shape
-    problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    problems += [f"{name} is unexpected" for name in weights.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, but {CONFIG} requires {shape}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if head is not None and not problems and not torch.equal(head, weights[EMBEDDING]):
-        problems = [f"{HEAD} differs from the embedding (only tied embeddings are supported)"]
+    if HEAD in described:
+        expected[HEAD] = expected[EMBEDDING]
+    # Old versions of transformers saved inv_freq, which is derived from the shape.
+    found = {name: value for name, value in described.items() if not name.endswith("rotary_emb.inv_freq")}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unexpected" for name in found.keys() - expected.keys()]
+    for name in expected.keys() & found.keys():
+        shape, dtype = found[name]
+        if shape != expected[name]:
+            problems.append(f"{name} has shape {shape}, but {CONFIG} requires {expected[name]}")
+        elif dtype not in READABLE_DTYPES:
+            problems.append(f"{name} has the dtype {dtype} (supported are {', '.join(READABLE_DTYPES)})")
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"the weights in {spec.folder} do not fit: {min(problems)}{more}")
+        raise _misfit(spec, problems)
+    return list(expected)
+
+
+def _misfit(spec: HFModelSpec, problems: list[str]) -> UserError:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return UserError(f"the weights in {spec.folder} do not fit: {shown(min(problems))}{more}")
 
 
 def _reorder_rows(embedding: Tensor, row_of_id: tuple[int | None, ...]) -> Tensor:
@@ -140,7 +189,7 @@ def write_folder(
         UserError: transformers is not installed, or the weights overflow the dtype.
         OSError: the folder cannot be written.
     """
-    _require_transformers()
+    require_transformers()
     from safetensors.torch import save
 
     weights = {f"model.{name}": value.to(DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
@@ -204,7 +253,7 @@ def _generation_config(sampling: SamplingConfig, chats: bool) -> dict[str, Any]:
     }
     return {
         "bos_token_id": DOCUMENT_START_ID,
-        "eos_token_id": list(STOP_IDS) if chats else DOCUMENT_START_ID,
+        "eos_token_id": list(STOP_IDS),  # as the chat and samples of this package stop
         "pad_token_id": PAD_ID,
         **(sampled if sampling.temperature else {"do_sample": False}),
         **({"min_p": sampling.min_p} if sampling.temperature and sampling.min_p else {}),
@@ -213,7 +262,8 @@ def _generation_config(sampling: SamplingConfig, chats: bool) -> dict[str, Any]:
     }
 
 
-def _require_transformers() -> None:
+def require_transformers() -> None:
+    """Raise UserError if transformers is not installed."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:

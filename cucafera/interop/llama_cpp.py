@@ -25,9 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cucafera.config.errors import UserError
-from cucafera.interop.gguf_format import metadata, open_gguf, tokenizer_in
+from cucafera.interop.chat_template import chat_template_notes
+from cucafera.interop.gguf_format import context_in, metadata, open_gguf, tokenizer_in
+from cucafera.interop.hf_spec import OTHER_NAMES
 
 INSTALL = "pip install '.[llama]'"
+QUANTIZER = "llama-quantize"
 BATCH = 512
 """Tokens per call of llama_decode."""
 ROWS = 64
@@ -119,6 +122,7 @@ class LlamaCpp:
         tokenizer: The tokenizer in the file.
         chats: True if the model was trained on conversations.
         parameters: Number of parameters.
+        notes: What was changed or assumed on loading, as sentences for the user.
 
     Raises:
         UserError: the file is missing or unsupported, or llama.cpp is not installed.
@@ -129,8 +133,10 @@ class LlamaCpp:
         reader = open_gguf(path)
         self.path = path
         self.tokenizer = tokenizer_in(reader, path)
-        self.chats = metadata(reader, "tokenizer.chat_template") is not None
-        self.context = int(metadata(reader, "ARCH.context_length"))
+        template = metadata(reader, "tokenizer.chat_template", str)
+        self.chats = template is not None
+        self.notes = tuple(chat_template_notes(template, {}, OTHER_NAMES))
+        self.context = context_in(reader)
         self.device = torch.device("cpu")
         self._weights = _Weights(self._library, path, device)
         self._vocabulary = self._library.llama_model_get_vocab(self._weights.model)
@@ -260,14 +266,19 @@ def quantize(source: Path, target: Path, name: str) -> None:
     Raises:
         UserError: llama.cpp is not installed, or fails.
     """
+    check_quantizer(name)
     if is_installed():
         _quantize_by_library(source, target, name)
-    elif program := shutil.which("llama-quantize"):
-        result = subprocess.run([program, source, target, name], capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise UserError(f"{program} failed: {(result.stderr or result.stdout).strip().splitlines()[-1:]}")
-    else:
-        raise UserError(f"{name.lower()} needs llama.cpp: {INSTALL}, or put its llama-quantize on PATH")
+        return
+    result = subprocess.run([QUANTIZER, source, target, name], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise UserError(f"{QUANTIZER} failed: {(result.stderr or result.stdout).strip().splitlines()[-1:]}")
+
+
+def check_quantizer(name: str) -> None:
+    """Raise UserError if nothing is installed that writes a quantization of this name."""
+    if not is_installed() and shutil.which(QUANTIZER) is None:
+        raise UserError(f"{name.lower()} needs llama.cpp: {INSTALL}, or put its {QUANTIZER} on PATH")
 
 
 def _quantize_by_library(source: Path, target: Path, name: str) -> None:

@@ -1,19 +1,19 @@
 """The model card of an exported model: the README.md of its folder, from the files of the run folder."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError, safe_dump
+from yaml import safe_dump
 
+from cucafera.config.check import build
 from cucafera.config.errors import UserError
 from cucafera.config.registry import OPTIMIZERS
-from cucafera.config.schema import ModelConfig
+from cucafera.config.schema import Config, ModelConfig
 from cucafera.interop.trained import TrainedModel
+from cucafera.markup import markdown, markdown_table
 from cucafera.model.flops import parameter_count
 from cucafera.objectives import objective_of
 from cucafera.optimizers import OptimizerSpec
@@ -57,29 +57,37 @@ def read_lineage(folder: RunFolder) -> TrainingLineage:
     """Read the lineage of a run from its run folder and those that init_from names.
 
     Raises:
-        UserError: a configuration or evaluation cannot be read.
+        UserError: a configuration, metrics or evaluation cannot be read, or the runs lead in a ring.
     """
-    try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder.config), resolve=False)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{folder.config} cannot be read: {error}") from error
-    init_from, parent = config.get("init_from"), None
+    return _read_lineage(folder, [])
+
+
+def _read_lineage(folder: RunFolder, followers: list[Path]) -> TrainingLineage:
+    """Read the lineage of a run whose weights the followers began with, the last one first."""
+    place = folder.path.resolve()
+    if place in followers:
+        ring = " <- ".join(path.name for path in (place, *followers))
+        raise UserError(
+            f"{folder.path}: the init_from of these runs lead in a ring, {ring}, so one of the folders was overwritten "
+            "since: rename the one that is no longer what the others began with, and its lineage ends there"
+        )
+    config = _checked_config(folder)
+    init_from, parent = config["init_from"], None
     if init_from:
         path = Path(init_from).expanduser()
         source = RunFolder(path.parent.parent if path.is_file() else path)
-        if source.config.is_file() and source.path.resolve() != folder.path.resolve():
-            parent = read_lineage(source)
-    return TrainingLineage(config, folder.read_metrics(), _read_evaluation(folder.evaluation), init_from, parent)
+        if source.config.is_file() and source.path.resolve() != place:
+            parent = _read_lineage(source, [place, *followers])
+    return TrainingLineage(config, folder.read_metrics(), folder.read_evaluation(), init_from, parent)
 
 
-def _read_evaluation(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    try:
-        results: list[dict[str, Any]] = json.loads(path.read_bytes())["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return results
+def _checked_config(folder: RunFolder) -> dict[str, Any]:
+    """Return the configuration of a run, with values of the types of the schema."""
+    problems: dict[str, str] = {}
+    config = build(Config, folder.read_config(), "", problems)
+    if problems:
+        raise UserError(f"{folder.config} cannot be used: {next(iter(problems.values()))}")
+    return dataclasses.asdict(config)
 
 
 def model_card(
@@ -107,7 +115,7 @@ def model_card(
     if lineage is not None:
         sections += [_data(lineage), _recipe(lineage), _curves(lineage, has_curves), _evaluation(lineage)]
         sections += [_samples(lineage)] if lineage.metrics and lineage.metrics["samples"] else []
-    sections += [f"## Limitations\n\n{LIMITATIONS}", f"## Files\n\n{verification}.", _licence(licence)]
+    sections += [f"## Limitations\n\n{LIMITATIONS}", f"## Files\n\n{markdown(verification)}.", _licence(licence)]
     front = safe_dump(_front_matter(lineage, name, licence), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
@@ -153,11 +161,11 @@ def _overview(trained: TrainedModel, lineage: TrainingLineage | None, name: str)
     config = trained.model.config
     kind = "answers in conversations" if trained.chats else "continues texts"
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
         f"A Catalan language model of {parameter_count(config):,} parameters that {kind}, trained with cucafera.",
         "",
-        *_table(_shape(config, trained)),
+        *markdown_table([("", ""), *_shape(config, trained)]),
     ]
     if lineage is not None and lineage.metrics is not None:
         history = lineage.metrics["validation"]
@@ -186,10 +194,6 @@ def _shape(config: ModelConfig, trained: TrainedModel) -> list[tuple[str, str]]:
     ]
 
 
-def _table(rows: list[tuple[str, str]]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
-
-
 def _usage(chats: bool) -> str:
     if chats:
         code = (
@@ -210,22 +214,22 @@ def _usage(chats: bool) -> str:
 
 
 def _data(lineage: TrainingLineage) -> str:
-    lines = ["## Data", "", "| stage | source | weight | tokens of the stage |", "|---|---|---:|---:|"]
+    rows = ["| stage | source | weight | tokens of the stage |", "|---|---|---:|---:|"]
     for stage in lineage.stages():
         tokens = f"{stage.metrics['tokens']:,}" if stage.metrics else "unknown"
         for key, source in stage.config["data"]["sources"].items():
-            lines.append(
-                f"| {stage.config['name']} | {_source(key, source)} | {source.get('weight', 1):g} | {tokens} |"
-            )
-    return "\n".join(lines)
+            name = markdown(str(stage.config["name"]))
+            rows.append(f"| {name} | {_source(key, source)} | {source.get('weight', 1):g} | {tokens} |")
+    return "\n".join(["## Data", "", *rows])
 
 
 def _source(key: str, source: Mapping[str, Any]) -> str:
     if source.get("dataset"):
-        return f"[{source['dataset']}](https://huggingface.co/datasets/{source['dataset']})"
+        name = str(source["dataset"])
+        return f"[{markdown(name)}](https://huggingface.co/datasets/{quote(name)})"
     if source.get("embedded"):
         return "the embedded Catalan texts of cucafera (CC0)"
-    return f"local files: {key}"  # without their paths, for privacy
+    return f"local files: {markdown(key)}"  # without their paths, for privacy
 
 
 def _recipe(lineage: TrainingLineage) -> str:
@@ -235,21 +239,16 @@ def _recipe(lineage: TrainingLineage) -> str:
         ("optimizer", [_optimizer(stage.config["optimizer"]) for stage in stages]),
         ("schedule", [_schedule(stage.config["schedule"]) for stage in stages]),
         ("batch", [f"{int(stage.config['batch_tokens']):,} tokens" for stage in stages]),
-        ("window", [f"{int(_resolved(stage.config, 'sequence_length')):,} tokens" for stage in stages]),
+        ("window", [f"{stage.config['sequence_length']:,} tokens" for stage in stages]),
         ("steps", [f"{stage.metrics['steps']:,}" if stage.metrics else "unknown" for stage in stages]),
         ("seed", [str(stage.config["seed"]) for stage in stages]),
         ("device", [_device(stage) for stage in stages]),
     ]
-    names = " | ".join(stage.config["name"] for stage in stages)
-    lines = ["## Recipe", "", f"| | {names} |", "|---|" + "---|" * len(stages)]
-    lines += [f"| {label} | {' | '.join(values)} |" for label, values in rows]
+    head = ["", *(str(stage.config["name"]) for stage in stages)]
+    lines = ["## Recipe", "", *markdown_table([head, *([label, *values] for label, values in rows)])]
     if source := stages[0].init_from:
-        lines += ["", f"Initial weights: `{Path(source).name if Path(source).exists() else source}`."]
+        lines += ["", f"Initial weights: {markdown(Path(source).name if Path(source).exists() else source)}."]
     return "\n".join(lines)
-
-
-def _resolved(config: dict[str, Any], key: str) -> Any:
-    return OmegaConf.select(OmegaConf.create(config), key)
 
 
 def _optimizer(settings: Mapping[str, Any]) -> str:
@@ -283,7 +282,7 @@ def _evaluation(lineage: TrainingLineage) -> str:
     lines = ["## Evaluation", ""]
     if not lineage.evaluation:
         return "\n".join([*lines, "Only validated, not evaluated yet."])
-    lines += ["| task | metric | value | stderr | settings |", "|---|---|---:|---:|---|"]
+    rows = [["task", "metric", "value", "stderr", "settings"]]
     for result in lineage.evaluation:
         settings = ", ".join(
             f"{key}={value}"
@@ -291,9 +290,10 @@ def _evaluation(lineage: TrainingLineage) -> str:
             if key not in PATH_SETTINGS and value is not None
         )
         for metric, value in result["metrics"].items():
-            stderr = "" if value.get("stderr") is None else f"{value['stderr']:.4f}"
-            lines.append(f"| {result['task']} | {metric} | {value['value']:.4f} | {stderr} | {settings} |")
-    return "\n".join(lines)
+            stderr = "" if value["stderr"] is None else f"{value['stderr']:.4f}"
+            number = "not finite" if value["value"] is None else f"{value['value']:.4f}"
+            rows.append([str(result["task"]), metric, number, stderr, settings])
+    return "\n".join([*lines, *markdown_table(rows, "llrrl")])
 
 
 def _samples(lineage: TrainingLineage) -> str:
@@ -302,5 +302,5 @@ def _samples(lineage: TrainingLineage) -> str:
 
 
 def _licence(licence: str | None) -> str:
-    weights = f"Weights: {licence}." if licence else "No licence has been chosen for the weights yet."
+    weights = f"Weights: {markdown(licence)}." if licence else "No licence has been chosen for the weights yet."
     return f"## Licence\n\n{weights} The training data has its own licences: see the sources above."

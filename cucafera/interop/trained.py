@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -72,16 +74,27 @@ def load_trained(source: str) -> TrainedModel:
         model = _decoder(spec.model, load_weights(spec))
         return TrainedModel(model, spec.tokenizer, spec.folder, None, None, spec.chats, spec.notes)
     path, checkpoint = read_checkpoint_of(source, "")
-    config = checkpoint["config"]
     tokenizer_path = tokenizer_path_of(path)
     if not tokenizer_path.exists():
         raise UserError(f"{path}: {tokenizer_path} is missing; a checkpoint can only be read in its run folder")
     tokenizer = Tokenizer.load(tokenizer_path)
-    if tokenizer.fingerprint != checkpoint["fingerprints"]["tokenizer"]:
-        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
-    model = _decoder(ModelConfig(**config["model"]), merged_weights(checkpoint["state_dict"], config["adapter"]))
-    run, chats = RunFolder(path.parent.parent), objective_of(config).chats
-    return TrainedModel(model, tokenizer, path, run, checkpoint["steps_done"], chats)
+    with _errors_of_content(path):
+        config = checkpoint["config"]
+        if tokenizer.fingerprint != checkpoint["fingerprints"]["tokenizer"]:
+            raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
+        model = _decoder(ModelConfig(**config["model"]), merged_weights(checkpoint["state_dict"], config["adapter"]))
+        chats = objective_of(config).chats
+    return TrainedModel(model, tokenizer, path, RunFolder(path.parent.parent), checkpoint["steps_done"], chats)
+
+
+@contextmanager
+def _errors_of_content(path: Path) -> Iterator[None]:
+    """Raise UserError for the content of an intact checkpoint that this version does not know."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be used: it was not written by this version of cucafera ({reason})") from error
 
 
 def _decoder(config: ModelConfig, weights: dict[str, Tensor]) -> Decoder:
@@ -102,10 +115,11 @@ def load_initial_weights(config: Config) -> InitialWeights:
             log.info("%s", note)
         _check_same_shape(config, dataclasses.asdict(spec.model))
         return InitialWeights(load_weights(spec), spec.tokenizer.fingerprint)
-    _, checkpoint = read_checkpoint_of(config.init_from, "init_from=")
-    _check_same_shape(config, checkpoint["config"]["model"])
-    weights = merged_weights(checkpoint["state_dict"], checkpoint["config"]["adapter"])
-    return InitialWeights(weights, checkpoint["fingerprints"]["tokenizer"])
+    path, checkpoint = read_checkpoint_of(config.init_from, "init_from=")
+    with _errors_of_content(path):
+        _check_same_shape(config, checkpoint["config"]["model"])
+        weights = merged_weights(checkpoint["state_dict"], checkpoint["config"]["adapter"])
+        return InitialWeights(weights, checkpoint["fingerprints"]["tokenizer"])
 
 
 def _check_same_shape(config: Config, loaded: dict[str, object]) -> None:

@@ -1,5 +1,6 @@
 """Likelihoods in batches equal those of one text at a time."""
 
+import itertools
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from cucafera.config.errors import UserError
 from cucafera.config.schema import ModelConfig
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.evaluation.likelihood import DecoderScorer
+from cucafera.evaluation.likelihood import DecoderScorer, _batches
 from cucafera.evaluation.requests import DOCUMENT_START, encode_pair
 from cucafera.model.transformer import Decoder
 from tests.support import WORDS
@@ -68,6 +69,19 @@ def test_continuations_of_shared_contexts_score_as_one_by_one(model):
     assert sum(score.is_greedy for score in scores) >= 1
 
 
+def test_a_continuation_is_greedy_only_if_each_of_its_tokens_is_the_most_probable(model):
+    context = [1, 40, 50]
+    written: list[int] = []
+    for _ in range(3):
+        written.append(int(model.logits(model(torch.tensor([context + written]))[0, -1]).argmax()))
+    wrong = [(token + 1) % 300 for token in written]
+    continuations = [written, written[:1], [*written[:2], wrong[2]], [wrong[0], *written[1:]], wrong]
+    for alone in (False, True):  # each in a forward pass of its own, or all after the same context
+        asked = [[continuation] for continuation in continuations] if alone else [continuations]
+        scores = [s for part in asked for s in DecoderScorer(model).score_continuations([(context, c) for c in part])]
+        assert [score.is_greedy for score in scores] == [True, True, False, False, False]
+
+
 def test_a_shared_context_is_computed_once(model, monkeypatch):
     read = []
     forward = Decoder.forward
@@ -80,6 +94,17 @@ def test_a_shared_context_is_computed_once(model, monkeypatch):
     context = list(range(10, 30))
     DecoderScorer(model).score_continuations([(context, [1, 2]), (context, [3]), (context, [4, 5, 6])])
     assert sum(read) == 20 + 3 * 2
+
+
+def test_batches_are_as_large_as_the_limit_allows_and_no_larger():
+    sizes = [9, 9, 7, 5, 5, 5, 4, 1, 1, 1, 20]
+    for limit in (1, 9, 10, 18, 27, 1000):
+        batches = list(_batches(range(len(sizes)), sizes, limit))
+        assert [index for batch in batches for index in batch] == list(range(len(sizes)))
+        padded = [len(batch) * max(sizes[index] for index in batch) for batch in batches]
+        assert all(tokens <= limit or len(batch) == 1 for tokens, batch in zip(padded, batches, strict=True))
+        for batch, following in itertools.pairwise(batches):  # the first of the next one would not have fitted
+            assert max(sizes[index] for index in [*batch, following[0]]) * (len(batch) + 1) > limit
 
 
 def test_a_continuation_longer_than_the_context_is_refused(model):

@@ -108,6 +108,22 @@ def test_accuracy_compares_likelihoods_and_likelihoods_per_character(base, monke
     assert metrics["acc_norm"].value == 0.0
 
 
+def test_the_length_of_a_choice_is_in_characters_as_in_the_harness(base, monkeypatch):
+    questions = [Question("la mar", ["àéï", "abcd"], 1), Question("la mar", ["ab", "abcd"], 1)]
+    # Per character -1.1 and -1, -1 and -0.9; per byte -0.55 and -1; with the space before it, -0.67 and -0.72.
+    given = iter([-3.3, -4.0, -2.0, -3.6])
+    asked = []
+
+    def score(scorer, requests):
+        asked.extend(base.tokenizer.decode(continuation) for _, continuation in requests)
+        return [ContinuationScore(next(given), False) for _ in requests]
+
+    monkeypatch.setattr(DecoderScorer, "score_continuations", score)
+    metrics = answer_questions(questions, DecoderScorer(base.model), base.tokenizer)
+    assert metrics["acc_norm"].value == 1.0
+    assert asked == [" àéï", " abcd", " ab", " abcd"]
+
+
 def test_the_standard_error_is_that_of_a_mean():
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
     assert mean_with_stderr(values) == (0.6, pytest.approx(statistics.stdev(values) / 5**0.5))

@@ -50,7 +50,7 @@ def test_nan_is_null_in_json_and_left_out_of_tensorboard(tmp_path):
 def test_a_damaged_file_is_an_error_and_stays_unchanged(tmp_path, content):
     path = tmp_path / "evaluation.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="is damaged, and would be overwritten"):
+    with pytest.raises(UserError, match="is damaged, or was edited"):
         ResultFile(RunFolder(tmp_path))
     assert path.read_text() == content
 
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(results, "write_text", refuse)
+    monkeypatch.setattr(results, "write_evaluation", refuse)
     with pytest.raises(UserError, match=r"cannot be written to .*evaluation\.json: Permission denied"):
         ResultFile(RunFolder(tmp_path)).add(result(0.5), "a.ckpt", 4)
 

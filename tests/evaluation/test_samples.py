@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
 from cucafera.evaluation.samples import CucaferaGenerator, TransformersGenerator, load_generator, write_samples
-from cucafera.evaluation.samples_page import GeneratedText, read_prompts, samples_page
+from cucafera.evaluation.samples_page import GeneratedText, ModelColumn, read_prompts, samples_page
 
 CPU = torch.device("cpu")
 SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0)
@@ -72,8 +72,11 @@ def test_the_same_seed_gives_the_same_texts_in_any_order(base, foreign):
 
 
 def test_a_long_prompt_is_truncated_from_the_left(base, foreign):
+    greedy = SamplingConfig(max_new_tokens=6, temperature=0.0, repetition_penalty=1.0)
     for generator in (CucaferaGenerator(base), TransformersGenerator(str(foreign), CPU)):
-        assert generator.write("la mar i el bosc " * 80, SAMPLING, 0).finish_reason in ("context", "stop")
+        long = generator.write("el sol " * 300 + "la mar i el bosc " * 80, greedy, 0)
+        assert long == generator.write("la mar i el bosc " * 80, greedy, 0)  # the beginning makes no difference
+        assert long.finish_reason == "context"  # there is room for one token
 
 
 def test_a_stop_text_ends_generation_of_either_backend(base, foreign):
@@ -118,3 +121,9 @@ def test_prompts_are_the_non_empty_lines_of_a_file(tmp_path):
             read_prompts(str(path))
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_prompts(str(tmp_path / "none"))
+
+
+def test_the_page_keeps_the_indentation_of_a_text_and_shows_control_characters():
+    page = samples_page([ModelColumn("x\x1b[0m", "facts")], [("p", [GeneratedText("    f()\n", "stop")])], SAMPLING, 0)
+    assert '<div class="text">    f()\n</div>' in page
+    assert "\x1b" not in page and "x\\x1b[0m" in page

@@ -22,6 +22,7 @@ from cucafera.generation.generate import (
     Finished,
     GenerationEvent,
     IncrementalDetokenizer,
+    NonfiniteError,
     TextDelta,
     TorchBackend,
     Usage,
@@ -146,6 +147,7 @@ def test_the_same_seed_gives_the_same_text(model, tokenizer):
 SETTINGS = [
     {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
     {"top_k": 5, "top_p": 1.0, "repetition_penalty": 1.0},
+    {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.3},  # negative logits too, which the other filters drop
     {"top_k": 0, "top_p": 0.7, "repetition_penalty": 1.0},
     {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "min_p": 0.05},
     {"top_k": 50, "top_p": 0.9, "repetition_penalty": 1.2},
@@ -170,6 +172,29 @@ def test_the_distribution_is_that_of_transformers(settings):
         logits, TokenPresence(ids.tolist(), 300, logits.device).mask, SamplingConfig(temperature=0.6, **settings)
     )
     torch.testing.assert_close(ours.softmax(-1), processors(ids, logits.clone()).softmax(-1))
+
+
+def test_a_penalty_makes_every_seen_token_less_probable_and_no_other():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -2.0, 0.5]])
+    present = torch.tensor([[True, False, True, True, False, False]])
+    sampling = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=2.0)
+    assert filtered_logits(logits, present, sampling).tolist() == [[1.0, 1.0, 0.0, -2.0, -2.0, 0.5]]
+    greedy = dataclasses.replace(GREEDY, repetition_penalty=2.0)
+    negative = torch.tensor([[-3.0, -1.0, -1.5]])
+    assert sample_tokens(negative, torch.tensor([[False, True, False]]), greedy, None).tolist() == [[2]]
+
+
+def test_top_k_keeps_exactly_so_many_tokens_and_top_p_the_one_that_crosses_it():
+    logits = torch.tensor([[4.0, 1.0, 3.0, 2.0, 0.0]])
+    absent = torch.zeros(1, 5, dtype=torch.bool)
+    for top_k in (1, 2, 4, 5, 9):
+        sampling = SamplingConfig(temperature=1.0, top_k=top_k, top_p=1.0, repetition_penalty=1.0)
+        assert int(filtered_logits(logits, absent, sampling).isfinite().sum()) == min(top_k, 5)
+    probabilities = logits.softmax(-1)[0].sort(descending=True).values
+    for kept in (1, 2, 3):
+        top_p = float(probabilities[:kept].sum()) - 1e-3
+        sampling = SamplingConfig(temperature=1.0, top_k=0, top_p=top_p, repetition_penalty=1.0)
+        assert int(filtered_logits(logits, absent, sampling).isfinite().sum()) == kept
 
 
 def test_tokens_are_sampled_with_their_probabilities():
@@ -230,6 +255,8 @@ def test_an_incomplete_character_becomes_a_replacement_character_at_the_end(toke
         ("aaab", ["aab"], "a"),
         ("un\n\ndos", ["\n\n"], "un"),
         ("cançons €", ["ç"], "can"),
+        ("la mar", ["r", "m"], "la "),
+        ("la mar", ["m", "r"], "la "),
     ],
 )
 def test_a_stop_text_ends_the_text_and_no_part_of_it_is_shown(tokenizer, text, stop, expected):
@@ -292,3 +319,12 @@ def test_backends_of_one_model_do_not_share_a_cache(model, tokenizer):
     interleaved = list(zip_longest(*streams))
     for number, expected in enumerate(alone):
         assert [pair[number] for pair in interleaved if pair[number] is not None] == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_computes_nan_is_an_error_in_one_line(tokenizer, temperature):
+    decoder = Decoder(CONFIG)
+    decoder.norm.weight.data[3] = torch.nan
+    settings = SamplingConfig(temperature=temperature, max_new_tokens=2)
+    with pytest.raises(NonfiniteError, match="values that are not finite: its training diverged"):
+        generate(decoder, tokenizer, [[1, 20]], settings, frozenset())

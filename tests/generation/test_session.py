@@ -8,7 +8,7 @@ import torch
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import ModelConfig, SamplingConfig
-from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
 from cucafera.data.chatml import STOP_IDS, Message, render_prompt
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.generation.generate import (
@@ -126,6 +126,53 @@ def test_the_oldest_turns_are_left_out_of_a_full_context_but_stay_in_the_history
     fitting = [messages for messages in candidates if len(render_prompt(messages, tokenizer)) <= 64 - 8]
     assert shown == fitting[:1] and len(fitting) < 4
     assert session.history == [*old, Message("user", "sol"), Message("assistant", "bosc")]
+
+
+@pytest.mark.parametrize(("max_new_tokens", "room"), [(8, 56), (16, 48), (17, 48), (1000, 48)])
+def test_at_most_a_quarter_of_the_context_is_kept_for_the_answer(model, tokenizer, max_new_tokens, room):
+    session = session_of(model, tokenizer, max_new_tokens=max_new_tokens)
+    with pytest.raises(ContextFullError, match=rf"context of 64 leaves room for {room} before"):
+        text_of(session.answer("la mar i el bosc " * 20))
+
+
+class Scripted:
+    """A backend that writes given tokens."""
+
+    context, vocab_size, device = 64, 300, torch.device("cpu")
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = iter(tokens)
+        self.prompts: list[list[int]] = []
+
+    def prefill(self, prompts, max_new_tokens):
+        self.prompts += prompts
+        return self.decode_step(None)
+
+    def decode_step(self, tokens):
+        return torch.nn.functional.one_hot(torch.tensor([next(self.tokens)]), 300).float()
+
+
+@pytest.mark.parametrize("stop", STOP_IDS)
+def test_an_answer_ends_with_a_turn_a_new_turn_or_a_document(tokenizer, stop):
+    assert {IM_END_ID, IM_START_ID, DOCUMENT_START_ID} == set(STOP_IDS)
+    words = tokenizer.encode("la mar")
+    backend = Scripted([*words, stop, *words, IM_END_ID])
+    greedy = SamplingConfig(temperature=0, max_new_tokens=20)
+    session = ChatSession(backend, tokenizer, greedy, torch.Generator())
+    *_, last = session.answer("Hola")
+    assert last == Finished("stop", Usage(len(backend.prompts[0]), len(words) + 1))
+    assert session.history == [Message("user", "Hola"), Message("assistant", "la mar")]
+
+
+def test_a_reset_forgets_the_question_without_an_answer(tokenizer):
+    session = ChatSession(Scripted([IM_END_ID]), tokenizer, SamplingConfig(temperature=0), torch.Generator())
+    session.system = "mar"
+    text_of(session.answer("Hola"))
+    assert session.history == []
+    session.reset()
+    assert session.system == "mar"
+    with pytest.raises(UserError, match="There is no answer to redo"):
+        text_of(session.redo())
 
 
 def test_a_message_that_fills_the_context_is_refused_and_not_kept(session):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import jinja2
@@ -18,7 +19,7 @@ from cucafera.data.chatml import CHAT_TEMPLATE
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.interop import gguf as export
 from cucafera.interop.gguf import TYPES, LogitDifference, logits_of, verification_texts, write_gguf
-from cucafera.interop.gguf_format import open_gguf, tokenizer_in
+from cucafera.interop.gguf_format import context_in, decoder_in, open_gguf, tokenizer_in
 from cucafera.interop.trained import TrainedModel
 from cucafera.model.transformer import Decoder
 from tests.support import WORDS
@@ -237,6 +238,7 @@ def test_an_interrupted_write_leaves_nothing(tokenizer, tmp_path, monkeypatch, t
 
     monkeypatch.setattr(export, "verify", interrupted)
     monkeypatch.setattr(export, "quantize", interrupted)
+    monkeypatch.setattr(export, "check_quantizer", lambda name: None)
     with pytest.raises(KeyboardInterrupt):
         write_gguf(trained_model(tokenizer), tmp_path / "model.gguf", type_)
     assert list(tmp_path.iterdir()) == []
@@ -264,6 +266,19 @@ def test_damaged_and_truncated_files_are_errors(tokenizer, tmp_path):
             open_gguf(path)
 
 
+def test_differences_are_those_of_all_texts_together():
+    sums = export._DifferenceSums()
+    sums.add(torch.tensor([[0.0, 3.0], [1.0, 0.0]]), torch.zeros(2, 2))
+    sums.add(torch.tensor([[0.5, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    difference = sums.difference()
+    assert (sums.positions, difference.largest) == (3, 3.0)
+    assert difference.rms == pytest.approx(math.sqrt((9 + 1 + 0.25 + 1) / 6))
+    assert difference.top1_agreement == pytest.approx(1 / 3)
+    sums.add(torch.tensor([[math.nan, 0.0]]), torch.zeros(1, 2))
+    sums.add(torch.zeros(1, 2), torch.zeros(1, 2))
+    assert math.isnan(sums.difference().largest)
+
+
 def test_only_rounding_passes_verification():
     verification = export.Verification(
         "f16", 1, {}, 1, 2.0, LogitDifference(0.0, 0.0, 1.0), LogitDifference(0.05, 0.01, 1.0)
@@ -274,3 +289,49 @@ def test_only_rounding_passes_verification():
     assert quantized.problems() == []
     assert dataclasses.replace(quantized, computed=LogitDifference(1.0, 0.21, 1.0)).problems()
     assert all(kind in (*export.NATIVE_TYPES, *export.LLAMA_CPP_TYPES) for kind in TYPES)
+
+
+def test_a_file_whose_sizes_lie_is_damaged_and_read_in_few_steps(tokenizer, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(trained_model(tokenizer, chats=True), path, "f16")
+    content = path.read_bytes()
+    position = content.index(b"tokenizer.ggml.token_type") + 25 + 8  # after the name, and the types of array and items
+    for size in (2**62, 2**32, len(content)):
+        path.write_bytes(content[:position] + size.to_bytes(8, "little") + content[position + 8 :])
+        with pytest.raises(UserError, match="is damaged or truncated"):
+            open_gguf(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a regular file"):
+        open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            b"gemma.context_length\x04\0\0\0" + (48).to_bytes(4, "little"),
+            b"gemma.context_length\x04\0\0\0" + b"\xff" * 4,
+        ),
+        (b"gemma.context_length\x04", b"gemma.context_length\x06"),  # a float
+        (b"gemma.context_length", b"gemma.kontext_length"),
+        (b"tokenizer.ggml.model\x08", b"tokenizer.ggml.model\x05"),
+        (b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"),
+        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"),
+    ],
+)
+def test_flipped_bits_in_a_header_are_an_error_in_one_line(tokenizer, tmp_path, old, new):
+    path = tmp_path / "model.gguf"
+    trained = trained_model(tokenizer)
+    write_gguf(trained, path, "f16")
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    with pytest.raises(UserError) as refused:
+        reader = open_gguf(path)
+        restored = tokenizer_in(reader, path)
+        context_in(reader)
+        decoder_in(reader, trained.model.config)
+        if restored.fingerprint != tokenizer.fingerprint:
+            raise UserError("another tokenizer")
+    assert "\n" not in str(refused.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, pipeline
 
 from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
@@ -56,6 +56,34 @@ def test_transformers_computes_the_same_logits(runs, tmp_path, dtype):
     inputs = torch.tensor([ids])
     difference = (theirs(inputs).logits - ours.model.logits(ours.model(inputs))).abs().max().item()
     assert difference < {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.005}[dtype]
+
+
+def test_the_generation_settings_are_those_of_the_sampling():
+    describe = hugging_face._generation_config
+    drawn = describe(SamplingConfig(temperature=0.5, top_k=7, top_p=0.8, min_p=0.1, max_new_tokens=9), chats=False)
+    wanted = {"do_sample": True, "temperature": 0.5, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "max_new_tokens": 9}
+    assert wanted.items() <= drawn.items() and drawn["repetition_penalty"] == 1.2
+    greedy = describe(SamplingConfig(temperature=0.0, min_p=0.1), chats=True)
+    assert greedy["do_sample"] is False and not {"temperature", "top_k", "top_p", "min_p"} & greedy.keys()
+    assert greedy["repetition_penalty"] == 1.0
+
+
+def test_fields_that_a_config_omits_are_those_of_transformers(folder):
+    path = folder / "config.json"
+    described = json.loads(path.read_text())
+    for key in ("rms_norm_eps", "num_key_value_heads", "initializer_range", "hidden_act", "rope_theta"):
+        described.pop(key, None)
+    described |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    path.write_text(json.dumps(described))
+    model, theirs = read_hf_spec(folder).model, LlamaConfig.from_pretrained(folder)
+    for key in ("rms_norm_eps", "num_key_value_heads", "initializer_range", "hidden_act"):
+        assert getattr(model, key) == getattr(theirs, key), key
+    assert (model.rms_norm_eps, model.num_key_value_heads, model.rope_theta) == (1e-6, 4, 5e4)
+    del described["rope_parameters"]
+    path.write_text(json.dumps(described | {"rope_theta": 7e4}))
+    assert read_hf_spec(folder).model.rope_theta == 7e4
+    path.write_text(json.dumps(described))
+    assert read_hf_spec(folder).model.rope_theta == 1e4
 
 
 def test_transformers_generates_the_same_text(runs, tmp_path):
@@ -212,7 +240,7 @@ def test_other_tokenizers_are_reordered_and_missing_tokens_start_as_the_mean(tmp
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 \(must divide num_attention_heads, 4\)"),
         ({"hidden_size": 34}, "hidden_size=34, num_attention_heads=4"),
-        ({"num_hidden_layers": "two"}, r"num_hidden_layers=two \(must be a positive integer\)"),
+        ({"num_hidden_layers": "two"}, r"num_hidden_layers=two \(must be an integer, at least 1 and at most 1000\)"),
         ({"vocab_size": 300}, "has the id 319, but .* has vocab_size=300"),
     ],
 )
