@@ -24,23 +24,36 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cucafera.config.errors import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR
+from cucafera.config.errors import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR, UserError
 from cucafera.config.fields import flat
+from cucafera.config.folders import folder_problem
+from cucafera.config.quoting import quoted
 from cucafera.config.schema import Config
+from cucafera.output import notify
 from cucafera.runs.compatibility import KEYS_WITHOUT_EFFECT, matches_key
 from cucafera.runs.folder import RunFolder
-from cucafera.storage import write_text
+from cucafera.runs.shape import shape_problem
+from cucafera.storage import ChecksumError, open_to_append, read_json_with_checksum, write_json_with_checksum
 from cucafera.sweeps.metrics import primary_metric, to_minimize
 
 JOB_FILE = "job.json"
 """The record of a job, in its folder."""
+JOB: dict[str, Any] = {
+    "status": str,
+    "exit_code": (int, type(None)),
+    "overrides": [str],
+    "identity": (str, type(None)),
+}
+"""Shape of the record of a job."""
 OUTPUT_FILE = "job.out"
 """The output of a job that has no terminal."""
 LOCAL_LAUNCHERS = ("joblib", "parallel")
 """Launchers whose processes end with the sweep; the jobs of a cluster's launcher continue."""
 PR_SET_PDEATHSIG = 1
 """Option of prctl(2), on Linux: the signal that a process gets when its parent dies."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+UNREPEATED = (signal.SIGHUP, signal.SIGUSR2)
+"""Stop signals that are not sent again to exit immediately."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 KEYS_WITHOUT_EFFECT_ON_RESULT = (*KEYS_WITHOUT_EFFECT, "trainer")
 """Keys that do not change the result of a job."""
 
@@ -64,15 +77,23 @@ class JobRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "JobRecord | None":
-        """Return the record in a folder; None if it is missing or damaged."""
+        """Return the record in a folder; None if there is none. Raises UserError if it was edited or damaged."""
+        path = folder / JOB_FILE
         try:
-            return cls(**json.loads((folder / JOB_FILE).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            content = read_json_with_checksum(path)
+        except FileNotFoundError:
             return None
+        except (OSError, ChecksumError) as error:
+            problem: object = getattr(error, "strerror", None) or error
+        else:
+            problem = shape_problem(content, JOB)
+            if problem is None:
+                return cls(**{field.name: content[field.name] for field in dataclasses.fields(cls)})
+        raise UserError(f"{path} cannot be used: {problem}. Delete it, and run the command of its sweep again")
 
     def write(self, folder: Path) -> None:
         """Write the record into a folder."""
-        write_text(folder / JOB_FILE, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_json_with_checksum(folder / JOB_FILE, dataclasses.asdict(self))
 
 
 def identity_of(config: Config) -> str:
@@ -107,8 +128,16 @@ def run_job(
     Raises:
         SystemExit: a signal to this process stopped the job, and with it the sweep.
     """
+    if problem := folder_problem(folder):
+        print(problem, file=sys.stderr)
+        return math.inf
     identity = None if config is None else identity_of(config)
-    before = JobRecord.read(folder)
+    try:
+        before = JobRecord.read(folder)
+        result = _result(before, config, folder) if before is not None else math.inf
+    except UserError as error:  # a run that is complete writes its results again
+        print(f"{error}. The job is run again", file=sys.stderr)
+        before = None
     if before is not None and config is not None and config.resume != "overwrite":
         if before.identity not in (identity, None):
             print(
@@ -118,7 +147,7 @@ def run_job(
             )
             return math.inf
         if before.status in ("finished", "diverged"):
-            return _result(before, config, folder)
+            return result
     JobRecord("started", None, list(overrides), identity).write(folder)
     if launcher in LOCAL_LAUNCHERS:
         _end_with_parent()  # this process is the launcher's
@@ -126,7 +155,9 @@ def run_job(
     command = [sys.executable, "-m", "cucafera.run", *overrides, run_dir, *arguments]
     with ExitStack() as stack:
         environment = os.environ | stack.enter_context(_own_gpus(config, folder.parent))
-        output = None if launcher == "basic" else stack.enter_context((folder / OUTPUT_FILE).open("ab"))
+        output = (
+            None if launcher == "basic" else stack.enter_context(os.fdopen(open_to_append(folder / OUTPUT_FILE), "ab"))
+        )
         signalled, exit_code = _run_forwarding_signals(command, environment, output)
     if signalled is not None:
         if launcher in LOCAL_LAUNCHERS:
@@ -135,12 +166,6 @@ def run_job(
     job = JobRecord(_status(exit_code, config, folder), exit_code, list(overrides), identity)
     job.write(folder)
     return _result(job, config, folder)
-
-
-def quoted(value: str) -> str:
-    """Return a text as one value of Hydra's override grammar, whatever characters it contains."""
-    escaped = value.replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _status(exit_code: int, config: Config | None, folder: Path) -> str:
@@ -160,7 +185,8 @@ def _validations(config: Config | None, folder: Path) -> list[float]:
     """Return the primary metric of each validation of a finished run, such that lower is better."""
     metric = primary_metric({} if config is None else dict(flat(dataclasses.asdict(config))))
     metrics = RunFolder(folder).read_metrics()
-    assert metrics is not None  # a run writes it before it exits with 0
+    if metrics is None:
+        raise UserError(f"{folder} holds no metrics.json")
     return [to_minimize(metric, validation[metric.name]) for validation in metrics["validation"]]
 
 
@@ -179,26 +205,30 @@ def _run_forwarding_signals(command: list[str], environment: dict[str, str], out
         forwarded = number
         if number in STOP_SIGNALS:
             received.append(number)  # first of all: another signal may arrive while this one is handled
-            by_user = sum(other != signal.SIGUSR2 for other in received)
-            # The death of the sweep's process (SIGUSR2) and a signal of the user often come together, in either order,
-            # where a terminal or scheduler signals a whole group. Such a pair is one request to save and stop; only a
-            # second signal of the user may kill a job that is saving.
-            if number == signal.SIGUSR2 and len(received) > 1:
+            by_user = sum(other not in UNREPEATED for other in received)
+            # The death of the sweep's process (SIGUSR2), a closed terminal (SIGHUP) and a signal of the user often come
+            # together, in any order, where a terminal or scheduler signals a whole group. Together they are one request
+            # to save and stop; only a second signal of the user may kill a job that is saving.
+            if number in UNREPEATED and len(received) > 1:
                 return
-            if number != signal.SIGUSR2 and by_user == 1 and received[0] == signal.SIGUSR2:
+            if number not in UNREPEATED and by_user == 1 and received[0] in UNREPEATED:
                 return
             # SIGUSR2 rather than the user's signal: the command may get that one directly too, and would take two of
             # them for a request to exit immediately.
             forwarded = signal.SIGKILL if by_user > 1 else signal.SIGUSR2
-            message = (
-                f"\n{signal.Signals(number).name} received: the job saves a checkpoint after this step. Press Ctrl-C "
-                "again to exit immediately.\n"
+            notify(
+                f"{signal.Signals(number).name} received: the job saves a checkpoint after this step. Press Ctrl-C "
+                "again to exit immediately."
             )
-            os.write(sys.stderr.fileno(), message.encode())  # print is not safe in a signal handler
         if process is not None:
             process.send_signal(forwarded)
 
-    before = {number: signal.signal(number, forward) for number in (*STOP_SIGNALS, signal.SIGUSR1)}
+    handled = [
+        number
+        for number in (*STOP_SIGNALS, signal.SIGUSR1)
+        if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN)  # started by nohup
+    ]
+    before = {number: signal.signal(number, forward) for number in handled}
     try:
         process = subprocess.Popen(
             command,

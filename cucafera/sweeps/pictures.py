@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cucafera.objectives import MetricSpec
+from cucafera.storage import atomic_replace
 from cucafera.sweeps.metrics import fitted_metric, shown_metrics, to_minimize
 from cucafera.sweeps.optimum import Optimum
 from cucafera.sweeps.records import RunRecord
@@ -188,4 +189,5 @@ def _add_legend(axes: "Axes", title: str | None) -> None:
 
 def _save(figure: Any, path: Path, formats: Sequence[str] = FORMATS) -> None:
     for ending in formats:
-        figure.savefig(path.with_name(f"{path.name}.{ending}"), dpi=200)
+        with atomic_replace(path.with_name(f"{path.name}.{ending}")) as partial:
+            figure.savefig(partial, dpi=200, format=ending)

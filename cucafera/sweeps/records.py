@@ -2,20 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from cucafera.config.errors import UserError
 from cucafera.config.fields import flat, format_value
+from cucafera.markup import markdown_table
 from cucafera.objectives import MetricSpec
 from cucafera.runs.compatibility import KEYS_WITHOUT_EFFECT, matches_key
 from cucafera.runs.folder import RunFolder
+from cucafera.storage import list_folder
 from cucafera.sweeps.jobs import JOB_FILE, JobRecord
 from cucafera.sweeps.metrics import objective_of_run, primary_metric, shown_metrics, to_minimize
 
@@ -79,27 +79,42 @@ def read_records(folder: Path, within: Path | None) -> list[RunRecord]:
     Raises:
         UserError: there is none, or one cannot be read.
     """
-    folders = [folder] if (folder / "config.yaml").exists() else _runs_below(folder)
+    try:
+        folders = [folder] if (folder / "config.yaml").exists() else sorted(_runs_below(folder, set()))
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror or error}") from error
     if not folders:
         raise UserError(f"{folder}: there is no run")
     return [_read_record(run, str(run.relative_to(within) if within not in (None, run) else run)) for run in folders]
 
 
-def _runs_below(folder: Path) -> list[Path]:
-    return sorted({path.parent for name in (JOB_FILE, "config.yaml") for path in folder.rglob(name)})
+def _runs_below(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """Yield the folders of runs and jobs in and below a folder, also through symlinks. Raises OSError.
+
+    Args:
+        folder: The folder.
+        seen: Real paths of folders that were visited before, which a symlink may lead back to.
+    """
+    place = os.path.realpath(folder)
+    if place in seen:
+        return
+    seen.add(place)
+    entries = list_folder(folder)
+    is_run = not {JOB_FILE, "config.yaml"}.isdisjoint(entry.name for entry in entries)
+    if is_run:
+        yield folder
+    for entry in entries:
+        is_hidden = entry.name.startswith(".") or (is_run and entry.name == "checkpoints")
+        lost = entry.is_symlink() and not entry.exists() and not is_run  # perhaps a run on a disk that is not mounted
+        if (entry.is_dir() or lost) and not is_hidden:
+            yield from _runs_below(entry, seen)
 
 
 def _read_record(path: Path, name: str) -> RunRecord:
     folder = RunFolder(path)
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(folder.config)) if folder.config.exists() else None
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{folder.config} cannot be read: {error}") from error
-    if not config and folder.config.exists():
-        raise UserError(f"{folder.config} is empty, or not a configuration")
-    config = config if isinstance(config, dict) else {}
+    config = folder.read_config() if folder.config.exists() or folder.config.is_symlink() else {}
     metrics = folder.read_metrics()
-    settings = dict(flat({str(key): value for key, value in config.items()}))
+    settings = dict(flat(config))
     try:
         objective_of_run(settings)
     except UserError as error:
@@ -112,6 +127,9 @@ def _curve_of_events(path: Path, config: dict[str, Any]) -> list[dict[str, float
     """Return the validations of a run that has not finished, from its TensorBoard events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    for file in RunFolder(path).event_files():
+        if not file.is_file():
+            raise UserError(f"{file} cannot be read: it is not a regular file")
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     values: dict[int, dict[str, float]] = {}
@@ -189,9 +207,7 @@ def units_of(metrics: Sequence[MetricSpec]) -> str:
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown; the first row is its head."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    return "\n".join(markdown_table(rows))
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import os
 import shlex
@@ -16,7 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from cucafera.config.command_line import GENERATED
+from cucafera.config.compose import as_typed
 from cucafera.config.errors import EXIT_OUT_OF_TIME, EXIT_USER_ERROR, UserError
+from cucafera.markup import csv_cell, markdown
+from cucafera.output import notify
 
 if TYPE_CHECKING:
     from cucafera.objectives import MetricSpec
@@ -28,8 +33,6 @@ FURTHER_VALUES = 3
 """Values that are proposed for the next sweep."""
 NOT_GIVEN = "default"
 """Stands for the value of a key that a job's command line does not set."""
-GENERATED_OVERRIDES = ("hydra.mode", "hydra.job.config.", "hydra.sweeper.params", "hydra.sweep.dir")
-"""Overrides that the run command, or Hydra itself, adds to a command line; see `sweep_arguments`."""
 RUN_AGAIN = "run the same command again to resume"
 PROBLEMS = {
     "diverged": "Diverged",
@@ -61,14 +64,16 @@ class SweepSummaryCallback(Callback):
         Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
         if config.hydra.runtime.choices["hydra/launcher"] in LOCAL_LAUNCHERS:
             signal.signal(signal.SIGINT, _leave_to_jobs)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # started by nohup
+                signal.signal(signal.SIGHUP, _leave_to_jobs)
 
     def on_multirun_end(self, config: DictConfig, **settings: Any) -> None:
         """Summarize the sweep when all jobs have ended."""
-        choices = [text for text in config.hydra.overrides.hydra if not text.startswith(GENERATED_OVERRIDES)]
+        choices = itertools.takewhile(lambda text: text != GENERATED, as_typed(config.hydra.overrides.hydra))
         try:
             summary = summarize_sweep(
                 Path(config.hydra.sweep.dir),
-                overrides=list(config.hydra.overrides.task),
+                overrides=as_typed(config.hydra.overrides.task),
                 fixed=set(config.hydra.job.config.override_dirname.exclude_keys),
                 others=list(map(shlex.quote, choices)),
             )
@@ -85,7 +90,7 @@ class SweepSummaryCallback(Callback):
 
 def _leave_to_jobs(number: int, frame: FrameType | None) -> None:
     """Exit the sweep's process: its jobs notice that, and save. The launcher would kill them, even within a save."""
-    os.write(sys.stderr.fileno(), b"\nInterrupted: the jobs save and stop. Run the same command again to resume.\n")
+    notify("Interrupted: the jobs save and stop. Run the same command again to resume.")
     os._exit(128 + number)
 
 
@@ -154,8 +159,11 @@ def summarize_sweep(
     else:
         draw_curves(records, picture)
     shown = [f"![Results against learning rate, and curves]({picture.name}.png)"] if has_matplotlib() else []
-    markdown = [f"# {folder}", *paragraphs, as_markdown(table), *shown]
-    write_text(folder / "summary.md", "\n\n".join(markdown) + "\n")
+    parts = [part for paragraph in paragraphs for part in paragraph.split("\n\n")]
+    # A command to type is indented: a block of code, in which nothing is interpreted.
+    texts = [part if part.startswith("    ") else markdown(part) for part in parts]
+    page = [f"# {markdown(str(folder))}", *texts, as_markdown(table), *shown]
+    write_text(folder / "summary.md", "\n\n".join(page) + "\n")
     write_text(folder / "results.csv", _csv(records, keys, metrics))
     files = f"Summary: {folder / 'summary.md'}\nCurves: tensorboard --logdir {shlex.quote(str(folder))}"
     statuses = {record.status for record in records}
@@ -297,5 +305,6 @@ def _csv(records: Sequence["RunRecord"], keys: Sequence[str], metrics: Sequence[
     for record in records:
         job, seconds = record.job, record.metrics["training_seconds"] if record.metrics else None
         rest = [seconds, job.exit_code if job else None, " ".join(job.overrides) if job else None]
-        rows.writerow([record.name, *map(record.settings.get, keys), *results_of(record, metrics), *rest])
+        cells = [record.name, *map(record.settings.get, keys), *results_of(record, metrics), *rest]
+        rows.writerow(map(csv_cell, cells))
     return text.getvalue()

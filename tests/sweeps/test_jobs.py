@@ -16,16 +16,22 @@ from cucafera.config.command_line import (
     check_command_line,
     command_line_problems,
     composed_config,
-    quote_paths,
+    parse_command_line,
     sweep_arguments,
+    with_search_path,
 )
 from cucafera.config.compose import hydra_session
+from cucafera.config.folders import folder_problem
+from cucafera.config.launch import start_sweep
+from cucafera.config.quoting import quoted, readable
 from cucafera.config.schema import Config
 from cucafera.objectives import MetricSpec
+from cucafera.run import job
 from cucafera.runs.folder import RunFolder
 from cucafera.sweeps import jobs
-from cucafera.sweeps.jobs import JobRecord, quoted
-from tests.support import assert_equal, wait_for, weights
+from cucafera.sweeps.jobs import JobRecord
+from cucafera.sweeps.summary import SweepSummaryCallback
+from tests.support import assert_equal, wait_for, weights, write_metrics
 
 HORIZON = "schedule.warmup_steps=0"
 
@@ -63,9 +69,11 @@ def test_a_sweep_keeps_finished_jobs_and_a_job_equals_the_run_alone(command, tmp
     (tmp_path / "sitecustomize.py").unlink()
     code, output = command.run(*overrides)
     assert code == 0, output
-    assert ended(sweep)["optimizer.lr=0.5"][0] in ("finished", "diverged")
+    assert ended(sweep)["optimizer.lr=0.5"] == ("finished", 0)
     assert output.count("Run     ") == 1  # only the one that had crashed ran again
-    assert len((sweep / "optimizer.lr=0.002" / "history.jsonl").read_text().splitlines()) == 2
+    assert (
+        len((sweep / "optimizer.lr=0.002" / "history.jsonl").read_text().splitlines()) == 3
+    )  # start, first checkpoint, end
 
 
 @pytest.mark.slow
@@ -125,6 +133,8 @@ time.sleep(30)
     [
         ([signal.SIGUSR2, signal.SIGINT], 7),  # the death of the sweep's process and Ctrl-C, in either order
         ([signal.SIGINT, signal.SIGUSR2], 7),
+        ([signal.SIGHUP, signal.SIGHUP, signal.SIGTERM], 7),  # of a closed terminal: shell, system and systemd
+        ([signal.SIGTERM, signal.SIGHUP], 7),
         ([signal.SIGINT, signal.SIGINT], -signal.SIGKILL),
         ([signal.SIGUSR2, signal.SIGINT, signal.SIGINT], -signal.SIGKILL),
     ],
@@ -153,18 +163,18 @@ def test_jobs_side_by_side_are_saved_when_the_sweep_is_stopped_or_killed(command
         "--multirun", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "seed=1,2", "budget_tokens=256_000",
         "callbacks.checkpoint_every_steps=20", "callbacks.keep_last=100", new_group=True,
     )  # fmt: skip
-    jobs = [RunFolder(sweep / f"seed={seed}") for seed in (1, 2)]
-    for job in jobs:
-        wait_for(job.checkpoints.path / "step-00000020.json", process)
+    folders = [RunFolder(sweep / f"seed={seed}") for seed in (1, 2)]
+    for folder in folders:
+        wait_for(folder.checkpoints.path / "step-00000020.json", process)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGKILL), output
     deadline = time.monotonic() + 30
-    while any(job.lock.exists() for job in jobs):
+    while any(folder.lock.exists() for folder in folders):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    for job in jobs:
-        assert json.loads(job.history.read_text().splitlines()[-1])["event"] == "stopped"
+    for folder in folders:
+        assert json.loads(folder.history.read_text().splitlines()[-1])["event"] == "stopped"
 
 
 @pytest.mark.slow
@@ -233,13 +243,118 @@ def test_the_jobs_of_a_sweep_share_one_folder_whatever_is_swept():
     assert "run_dir is the folder of one run; that of a sweep is hydra.sweep.dir=..." in problem
 
 
+def jobs_of(*overrides: str, config_dirs: tuple[str, ...] = ()) -> list[tuple[Path, Config]]:
+    """The folder of each job of a sweep, and the configuration that its command composes; nothing is started."""
+    commands: list[list[str]] = []
+
+    def record(command, *rest):
+        commands.append(command[3:])
+        return None, 2
+
+    given = parse_command_line(["--multirun", *overrides, *(f"--config-dir={folder}" for folder in config_dirs)])
+    with pytest.MonkeyPatch.context() as patch, hydra_session():
+        patch.setattr(jobs, "_run_forwarding_signals", record)
+        composition = check_command_line(given.overrides, multirun=True)
+        assert composition.problems == []
+        patch.setattr(SweepSummaryCallback, "on_multirun_end", lambda *given, **more: None)
+        start_sweep(sweep_arguments(composition.node, given.overrides), job)
+    configs = [composed_config(parse_command_line(command).overrides) for command in commands]
+    return [(Path(config.run_dir), config) for config in configs]
+
+
+@pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
+def test_the_model_of_each_job_is_the_one_that_was_asked_for(by, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configuració d'aquí"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "petit.yaml").write_text("num_hidden_layers: 7\n")
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "meu.yaml").write_text("# @package _global_\nbudget_tokens: 8192\n")
+    overrides = ["model=petit", "+experiment=meu", "seed=1,2", "schedule.warmup_steps=0"]
+    if by == "--config-dir":
+        found = jobs_of(*overrides, config_dirs=(str(folder),))
+    else:
+        found = jobs_of(*overrides, f"hydra.searchpath=[{quoted(f'file://{folder}')}]")
+    assert [config.seed for _, config in found] == [1, 2]
+    assert all(config.model.num_hidden_layers == 7 and config.budget_tokens == 8192 for _, config in found)
+
+
+@pytest.mark.parametrize("flags", [["--config-name", "petit"], ["--config-path", "."], ["-cn=petit"], ["-cp", "."]])
+def test_a_sweep_with_another_main_file_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as exited:
+        parse_command_line(["--multirun", "seed=1,2", *flags])
+    assert exited.value.code == 2 and "is not supported: a run starts from conf/config.yaml" in capsys.readouterr().err
+
+
+def test_jobs_get_folders_of_their_own_whatever_the_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = [
+        "outputs/t0/checkpoints/step-00000004.ckpt",
+        "outputs/t0",
+        "..",
+        "/",
+        "a_b",
+        "a/b",
+        "l'avi",
+        "a." + "b" * 300,
+    ]
+    found = jobs_of("init_from=" + ",".join(values), "name=swept")
+    assert [config.init_from for _, config in found] == values
+    sweep = Path("outputs/swept-sweep")
+    assert all(folder.parent == sweep and len(folder.name.encode()) <= 150 for folder, _ in found)
+    assert len({folder for folder, _ in found}) == len(values)
+
+
+def test_texts_of_a_sweep_reach_the_job_as_they_were_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = jobs_of("callbacks.prompts=[El preu és 5\\${x}],[L'avi, 1e3]", "tokenizer.path=${name}", "name=2026_11")
+    assert [config.callbacks.prompts for _, config in found] == [["El preu és 5${x}"], ["L'avi", "1e3"]]
+    assert {(config.name, config.tokenizer.path) for _, config in found} == {("2026_11", "2026_11")}
+
+
+def test_a_glob_sweeps_over_choices_of_other_folders_too(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tinier.yaml").write_text("num_hidden_layers: 1\n")
+    overrides = with_search_path(["model=glob(tin*)"], [str(tmp_path)])
+    assert "model=tinier,tiny" in arguments_of(*overrides)
+
+
+def test_a_folder_around_or_within_another_run_is_refused(tmp_path):
+    run_folder = tmp_path / "outputs" / "a"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "history.jsonl").touch()
+    assert folder_problem(run_folder) is None and folder_problem(tmp_path / "outputs" / "b") is None
+    for inner in (run_folder / "b", run_folder / "checkpoints", run_folder / "checkpoints" / "x"):
+        assert "the folder of another run; choose another name=..." in folder_problem(inner)
+        assert "the folder of another run" in folder_problem(inner, is_sweep=True)
+    assert "holds other runs, such as" in folder_problem(tmp_path / "outputs")
+    assert "holds other runs" in folder_problem(tmp_path)
+    assert folder_problem(tmp_path / "outputs", is_sweep=True) is None
+    assert "is the folder of another run" in folder_problem(run_folder, is_sweep=True)
+    (tmp_path / "link").symlink_to(run_folder)
+    assert "the folder of another run" in folder_problem(tmp_path / "link" / "b")
+    assert run(composed_config([]), run_folder / "checkpoints") == math.inf
+    assert not list((run_folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_a_path_that_leads_to_no_folder_is_refused(tmp_path, is_sweep):
+    (tmp_path / "file").touch()
+    (tmp_path / "unmounted").symlink_to("/nowhere/disk")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, problem in (("file", "is not a folder"), ("unmounted", "to /nowhere/disk, which"), ("loop", "a symlink")):
+        for path in (tmp_path / name, tmp_path / name / "outputs" / "run"):
+            assert problem in folder_problem(path, is_sweep)
+            assert str(tmp_path / name) in folder_problem(path, is_sweep)
+
+
 def test_a_job_that_ended_with_another_configuration_is_kept_and_reported(tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(jobs, "_run_forwarding_signals", lambda command, *rest: started.append(command) or (None, 2))
     config = composed_config(["optimizer.lr=1e-3"])
     job = ("finished", 0, ["optimizer.lr=1e-3"], jobs.identity_of(config))
     JobRecord(*job).write(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"steps": 1, "validation": [{"bpb": 2.5}]}')
+    write_metrics(tmp_path, [{"bpb": 2.5}])
     assert run(config, tmp_path) == 2.5
     assert run(composed_config(["optimizer.lr=1e-3", "max_time=01:00:00", "trainer.num_workers=2"]), tmp_path) == 2.5
     assert run(composed_config(["optimizer.lr=1e-3", "budget_tokens=1e6"]), tmp_path) == math.inf
@@ -252,11 +367,64 @@ def test_a_job_that_ended_with_another_configuration_is_kept_and_reported(tmp_pa
 def test_a_sweeper_gets_the_negated_metric_where_higher_is_better(tmp_path, monkeypatch):
     config = composed_config(["optimizer.lr=1e-3"])
     JobRecord("finished", 0, ["optimizer.lr=1e-3"], jobs.identity_of(config)).write(tmp_path)
-    (tmp_path / "metrics.json").write_text('{"steps": 1, "validation": [{"accuracy": 0.5}, {"accuracy": 0.75}]}')
+    write_metrics(tmp_path, [{"accuracy": 0.5}, {"accuracy": 0.75}])
     accuracy = MetricSpec("accuracy", "accuracy", "of the pairs", "higher", ".2f")
     monkeypatch.setattr(jobs, "primary_metric", lambda config: accuracy)
     assert run(config, tmp_path) == -0.75
     assert jobs._status(0, config, tmp_path) == "finished"
+
+
+def test_a_job_whose_results_were_edited_is_run_again(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(jobs, "_run_forwarding_signals", lambda command, *rest: started.append(command) or (None, 2))
+    config = composed_config(["optimizer.lr=1e-3"])
+    for number, name in enumerate(("metrics.json", "job.json"), 1):
+        JobRecord("finished", 0, ["optimizer.lr=1e-3"], jobs.identity_of(config)).write(tmp_path)
+        write_metrics(tmp_path, [{"bpb": 2.5}])
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace("1", "2"))
+        assert run(config, tmp_path) == math.inf
+        assert len(started) == number and f"{name} " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "result"),
+    [
+        ([3.0, 1.0, 2.0], "finished", 2.0),  # the last value, although another was better
+        ([3.0, 1.0, 3.5], "diverged", math.inf),  # worse than before training at the end
+        ([3.0, 1.0, 3.0], "diverged", math.inf),
+        ([3.0, math.nan], "diverged", math.inf),
+        ([3.0, 2.999], "finished", 2.999),
+    ],
+)
+def test_a_job_is_judged_by_its_last_validation(tmp_path, monkeypatch, values, status, result):
+    validations = [{"bpb": value, "loss": 9 - value} for value in values]
+    write_metrics(tmp_path, validations)
+    monkeypatch.setattr(jobs, "_run_forwarding_signals", lambda *arguments: (None, 0))
+    assert run(composed_config(["optimizer.lr=1e-3"]), tmp_path) == result
+    assert JobRecord.read(tmp_path).status == status
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "starts"),
+    [(2, "refused", 2), (3, "diverged", 1), (124, "stopped", 2), (130, "stopped", 2), (143, "stopped", 2),
+     (1, "crashed", 2), (-9, "crashed", 2)],
+)  # fmt: skip
+def test_the_exit_code_of_a_job_is_its_status_and_only_a_result_is_kept(tmp_path, monkeypatch, code, status, starts):
+    started = []
+    monkeypatch.setattr(jobs, "_run_forwarding_signals", lambda *arguments: started.append(arguments) or (None, code))
+    config = composed_config(["optimizer.lr=1e-3"])
+    for _ in range(2):
+        assert run(config, tmp_path) == math.inf
+        assert (JobRecord.read(tmp_path).status, JobRecord.read(tmp_path).exit_code) == (status, code)
+    assert len(started) == starts
+
+
+def test_the_identity_of_a_job_is_what_decides_its_result():
+    identity = jobs.identity_of(composed_config([]))
+    for same in ("name=b", "trainer.num_workers=2", "max_time=1:00:00:00", "logger.tensorboard=false"):
+        assert jobs.identity_of(composed_config([same])) == identity
+    for other in ("seed=2", "optimizer.lr=1e-4", "budget_tokens=1e6", "data.sources.embedded.weight=2"):
+        assert jobs.identity_of(composed_config([other])) != identity
 
 
 def run(config: Config, folder: Path) -> float:
@@ -267,15 +435,16 @@ def test_a_job_can_be_given_as_init_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a=1", "a=2"):
         Path(name).mkdir()
-    assert quote_paths("init_from=a=1,a=2", multirun=True) == "init_from='a=1','a=2'"
+    assert readable("init_from=a=1,a=2", multirun=True) == "init_from='a=1','a=2'"
     place = "outputs/lr_sweep/optimizer.lr=0.002,seed=1"
-    assert quote_paths(f"init_from={place}", multirun=False) == f"init_from='{place}'"
+    assert readable(f"init_from={place}", multirun=False) == f"init_from='{place}'"
     assert composed_config([f"tokenizer.path={place}"]).tokenizer.path == place
     assert composed_config([f"tokenizer.path={quoted('it' + chr(39) + 's=a')}"]).tokenizer.path == "it's=a"
 
 
 def test_a_job_waits_for_free_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: pytest.fail("there are enough"))
     one, two, four, every = (composed_config([f"trainer.devices={devices}"]) for devices in (1, 2, 4, "auto"))
     with jobs._own_gpus(two, tmp_path) as environment:
         assert environment == {"CUDA_VISIBLE_DEVICES": "0,3"}
@@ -291,6 +460,7 @@ def test_a_job_waits_for_free_gpus(tmp_path, monkeypatch):
 
     def free_the_gpu(seconds: float) -> None:
         waited.append(seconds)
+        assert len(waited) == 1  # or the two would wait for each other for ever
         with jobs._own_gpus(two, tmp_path) as meanwhile:  # a job that waits holds no GPU
             assert meanwhile == {"CUDA_VISIBLE_DEVICES": "0,5"}
         os.close(other)

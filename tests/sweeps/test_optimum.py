@@ -77,6 +77,31 @@ def test_noise_has_no_optimum():
     assert sum(find_optimum(noise).value is not None for noise in results) < 50
 
 
+def test_the_mean_over_seeds_decides_which_value_is_best():
+    optimum = find_optimum([(1e-3, 3.0), (1e-3, 3.4), (2e-3, 3.1), (2e-3, 3.15), (4e-3, 2.9), (4e-3, 3.9)])
+    assert (optimum.best_value, optimum.best_score) == (2e-3, pytest.approx(3.125))
+
+
+def test_a_lower_value_without_a_result_makes_the_next_no_edge():
+    results = [(5e-4, math.inf), (1e-3, 3.0), (2e-3, 3.1), (4e-3, 3.3)]
+    assert find_optimum(results).edge is None
+    assert find_optimum(results[1:]).edge == "lowest"
+
+
+def test_the_next_larger_value_is_the_one_that_diverged():
+    results = [(1e-3, 3.2), (2e-3, 3.1), (4e-3, math.inf), (8e-3, math.inf), (16e-3, 3.5)]
+    assert find_optimum(results).diverged == 4e-3
+    results = [(1e-3, 3.2), (2e-3, 3.1), (4e-3, 3.15), (8e-3, math.inf)]
+    assert find_optimum(results).diverged is None
+
+
+def test_only_two_neighbours_on_each_side_are_fitted():
+    far = [(value, 9.0) for value in (1e-6, 1e-5, 1.0, 10.0)]  # no parabola reaches these
+    optimum = find_optimum([(value, parabola(value)) for value in GRID[1:6]] + far)
+    assert optimum.value == pytest.approx(1.7e-3, rel=1e-6)
+    assert (optimum.points, optimum.fitted) == (5, pytest.approx((GRID[1], GRID[5])))
+
+
 def test_one_value_is_no_edge():
     optimum = find_optimum([(1e-3, 3.0), (1e-3, 3.2)])
     assert (optimum.best_value, optimum.best_score, optimum.edge, optimum.value) == (1e-3, 3.1, None, None)

@@ -1,19 +1,22 @@
 """The summary of a sweep, from folders that the tests write."""
 
 import csv
-import json
 import math
+import os
+import shlex
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from cucafera.compare import compare
+from cucafera.config.command_line import GENERATED
 from cucafera.config.errors import UserError
 from cucafera.objectives import MetricSpec
 from cucafera.sweeps.jobs import JobRecord
 from cucafera.sweeps.summary import SweepSummary, SweepSummaryCallback, summarize_sweep
 from cucafera.training.events import EventLogger
+from tests.support import write_metrics
 
 
 def write_job(sweep: Path, status: str, losses: list[float], exit_code: int = 0, **settings: object) -> None:
@@ -27,9 +30,8 @@ def write_job(sweep: Path, status: str, losses: list[float], exit_code: int = 0,
     lines = [f"batch_tokens: 100\noptimizer:\n  lr: {settings.get('optimizer__lr', 0.003)}\nseed: 1\n"]
     (folder / "config.yaml").write_text("".join(lines))
     curve = [{"step": step, "tokens": 100 * step, "loss": loss, "bpb": loss / 2} for step, loss in enumerate(losses)]
-    metrics = {"steps": len(losses) - 1, "tokens_per_second": 12345.6, "training_seconds": 9.5, "validation": curve}
     if status == "finished":
-        (folder / "metrics.json").write_text(json.dumps(metrics))
+        write_metrics(folder, curve, tokens_per_second=12345.6, training_seconds=9.5)
         return
     logger = EventLogger(folder, 0)
     for point in curve:
@@ -115,8 +117,7 @@ def test_values_between_the_best_and_one_that_diverged_are_proposed(tmp_path):
 def test_tokenizers_are_compared_by_bits_per_byte(tmp_path):
     write_job(tmp_path, "finished", [7.0, 3.0], model__vocab_size=320)
     write_job(tmp_path, "finished", [7.0, 3.5], model__vocab_size=1024)
-    metrics = tmp_path / "model.vocab_size=1024" / "metrics.json"
-    metrics.write_text(metrics.read_text().replace("1.75", "1.25"))
+    write_metrics(tmp_path / "model.vocab_size=1024", [{"loss": 7.0, "bpb": 3.5}, {"loss": 3.5, "bpb": 1.25}])
     text = summarized(tmp_path, "model.vocab_size=320,1024").text
     assert "The best is model.vocab_size=1024: validation bpb 1.250 bits per byte (validation loss 3.500)." in text
 
@@ -136,7 +137,7 @@ def test_jobs_of_earlier_sweeps_count_if_their_other_settings_are_equal(tmp_path
         summarize_sweep(tmp_path, ["seed=1,2"], set())
 
 
-def test_a_summary_that_fails_exits_with_an_error(tmp_path, capsys):
+def test_a_summary_that_fails_exits_with_an_error(tmp_path, capsys, monkeypatch):
     hydra = {
         "sweep": {"dir": str(tmp_path)}, "runtime": {"config_sources": []},
         "overrides": {"hydra": [], "task": ["seed=1,2"]},
@@ -147,8 +148,16 @@ def test_a_summary_that_fails_exits_with_an_error(tmp_path, capsys):
     assert stop.value.code == 2
     assert "there is no run" in capsys.readouterr().err
     write_sweep(tmp_path, RATES[:1])
-    (tmp_path / "optimizer.lr=0.0005" / "metrics.json").write_text('{"steps": 1, "validation": 3}')
     hydra["overrides"]["task"] = ["+experiment=lr_sweep", "optimizer.lr=1e-3,2e-3"]
+    metrics = tmp_path / "optimizer.lr=0.0005" / "metrics.json"
+    written = metrics.read_text()
+    metrics.write_text(written.replace("9.5", "1.5"))
+    with pytest.raises(SystemExit) as stop:
+        SweepSummaryCallback().on_multirun_end(OmegaConf.create({"hydra": hydra}))
+    assert stop.value.code == 2
+    assert "metrics.json is damaged, or was edited (checksum mismatch)" in capsys.readouterr().err
+    metrics.write_text(written)
+    monkeypatch.setattr("cucafera.sweeps.records.as_text", lambda rows: 1 / 0)
     with pytest.raises(SystemExit) as stop:
         SweepSummaryCallback().on_multirun_end(OmegaConf.create({"hydra": hydra}))
     assert stop.value.code == 1
@@ -161,6 +170,27 @@ def test_each_model_of_a_sweep_has_its_own_best_learning_rate(tmp_path):
     text = summarized(tmp_path, SWEPT, "model=tiny,small").text
     assert "With model=small, the best learning rate is 0.001;" in text
     assert "With model=tiny, the best learning rate is 0.002;" in text
+
+
+def test_runs_are_ranked_by_their_last_value_and_show_their_best_too(tmp_path):
+    write_job(tmp_path, "finished", [7.0, 2.0, 4.0], batch_tokens=256)
+    write_job(tmp_path, "finished", [7.0, 3.5, 3.0], batch_tokens=512)
+    write_job(tmp_path, "stopped", [7.0, 1.0], exit_code=124, batch_tokens=1024)
+    text = summarized(tmp_path, "batch_tokens=256,512,1024").text
+    assert "The best is batch_tokens=512: validation bpb 1.500 bits per byte (validation loss 3.000)." in text
+    rows = {row["batch_tokens"]: row for row in csv.DictReader((tmp_path / "results.csv").open())}
+    assert list(rows) == ["512", "256", "1024"]
+    assert [float(rows["256"][key]) for key in ("loss", "best loss", "bpb", "best bpb")] == [4.0, 2.0, 2.0, 1.0]
+    assert (rows["1024"]["tokens"], rows["1024"]["steps"], float(rows["1024"]["loss"])) == ("100", "1", 1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_run_that_ended_without_a_finite_value_ranks_last(tmp_path, value):
+    write_job(tmp_path, "finished", [7.0, value], batch_tokens=128)
+    write_job(tmp_path, "finished", [7.0, 6.0], batch_tokens=256)
+    assert "The best is batch_tokens=256:" in summarized(tmp_path, "batch_tokens=128,256").text
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["batch_tokens"] for row in rows] == ["256", "128"]
 
 
 def test_a_sweep_over_another_key_is_ranked(tmp_path):
@@ -218,3 +248,52 @@ def test_a_metric_where_higher_is_better_ranks_and_fits_in_its_direction(tmp_pat
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert rows[0]["optimizer.lr"] == "0.002" and float(rows[0]["bpb"]) == pytest.approx(0.9)
     assert (tmp_path / "sweep.png").exists()
+
+
+def test_runs_behind_symlinks_are_compared_and_lost_ones_are_not_left_out_silently(tmp_path):
+    sweep, disk = tmp_path / "sweep", tmp_path / "disk"
+    write_job(sweep, "finished", [7.0, 3.0], seed=1)
+    write_job(disk, "finished", [7.0, 4.0], seed=2)
+    (sweep / "linked").symlink_to(disk / "seed=2")
+    (sweep / "round").symlink_to(sweep)
+    assert "linked" in compare([sweep], None) and "4.000" in compare([sweep], None)
+    disk.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"linked cannot be read: it is a symlink to .*, which is not there"):
+        compare([sweep], None)
+
+
+def test_a_damaged_record_of_a_job_is_refused_by_name(tmp_path):
+    write_job(tmp_path, "finished", [7.0, 3.0], seed=1)
+    record = tmp_path / "seed=1" / "job.json"
+    for content in ("", "[]", record.read_text().replace("finished", "diverged")):
+        record.write_text(content)
+        with pytest.raises(UserError, match=r"job\.json cannot be used: checksum mismatch. Delete it"):
+            summarized(tmp_path, "seed=1")
+
+
+def test_a_pipe_among_the_events_is_not_waited_for(tmp_path):
+    write_job(tmp_path, "stopped", [7.0, 3.0], seed=1)
+    os.mkfifo(tmp_path / "seed=1" / "events.out.tfevents.9")
+    with pytest.raises(UserError, match=r"events\.out\.tfevents\.9 cannot be read: it is not a regular file"):
+        compare([tmp_path], None)
+
+
+def test_the_next_command_keeps_the_settings_of_hydra_that_were_given(tmp_path, capsys):
+    sweep = tmp_path / "elsewhere"
+    write_sweep(sweep, [1e-3, 2e-3, 4e-3], best=1e-2)
+    given = [f"hydra.sweep.dir={sweep}", "hydra.searchpath=['file:///my configurations']"]
+    config = OmegaConf.create(
+        {
+            "hydra": {
+                "sweep": {"dir": str(sweep)},
+                "overrides": {
+                    "hydra": [*given, GENERATED, "hydra.sweeper.params=null", f"hydra.sweep.dir='{sweep}'"],
+                    "task": ["+experiment=lr_sweep", "optimizer.lr=1e-3,2e-3,4e-3"],
+                },
+                "job": {"config": {"override_dirname": {"exclude_keys": ["experiment"]}}},
+            }
+        }
+    )
+    SweepSummaryCallback().on_multirun_end(config)
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if "--multirun" in line]
+    assert shlex.split(command)[3:-1] == ["--multirun", *given, "+experiment=lr_sweep"]
