@@ -6,6 +6,8 @@ import sys
 
 from cucafera import __version__
 from cucafera.config.errors import EXIT_USER_ERROR
+from cucafera.output import protect_output
+from cucafera.process import exit_on_interrupt
 
 COMMANDS = {
     "run": "train: pretraining, finetuning or a sweep, from a Hydra configuration",
@@ -18,12 +20,14 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first argument names; exit with code 2 if there is none of that name."""
+    protect_output(is_required=True)
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
     elif arguments[0] == "--version":
         print(f"cucafera {__version__}")
     elif arguments[0] in COMMANDS:
+        exit_on_interrupt()  # until the command has been imported
         del sys.argv[1]
         # As `python -m cucafera.NAME` does: processes that a command starts find their module in __main__.__spec__.
         runpy.run_module(f"cucafera.{arguments[0]}", run_name="__main__", alter_sys=True)

@@ -4,8 +4,14 @@ A model that was trained on conversations answers; a base model continues the te
 `generation.session.ChatSession`; this file reads lines, obeys commands and prints.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from cucafera.process import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -14,7 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cucafera.config.errors import UserError
-from cucafera.options import add_device, add_sampling, sampling_of
+from cucafera.options import add_device, add_sampling, command_parser, sampling_of
+from cucafera.output import protect_output
+from cucafera.process import raise_on_interrupt
 from cucafera.runs.locate import ModelLocation, locate_model
 
 if TYPE_CHECKING:
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from cucafera.generation.session import ChatSession
 
 EXIT_INTERRUPTED = 130
+REPLACED = "\N{REPLACEMENT CHARACTER}"
 
 COMMANDS = """\
 /reset          start a new conversation; the system message stays
@@ -52,6 +61,8 @@ class Terminal:
                 if sys.stdin is None:
                     return
                 line = input("> " if _is_terminal() else "").strip()
+                if REPLACED in line:
+                    print(f"(what is not {sys.stdin.encoding} in this line is replaced by {REPLACED})")
                 if line in ("/quit", "/exit"):
                     return
                 if line.startswith("/"):
@@ -119,7 +130,8 @@ class Terminal:
         if not self.session.history:
             print("There is nothing to save.")
             return
-        row = {"messages": [message._asdict() for message in self.session.messages()]}
+        messages = [{"role": message.role, "content": message.content} for message in self.session.messages()]
+        row = {"messages": messages}
         try:
             path = Path(file_name).expanduser()
             _append_line(path, json.dumps(row, ensure_ascii=False))
@@ -138,17 +150,15 @@ def _append_line(path: Path, line: str) -> None:
 
 def main() -> None:
     """Load a model, and chat with it or answer one prompt."""
+    protect_output(is_required=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     arguments = command_line_parser().parse_args()
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         sys.exit(chat(arguments))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has exited
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
 
@@ -180,6 +190,9 @@ def chat(arguments: argparse.Namespace) -> int:
     session = ChatSession(model.backend, model.tokenizer, sampling, generator)
     session.system = (arguments.system or "").strip()
     terminal = Terminal(session, model.chats)
+    for note in model.notes:
+        print(f"{note}.", file=sys.stderr)  # never among the answers
+    raise_on_interrupt()
     if arguments.prompt is not None:
         return 0 if terminal.respond(arguments.prompt) else EXIT_INTERRUPTED
     if _is_terminal():
@@ -195,13 +208,15 @@ class _LoadedModel(NamedTuple):
         backend: Its decoding backend.
         tokenizer: Its tokenizer.
         chats: True if it was trained on conversations.
-        description: What to show of it, line by line.
+        description: One line about it.
+        notes: What was changed or assumed on loading, as sentences.
     """
 
     backend: "DecodingBackend"
     tokenizer: "Tokenizer"
     chats: bool
-    description: list[str]
+    description: str
+    notes: tuple[str, ...]
 
 
 def _load(source: str, location: ModelLocation, device_name: str) -> _LoadedModel:
@@ -215,8 +230,8 @@ def _load(source: str, location: ModelLocation, device_name: str) -> _LoadedMode
 
         assert location.path is not None
         llama = LlamaCpp(location.path, device_name)
-        description = [f"{llama.path}: {llama.parameters:,} parameters, run by llama.cpp"]
-        return _LoadedModel(llama, llama.tokenizer, llama.chats, description)
+        description = f"{llama.path}: {llama.parameters:,} parameters, run by llama.cpp"
+        return _LoadedModel(llama, llama.tokenizer, llama.chats, description, llama.notes)
 
     from cucafera.device import resolve_device
 
@@ -229,14 +244,14 @@ def _load(source: str, location: ModelLocation, device_name: str) -> _LoadedMode
     trained.model.to(device)
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     steps = "" if trained.step is None else f", after {trained.step:,} steps"
-    description = [f"{trained.checkpoint}: {parameters:,} parameters{steps}", *(f"{note}." for note in trained.notes)]
-    return _LoadedModel(TorchBackend(trained.model), trained.tokenizer, trained.chats, description)
+    description = f"{trained.checkpoint}: {parameters:,} parameters{steps}"
+    return _LoadedModel(TorchBackend(trained.model), trained.tokenizer, trained.chats, description, trained.notes)
 
 
 def _greet(model: _LoadedModel) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # input() then has line editing and history
-    print(*model.description, sep="\n")
+    print(model.description)
     if not model.chats:
         print("It was not trained on conversations: it continues what you write.")
     print("/help lists the commands.")
@@ -244,8 +259,8 @@ def _greet(model: _LoadedModel) -> None:
 
 def command_line_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cucafera.chat",
+    parser = command_parser(
+        "chat",
         description="Chat with the model of a run, of a Hugging Face folder or of a .gguf file.\n"
         "A base model, which was not trained on conversations, continues each text.",
         epilog="Commands in the terminal:\n" + COMMANDS,

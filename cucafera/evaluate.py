@@ -4,6 +4,11 @@ Without options, on what its run held out: bits per byte of documents, or of the
 on other text, multiple choice or lm-evaluation-harness; or show generated texts or attention maps.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from cucafera.process import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import importlib.util
 import os
@@ -13,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from cucafera.config.errors import UserError
-from cucafera.options import add_device, add_sampling, sampling_of
-from cucafera.process import keep_freed_memory, let_threads_wait_briefly
+from cucafera.options import add_device, add_sampling, command_parser, sampling_of
+from cucafera.output import protect_output
+from cucafera.process import keep_freed_memory, let_threads_wait_briefly, raise_on_interrupt
 
 if TYPE_CHECKING:
     from cucafera.evaluation.evaluated_model import EvaluatedModel
@@ -28,9 +34,8 @@ def main() -> None:
     """Evaluate as the command line asks, print the results, and save them in the run folder."""
     let_threads_wait_briefly(os.environ)
     keep_freed_memory()
+    protect_output()
     arguments = command_line_parser().parse_args()
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         check_values(arguments)
         check_paths(arguments)
@@ -38,9 +43,6 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output, such as `head`, has ended
-        sys.exit(1)
     except KeyboardInterrupt:
         print("\nInterrupted: finished measurements are saved", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
@@ -82,6 +84,7 @@ def _measure(
     """Run measurements one after another; each result is saved at once, so that an interruption loses only one."""
     from cucafera.evaluation.results import ResultFile, as_table
 
+    raise_on_interrupt()
     file = None if evaluated.run is None else ResultFile(evaluated.run)
     results = []
     try:
@@ -106,6 +109,8 @@ def _evaluate_gguf(arguments: argparse.Namespace) -> None:
 
     llama = LlamaCpp(Path(arguments.run).expanduser(), arguments.device)
     print(f"{arguments.run}: {llama.parameters:,} parameters, computed by llama.cpp")
+    for note in llama.notes:
+        print(f"{note}.")
     column = arguments.column or DEFAULT_COLUMN
     result = measure_files(llama, llama.tokenizer, arguments.text, column, arguments.documents, arguments.stride)
     print("\n" + as_table([result]))
@@ -246,6 +251,12 @@ def check_paths(arguments: argparse.Namespace) -> None:
 
         for path in arguments.choices:
             read_questions(path)
+    given = [("--text", arguments.text)] if arguments.text else []
+    for option, path in [*given, *(("--choices", path) for path in arguments.choices)]:
+        from cucafera.evaluation.texts import file_notes
+
+        for note in file_notes(option, path):
+            print(note)
     if arguments.prompts:
         from cucafera.evaluation.samples_page import read_prompts
 
@@ -288,8 +299,8 @@ def _option(name: str) -> str:
 
 def command_line_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cucafera.evaluate",
+    parser = command_parser(
+        "evaluate",
         description="Evaluate a trained model. Without options: bits per byte of the documents that its run held out, "
         "or of the answers of its held-out conversations. Results are printed, and saved to evaluation.json and "
         "TensorBoard in the run folder; a repeated measurement replaces the earlier result.",
@@ -304,7 +315,7 @@ def command_line_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="FILE", help="output of --samples or --attention (default: in the run folder)")
 
     text = parser.add_argument_group("bits per byte and perplexity of text, in overlapping windows")
-    text.add_argument("--text", metavar="FILE", help="a file, folder or glob of .jsonl, .parquet or .txt (.gz, .zst)")
+    text.add_argument("--text", metavar="FILE", help="a file, folder or glob of .jsonl, .csv, .parquet or .txt")
     text.add_argument("--column", help=f"the column of the text (default: {DEFAULT_COLUMN})")
     text.add_argument("--documents", type=int, metavar="N", help="only the first N documents (default: all)")
     text.add_argument(

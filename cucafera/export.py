@@ -1,5 +1,10 @@
 """Export a trained model: `python -m cucafera.export RUN --to hf FOLDER` or `--to gguf FILE`."""
 
+if __name__ == "__main__":  # before the other imports
+    from cucafera.process import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
 import contextlib
 import logging
@@ -11,12 +16,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
+from cucafera.options import command_parser
+from cucafera.output import protect_output
+from cucafera.process import raise_on_interrupt
 
 if TYPE_CHECKING:
     from cucafera.interop.trained import TrainedModel
 
 EXIT_INTERRUPTED = 130
 HUGGING_FACE_TYPES = ("fp32", "bf16", "fp16")
+GGUF_MAGIC = b"GGUF"
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 """The same types as in interop/, repeated so that they can be checked without importing torch."""
 
@@ -37,6 +46,7 @@ class Target(NamedTuple):
 
 def main() -> None:
     """Export a model, or print in one line why it is not exported."""
+    protect_output()
     arguments = command_line_parser().parse_args()
     try:
         with _log_to_stdout():
@@ -81,11 +91,21 @@ def checked_target(arguments: argparse.Namespace) -> Target:
         raise UserError(f"{path} is a folder: --to gguf takes the name of a file, such as {path / 'model.gguf'}")
     if path.exists() and not arguments.overwrite:
         raise UserError(f"{path} exists: choose another path, or replace it with --overwrite")
-    if format_ == "hf" and path.exists() and not (path / "config.json").is_file():
+    if path.exists() and not _is_exported(path, format_):
         raise UserError(f"{path} is not an exported model, so it is not replaced: choose another path")
     if locate_model(arguments.run).kind == "gguf":
         raise UserError(f"{arguments.run}: a .gguf file cannot be exported; give the run that it was made from")
     return Target(format_, path, type_)
+
+
+def _is_exported(path: Path, format_: str) -> bool:
+    """True if a path is an earlier export, not a run, a checkpoint or another file of the user."""
+    if format_ == "hf":
+        return (path / "config.json").is_file()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
 
 
 def export(arguments: argparse.Namespace, target: Target) -> None:
@@ -95,9 +115,16 @@ def export(arguments: argparse.Namespace, target: Target) -> None:
         UserError: the model cannot be loaded, or the format cannot represent it.
         OSError: the target cannot be written.
     """
+    from cucafera.interop.gguf import check_type, write_gguf
+    from cucafera.interop.hugging_face import require_transformers
     from cucafera.interop.trained import load_trained
 
+    if target.format == "hf":  # what is missing is said before a large model is loaded
+        require_transformers()
+    else:
+        check_type(target.type)
     trained = load_trained(arguments.run)
+    raise_on_interrupt()
     for note in trained.notes:
         print(note)
     target.path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,8 +132,6 @@ def export(arguments: argparse.Namespace, target: Target) -> None:
     if target.format == "hf":
         print(_export_to_hugging_face(trained, target, name, arguments.license))
     else:
-        from cucafera.interop.gguf import write_gguf
-
         print(write_gguf(trained, target.path, target.type, name, arguments.license))
     print(f"{target.path}: {target.type}, from {trained.checkpoint}")
     if target.format == "hf" and arguments.license is None:
@@ -155,8 +180,8 @@ def _draw_curves(run: Path, path: Path) -> bool:
 
 def command_line_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cucafera.export",
+    parser = command_parser(
+        "export",
         description="Export a trained model, and verify on real text that the files compute the same. hf: a folder for "
         "transformers and compatible tools, with a model card. gguf: a file for llama.cpp and compatible tools.",
     )

@@ -1,10 +1,23 @@
 """Command-line options that several commands share; imports nothing heavy."""
 
 import argparse
+import sys
+from typing import Any
 
+from cucafera import __version__
 from cucafera.config.check import sampling_problems
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
+
+
+def command_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
+    """Return a parser that shows the command as it was started, with --version; the settings are those of argparse."""
+    module = f"cucafera.{name}"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}" if module in sys.orig_argv else f"cucafera {name}", **settings
+    )
+    parser.add_argument("--version", action="version", version=f"cucafera {__version__}")
+    return parser
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

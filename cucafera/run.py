@@ -3,10 +3,17 @@
 Heavy modules are imported after the configuration has been checked.
 """
 
+if __name__ == "__main__":  # before the other imports
+    from cucafera.process import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import argparse
+import contextlib
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -16,40 +23,40 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cucafera.config.command_line import JOB_KEYS, check_command_line, parse_command_line, sweep_arguments
-from cucafera.config.compose import check_composed, hydra_session, problem_list, register
+from cucafera.config.compose import as_typed, check_composed, hydra_session, problem_list, register
 from cucafera.config.errors import EXIT_USER_ERROR, UserError
+from cucafera.config.folders import folder_problem
 from cucafera.config.help import help_text, shown_config
 from cucafera.config.launch import start_run, start_sweep
 from cucafera.config.schema import Config, ModelConfig
-from cucafera.process import keep_freed_memory, let_threads_wait_briefly
+from cucafera.output import protect_output, report_lost_output
+from cucafera.process import keep_freed_memory, let_threads_wait_briefly, raise_on_interrupt
 
 log = logging.getLogger(__name__)
 
 CANNOT_BE_WRITTEN = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENXIO,
 )  # fmt: skip
+ADDED_BY_LIGHTNING = re.compile(r"hydra\.(run\.dir=.*|job\.name=train_ddp_process_\d+|output_subdir=null)", re.DOTALL)
+"""Overrides that Lightning adds to the command of the other processes of a job, which have the folder of the first."""
 
 
 def main() -> None:
     """Train the run of the command line; show its configuration, or the help, if that is asked for."""
     let_threads_wait_briefly(os.environ)
     keep_freed_memory()
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed at the start
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
-    logging.raiseExceptions = False  # a disk too full for the log is reported by what matters more
+    protect_output()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet
     signal.signal(signal.SIGUSR2, signal.default_int_handler)  # a sweep stops its jobs with this signal
-    command = parse_command_line(sys.argv[1:])
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    command = parse_command_line([text for text in sys.argv[1:] if is_first or not ADDED_BY_LIGHTNING.fullmatch(text)])
     try:
         with hydra_session(read_model_elsewhere):
             _run_command(command)
     except KeyboardInterrupt:
         print("Interrupted; run the same command again to start or resume.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has left
-        sys.exit(1)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -57,17 +64,15 @@ def main() -> None:
         if error.errno not in CANNOT_BE_WRITTEN:
             raise
         print(f"{error.filename or 'the run folder'} cannot be written: {error.strerror}", file=sys.stderr)
-        if error.errno == errno.ENAMETOOLONG and command.multirun:
-            advice = "Jobs are named by what is swept; number them: hydra.sweep.subdir='${hydra.job.num}'"
-            print(advice, file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
 
 def _run_command(command: argparse.Namespace) -> None:
+    protect_output(is_required=command.help or command.cfg is not None)
     if command.help:
         print(help_text())
         return
-    if command.multirun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if command.multirun and os.environ.get("WORLD_SIZE", "1") != "1":
         print("A sweep is started as one process: its jobs start the others.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     node, config, problems = check_command_line(command.overrides, command.multirun)
@@ -77,20 +82,43 @@ def _run_command(command: argparse.Namespace) -> None:
     if command.cfg:
         print(shown_config(node, command.cfg, command.resolve))
     elif command.multirun:
+        raise_on_interrupt()
         start_sweep(sweep_arguments(node, command.overrides), job)
     else:
-        start_run(node, lambda folder: _single_run(config, list(node.hydra.overrides.task), folder))
+        _start_run(node, config)
+
+
+def _start_run(node: DictConfig, config: Config) -> None:
+    folder = Path(config.run_dir)
+    if problem := folder_problem(folder):
+        raise UserError(problem)
+    is_new = not folder.exists()
+    try:
+        start_run(node, config.run_dir, lambda path: _single_run(config, as_typed(node.hydra.overrides.task), path))
+    except UserError as error:
+        log.error("%s", error)
+        if is_new:
+            remove_unused_folder(folder)
+        sys.exit(error.exit_code)
+
+
+def remove_unused_folder(folder: Path) -> None:
+    """Remove a run folder that holds nothing but the log of this process and the lock file, which no one holds."""
+    from filelock import FileLock, Timeout
+
+    with contextlib.suppress(OSError, Timeout), FileLock(folder / ".lock", fallback_to_soft=False).acquire(timeout=0):
+        if {path.name for path in folder.iterdir()} <= {"run.log", ".lock"}:
+            for name in ("run.log", ".lock"):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def _single_run(config: Config, overrides: list[str], folder: str) -> float:
     config.run_dir = os.path.relpath(folder)
+    report_lost_output()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         log.info("%s: loading PyTorch", config.run_dir)
-    try:
-        return train(config, overrides)
-    except UserError as error:
-        log.error("%s", error)
-        sys.exit(error.exit_code)
+    return train(config, overrides)
 
 
 def job(composed: DictConfig) -> float:
@@ -100,6 +128,7 @@ def job(composed: DictConfig) -> float:
     """
     from cucafera.sweeps.jobs import run_job
 
+    protect_output()
     register(read_model_elsewhere)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -107,9 +136,9 @@ def job(composed: DictConfig) -> float:
     config.run_dir = os.path.relpath(folder)
     return run_job(
         None if problems else config,
-        overrides=list(hydra_config.overrides.task),
+        overrides=as_typed(hydra_config.overrides.task),
         folder=folder,
-        arguments=[text for text in hydra_config.overrides.hydra if JOB_KEYS.match(text)],
+        arguments=[text for text in as_typed(hydra_config.overrides.hydra) if JOB_KEYS.match(text)],
         launcher=hydra_config.runtime.choices["hydra/launcher"],
     )
 
@@ -143,6 +172,7 @@ def train(config: Config, overrides: list[str]) -> float:
 
     from cucafera.training.job import Job
 
+    raise_on_interrupt()
     return Job(config, overrides, hardware, started).run()
 
 
