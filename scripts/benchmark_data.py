@@ -53,10 +53,9 @@ from cucafera.data.tokenize import tokenize_source
 from cucafera.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # the tokenizing processes import this file, and do not need torch
-    from torch.utils.data import DataLoader
-
     from cucafera.data.packed import StreamWindows
     from cucafera.data.windows import Batch
+    from cucafera.training.data_module import StepLoader
 
 TEXTS_IN_CALL = 100
 """With a whole corpus in one call, the encodings take gigabytes and the library is slower."""
@@ -233,7 +232,7 @@ def random_stream(folder: Path, config: Config) -> TokenStream:
     return TokenStream.open(folder, "benchmark", config.model.vocab_size)
 
 
-def loader(config: Config, source: "StreamWindows", workers: int) -> "DataLoader[Batch]":
+def loader(config: Config, source: "StreamWindows", workers: int) -> "StepLoader":
     """Return the loader of a run on one device."""
     from types import SimpleNamespace
 

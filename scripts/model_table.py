@@ -3,8 +3,8 @@
 python scripts/model_table.py
 """
 
+from cucafera.config.choices import config_directory
 from cucafera.config.command_line import composed_config
-from cucafera.config.compose import config_directory
 from cucafera.model.flops import parameter_count, training_flops_per_token
 
 

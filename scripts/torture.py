@@ -2,9 +2,10 @@
 
     python scripts/torture.py series --kills 100      one run, killed that often, with other faults in between
     python scripts/torture.py damage --trials 200     one damaged file per trial, then the same command again
+    python scripts/torture.py output --trials 66      one fault of an output, terminal or helper per trial
     python scripts/torture.py inject                  NaN, an infinite gradient and a spike: what the guards do
 
-The first two end with status 1 if anything differs, a message is missing, or a stack trace is printed. Each start of
+The first three end with status 1 if anything differs, a message is missing, or a stack trace is printed. Each start of
 the run is a process of its own that calls `cucafera.run.main`; a fork server shares the imports, which would take most
 of the time. The last one runs the quickstart, with overrides if any are given.
 
@@ -14,20 +15,38 @@ The faults of a series, at random times:
     terminate       SIGTERM: it must save and end with 143
     full disk       writes of checkpoints, curves and history fail for some saves; it must continue; then SIGKILL
     damage          a bit flipped or a file truncated between two starts: the newest checkpoint, its marker, or a shard
+
+The faults of the trials of `output`, each in a run of its own, which must end by itself as if nothing had happened, or
+stop with a checkpoint from which the same command continues:
+    head            stdout and stderr are a pipe, whose reader leaves after some lines
+    closed pipe     a pipe without a reader, for stdout, stderr or both
+    /dev/full       stdout, stderr or both can never be written
+    >&-             stdout, stderr or both are closed at the start
+    tee, Ctrl-C     the reader of the pipe leaves, and SIGINT is sent
+    terminal        the terminal is closed, and so SIGHUP is sent
+    nohup           the same with SIGHUP ignored
+    worker          SIGKILL to a data loader worker
+    no thread       no thread can be started
+    no memory       the copies for some saves do not fit the memory
+    I/O error       writes of curves, history and run.log fail for a time
 """
 
 import argparse
 import contextlib
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
+import select
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,10 +76,27 @@ SETTINGS = [
     "callbacks.sampling.max_new_tokens=4",
 ]
 TOKENS_OF_STEP = 128
-VARYING_METRICS = ("training_seconds", "tokens_per_second", "data_wait", "peak_memory_gib", "name")
+VARYING_METRICS = ("training_seconds", "tokens_per_second", "data_wait", "peak_memory_gib", "name", "crc32")
 VARYING_CURVES = ("speed/", "memory/", "hp/tokens_per_second")
 KILLS = ("kill", "kill in save")
 LONGEST_START_SECONDS = 120
+LONGEST_TRIAL_SECONDS = 120
+TERMINALS = ("terminal", "nohup")
+PIPES = ("head", "closed pipe", "tee, Ctrl-C")
+EXIT_CODES = {
+    "head": 0,
+    "closed pipe": 0,
+    "/dev/full": 0,
+    ">&-": 0,
+    "tee, Ctrl-C": 130,
+    "terminal": 129,
+    "nohup": 0,
+    "worker": 1,
+    "no thread": 0,
+    "no memory": 0,
+    "I/O error": 0,
+}
+"""Faults of outputs and helpers, with the exit code of a run that they stop."""
 
 
 class Ended(NamedTuple):
@@ -77,22 +113,42 @@ class Fault(NamedTuple):
         name: See the list above.
         after_seconds: Seconds from the first step to the signal.
         operation: Number of the file operation at which the process is killed.
-        saves: First and last save during which the disk is full.
+        saves: First and last save during which the disk is full, or memory.
+        lines: Lines that the reader of the output takes.
+        outputs: The descriptors that are affected.
+        workers: Number of data loader workers.
     """
 
     name: str
     after_seconds: float = 0.0
     operation: int = 0
     saves: tuple[int, int] = (0, 0)
+    lines: int = 0
+    outputs: tuple[int, ...] = (1, 2)
+    workers: int = 0
 
 
-def start_run(arguments: list[str], folder: str, output: str, fault: Fault) -> None:
+def start_run(arguments: list[str], folder: str, output: str | Connection, fault: Fault) -> None:
     """Run cucafera in this process, with a fault."""
     os.chdir(folder)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    if fault.name in TERMINALS:
+        os.setsid()  # the terminal that is opened next is that of this session
+    mode = os.O_RDWR if fault.name in TERMINALS else os.O_WRONLY | os.O_CREAT
+    descriptor = os.open(output, mode) if isinstance(output, str) else os.dup(output.fileno())
+    null = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(descriptor if number in fault.outputs else null, number)
+    os.close(descriptor)
+    os.close(null)
+    # New objects, since those of the fork server know whether its files can be sought in.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", 1, closefd=False)
+    if fault.name == ">&-":
+        for number in fault.outputs:
+            os.close(number)
+            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if fault.name == "nohup":
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(1)  # a model this small is slower with several threads
@@ -100,11 +156,68 @@ def start_run(arguments: list[str], folder: str, output: str, fault: Fault) -> N
         kill_at_operation(fault.operation)
     if fault.name == "full disk":
         fill_disk(*fault.saves)
+    if fault.name in FAILURES:
+        FAILURES[fault.name](fault)
     from cucafera.run import main
 
     sys.argv = ["cucafera", *arguments]
     main()
     sys.stdout.flush()
+
+
+def refuse_threads(fault: Fault) -> None:
+    """Let no thread be started in this process."""
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = refused  # type: ignore[method-assign]
+
+
+def refuse_memory(fault: Fault) -> None:
+    """Let the copies for some saves fail."""
+    from cucafera.training import checkpoint_writer
+
+    copied, saves = checkpoint_writer._copied, 0
+
+    def failing(state: Any, copies: Any, path: str = "") -> Any:
+        nonlocal saves
+        saves += not path
+        if fault.saves[0] <= saves <= fault.saves[1] and path:
+            raise MemoryError
+        return copied(state, copies, path)
+
+    checkpoint_writer._copied = failing
+
+
+def fail_writes(fault: Fault) -> None:
+    """From some step of the run on, for half a second, let writes of the log, the curves and the history fail."""
+    from cucafera.output import RunLog
+    from cucafera.runs import history
+    from cucafera.training import events
+
+    append, emit, first = events.append, RunLog.flush, 0.0
+
+    def fail() -> None:
+        nonlocal first
+        first = first or time.monotonic()
+        if fault.after_seconds < time.monotonic() - first < fault.after_seconds + 0.5:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def failing(path: Path, content: bytes) -> None:
+        fail()
+        append(path, content)
+
+    def failing_flush(log: RunLog) -> None:
+        fail()
+        emit(log)
+
+    events.FLUSH_SECONDS = 0
+    events.append = history.append = failing  # type: ignore[assignment]
+    RunLog.flush = failing_flush  # type: ignore[method-assign]
+
+
+FAILURES = {"no thread": refuse_threads, "no memory": refuse_memory, "I/O error": fail_writes}
 
 
 def kill_at_operation(number: int) -> None:
@@ -193,6 +306,61 @@ class Bench:
         assert process.exitcode is not None, "the run hangs"
         return Ended(process.exitcode, output.read_text(errors="replace"))
 
+    def start_with_output(self, name: str, fault: Fault) -> int | None:
+        """Start the run of a name with a fault of its output or helpers; return its exit status, None if it hangs."""
+        run, arguments = self.folder / "outputs" / name, [*self.overrides, f"name={name}"]
+        ours, theirs = -1, -1
+        output: str | Connection = str(self.folder / "output.txt")
+        if fault.name in TERMINALS:
+            ours, theirs = os.openpty()
+            output = os.ttyname(theirs)
+        elif fault.name in PIPES:
+            ours, theirs = os.pipe()
+            output = Connection(os.dup(theirs), readable=False)
+        elif fault.name == "/dev/full":
+            output = fault.name
+        if fault.workers:
+            arguments.append(f"trainer.num_workers={fault.workers}")
+        process = self.context.Process(target=start_run, args=(arguments, str(self.folder), output, fault))
+        process.start()
+        if isinstance(output, Connection):
+            output.close()
+            os.close(theirs)
+            theirs = -1
+        lines, strike, has_struck, deadline = 0, math.inf, False, time.monotonic() + LONGEST_TRIAL_SECONDS
+        while process.is_alive() and time.monotonic() < deadline:
+            if strike == math.inf and (run / "run.log").exists() and "tokens/s" in (run / "run.log").read_text():
+                strike = time.monotonic() + fault.after_seconds
+            if theirs >= 0 and strike < math.inf:
+                os.close(theirs)  # the run has opened the terminal
+                theirs = -1
+            if ours >= 0 and select.select([ours], [], [], 0.01)[0]:
+                with contextlib.suppress(OSError):  # the run has ended
+                    lines += os.read(ours, 1 << 16).count(b"\n")
+            process.join(0.01)
+            leaves = lines >= fault.lines if fault.name == "head" else time.monotonic() > strike
+            if ours >= 0 and (leaves or fault.name == "closed pipe"):
+                os.close(ours)
+                ours = -1
+            if fault.name in ("tee, Ctrl-C", "worker") and time.monotonic() > strike and not has_struck:
+                has_struck = True  # a second SIGINT would end it without saving
+                self._strike(process, fault)
+        for descriptor in {ours, theirs} - {-1}:
+            os.close(descriptor)
+        if process.is_alive():
+            process.kill()
+            return None
+        return process.exitcode
+
+    def _strike(self, process: Any, fault: Fault) -> None:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            if fault.name == "tee, Ctrl-C":
+                os.kill(process.pid, signal.SIGINT)
+                return
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            if children:
+                os.kill(int(children[-1]), signal.SIGKILL)
+
     def _trains(self, process: Any, output: Path) -> bool:
         """Wait until the first step is printed. Return False if the run ended before."""
         deadline = time.monotonic() + LONGEST_START_SECONDS
@@ -263,6 +431,64 @@ def differences(left: Path, right: Path) -> list[str]:
         if steps != sorted(set(steps)):
             found.append(f"the curve {tag} has steps lost or repeated")
     return found
+
+
+def output_trials(folder: Path, trials: int, seed: int, kinds: list[str]) -> None:
+    """Start a run of its own for each trial, with a fault of its outputs or helpers, and resume it if it stopped."""
+    rng = random.Random(seed)
+    steps = 80
+    bench = Bench(
+        folder,
+        [
+            *SETTINGS,
+            f"budget_tokens={steps * TOKENS_OF_STEP}",
+            "callbacks.log_every_steps=2",
+            "callbacks.validate_every_steps=40",
+            "callbacks.checkpoint_every_steps=20",
+        ],
+    )
+    check(bench.start("undisturbed", Fault("none")), {0}, "the undisturbed run")
+    started = time.monotonic()
+    outcomes = {kind: Counter[str]() for kind in kinds}
+    for number in range(trials):
+        kind = kinds[number % len(kinds)]
+        fault = Fault(
+            kind,
+            after_seconds=rng.uniform(0, 0.8),
+            saves=(first := rng.randint(1, 3), first + rng.randint(0, 2)),
+            lines=rng.randint(0, 40),
+            outputs=rng.choice([(1,), (2,), (1, 2)]) if kind in ("closed pipe", "/dev/full", ">&-") else (1, 2),
+            workers=rng.randint(1, 2) if kind == "worker" else rng.choice([0, 0, 1]),
+        )
+        name = f"trial-{number}"
+        status = bench.start_with_output(name, fault)
+        outcome = "ended by itself"
+        if status is None:
+            outcome = "hanging"
+        elif status not in {0, EXIT_CODES[kind]}:
+            outcome = "lost"
+        elif status:
+            outcome = "stopped, resumed"
+            stopped = json.loads((bench.folder / "outputs" / name / "history.jsonl").read_text().splitlines()[-1])
+            if stopped["event"] != "stopped" or stopped["saved_step"] != stopped["step"]:
+                outcome = "lost"
+            check(bench.start(name, Fault("none")), {0}, f"{name}, {fault}")
+        if outcome not in ("hanging", "lost"):
+            found = differences(folder / "outputs" / "undisturbed", folder / "outputs" / name)
+            if found or "Traceback" in (folder / "outputs" / name / "run.log").read_text():
+                outcome = "lost"
+        outcomes[kind][outcome] += 1
+        if outcome in ("hanging", "lost"):
+            print(f"{name}: {outcome}, status {status}, {fault}", flush=True)
+        else:
+            shutil.rmtree(folder / "outputs" / name)
+    print(f"seed {seed}: {trials} runs of {steps} steps, {time.monotonic() - started:.0f} s\n")
+    columns = ("ended by itself", "stopped, resumed", "lost", "hanging")
+    print(f"{'':14}" + "".join(f"{column:>18}" for column in ("trials", *columns)))
+    for kind, counts in outcomes.items():
+        print(f"{kind:14}{counts.total():>18}" + "".join(f"{counts[column]:>18}" for column in columns))
+    failed = sum(counts["lost"] + counts["hanging"] for counts in outcomes.values())
+    report([f"{failed} trials"] if failed else [])
 
 
 def flattened(value: Any, key: str = "") -> Any:
@@ -431,11 +657,14 @@ def main() -> None:
     one.add_argument("--steps", type=int, help="of the run; default: 60 per kill")
     two = commands.add_parser("damage", help="one damaged file per trial")
     two.add_argument("--trials", type=int, default=200)
+    outputs = commands.add_parser("output", help="one fault of an output, terminal or helper per trial")
+    outputs.add_argument("--trials", type=int, default=66)
+    outputs.add_argument("--kind", action="append", choices=EXIT_CODES, help="only this fault; may be repeated")
     three = commands.add_parser("inject", help="what the guards do")
     three.add_argument(
         "overrides", nargs="*", help="overrides of the quickstart, such as callbacks.guards.loss_spike=rollback"
     )
-    for command in (one, two):
+    for command in (one, two, outputs):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--folder", type=Path, default=Path("outputs/torture"), help="emptied first")
     arguments = parser.parse_args()
@@ -446,6 +675,8 @@ def main() -> None:
     folder = arguments.folder.resolve()
     if arguments.command == "series":
         series(folder, arguments.kills, arguments.steps or 60 * arguments.kills, arguments.seed)
+    elif arguments.command == "output":
+        output_trials(folder, arguments.trials, arguments.seed, arguments.kind or list(EXIT_CODES))
     else:
         damage_trials(folder, arguments.trials, arguments.seed)
     return None

@@ -23,6 +23,64 @@ from cucafera.training.hardware import decide_hardware
 from tests.support import ROOT, load_script
 
 
+def test_every_mutant_fits_the_code_and_its_tests_exist():
+    script = load_script("mutants")
+    mutants = script.read_list()
+    assert len(mutants) > 100
+    assert script.problems(mutants) == []
+
+
+def test_a_mutant_that_does_not_fit_is_named(tmp_path):
+    script = load_script("mutants")
+    (tmp_path / "code.py").write_text("first = 1\nsecond = 1\n")
+    (tmp_path / "test_code.py").write_text("def test_it():\n    pass\n")
+
+    def found(before: str, after: str = "2", test: str = "test_code.py::test_it") -> list[str]:
+        return script.problems([script.Mutant("wrong", "code.py", before, after, (test,))], tmp_path)
+
+    assert found("first = 1") == []
+    assert found("= 1") == ["wrong: code.py has '= 1' 2 times instead of once"]
+    assert found("third") == ["wrong: code.py has 'third' 0 times instead of once"]
+    assert found("first", "first") == ["wrong: changes nothing"]
+    assert found("first", test="test_code.py::test_other") == ["wrong: there is no test_code.py::test_other"]
+    assert found("first", test="test_none.py") == ["wrong: there is no test_none.py"]
+
+
+def test_mutants_are_caught_or_survive_in_a_copy_that_is_restored(tmp_path, monkeypatch):
+    script = load_script("mutants")
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "doubling.py").write_text("def double(x):\n    return 2 * x  # twice\n")
+    (checkout / "test_code.py").write_text("import doubling\ndef test_two():\n    assert doubling.double(2) == 4\n")
+    subprocess.run(["git", "init", "-q", checkout], check=True)
+    monkeypatch.setattr(script, "ROOT", checkout)
+    mutants = [
+        script.Mutant("thrice", "doubling.py", "2 * x", "3 * x", ("test_code.py",)),
+        script.Mutant("two squared is four too", "doubling.py", "2 * x", "x**2", ("test_code.py",)),
+        script.Mutant("it cannot be imported", "doubling.py", "def", "df", ("test_code.py",)),
+    ]
+    (tmp_path / "work").mkdir()
+    copy = script.Copy(tmp_path / "work", seconds=60)
+    results = list(script.measure(mutants, [copy]))
+    assert [(result.name, result.status) for result in results] == [
+        ("thrice", "caught"), ("two squared is four too", "survived"), ("it cannot be imported", "caught")
+    ]  # fmt: skip
+    assert (copy.root / "doubling.py").read_text() == (checkout / "doubling.py").read_text()
+    table = script.table(results, mutants)
+    assert table.startswith("2 of 3 mutants were caught (66.7%).")
+    assert "| two squared is four too | doubling.py | survived |" in table and "thrice" not in table
+
+    copy.seconds = 0.3
+    copy.start(
+        "slow", script.Mutant("slow", "doubling.py", "return", "__import__('time').sleep(60)\n    return", ()), ["."]
+    )
+    wait_until(lambda: (result := copy.result()) and result.status == "time limit")
+    copy.seconds = 60
+    (copy.root / "doubling.py").write_text("def double(x):\n    return 5\n")
+    with pytest.raises(script.MutantError, match=r"fail without any mutant: FAILED test_code\.py::test_two"):
+        list(script.measure(mutants[:1], [copy]))
+
+
 def wait_until(happened):
     """Wait for something, for at most a minute."""
     deadline = time.monotonic() + 60
