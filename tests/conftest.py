@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from cucafera.run import train
-from tests.support import FORK_SERVER, ONE_THREAD, Command, compose_small_chat, compose_small_run, write_corpus
+from tests.support import (
+    FORK_SERVER,
+    ONE_THREAD,
+    ROOT,
+    Command,
+    DiskCalls,
+    compose_small_chat,
+    compose_small_run,
+    write_corpus,
+)
 
 torch.set_num_threads(1)  # for models this small, threads only get in each other's way
 
@@ -24,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         return
+    # What a test starts imports this checkout too, and not another one that is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     folder = tempfile.TemporaryDirectory(prefix="cucafera-tests-")
     os.environ[FORK_SERVER] = f"{folder.name}/socket"
     program = Path(__file__).parent / "fork_server.py"
@@ -40,6 +51,14 @@ def pytest_configure(config: pytest.Config) -> None:
         folder.cleanup()
 
     config.add_cleanup(stop)
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> DiskCalls:
+    """The system calls on files, from here on."""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc of Linux")
+    return DiskCalls(monkeypatch)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from cucafera.data.tokenizer import BYTE_OF_CHARACTER
 from cucafera.model.transformer import Decoder
 from cucafera.runs.checkpoints import read_checkpoint
 from cucafera.runs.folder import RunFolder
+from cucafera.runs.results import METRICS
+from cucafera.runs.results import write_metrics as write_results
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -279,6 +281,43 @@ def wait_for(path: Path, process: Process | subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+class DiskCalls(list[str]):
+    """The system calls that decide what is on the disk after a power cut, in their order.
+
+    They are "fsync NAME", "rename OLD NEW" and "unlink NAME", of files and folders; those that failed are left out.
+
+    Attributes:
+        synced: Bytes of each file when it was last flushed to disk, by name.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.synced: dict[str, int] = {}
+        fsync, unlink = os.fsync, os.unlink
+
+        def recorded_fsync(descriptor: int) -> None:
+            fsync(descriptor)
+            name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+            self.synced[name] = os.fstat(descriptor).st_size
+            self.append(f"fsync {name}")
+
+        def recorded_unlink(path: Any, **settings: Any) -> None:
+            unlink(path, **settings)
+            self.append(f"unlink {Path(path).name}")
+
+        def recorded(move: Any) -> Any:
+            def recorded_move(old: Any, new: Any, **settings: Any) -> None:
+                move(old, new, **settings)
+                self.append(f"rename {Path(old).name} {Path(new).name}")
+
+            return recorded_move
+
+        monkeypatch.setattr(os, "fsync", recorded_fsync)
+        monkeypatch.setattr(os, "unlink", recorded_unlink)
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, recorded(getattr(os, name)))
+
+
 # What a run leaves
 
 
@@ -290,6 +329,17 @@ def folder_of(name: str) -> RunFolder:
 def history_of(name: str) -> list[dict]:
     """Return the events of the run outputs/NAME."""
     return [json.loads(line) for line in folder_of(name).history.read_text().splitlines()]
+
+
+def write_metrics(folder: Path, validation: Sequence[Mapping[str, float]], **changes: object) -> None:
+    """Write the metrics.json of a pretraining run; metrics that its validations do not give are 1."""
+    others = dict.fromkeys(("loss", "perplexity", "accuracy", "bpb"), 1.0)
+    records = [{"step": step, "tokens": 100 * step} | others | given for step, given in enumerate(validation)]
+    metrics = dict.fromkeys(METRICS, 1) | {
+        "name": "run", "objective": "pretraining", "device": "CPU", "precision": "fp32", "skipped_batches": [],
+        "samples": [], "best_bpb": 1.0, "steps": len(records) - 1, "validation": records,
+    }  # fmt: skip
+    write_results(RunFolder(folder).metrics, metrics | changes)
 
 
 def weights(run_dir: str | Path) -> dict[str, torch.Tensor]:

@@ -79,7 +79,8 @@ def test_commands(trained, monkeypatch, capsys, tmp_path):
     for _ in range(2):
         terminal.execute(f"/save {path}")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == [{"messages": [message._asdict() for message in session.messages()]}] * 2
+    messages = [{"role": message.role, "content": message.content} for message in session.messages()]
+    assert rows == [{"messages": messages}] * 2
     terminal.execute(f"/save {tmp_path}/nowhere/x.jsonl")
     assert "cannot be written" in capsys.readouterr().out
     terminal.execute("/reset")

@@ -1,6 +1,7 @@
 """The export command."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from cucafera import export
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
 from cucafera.interop import hugging_face
 from cucafera.interop.gguf import TYPES
+from cucafera.interop.model_card import model_card, read_lineage
+from cucafera.interop.trained import load_trained
+from cucafera.runs.folder import RunFolder
+from cucafera.runs.results import write_evaluation, write_metrics
 from tests.imports import HEAVY, imported_packages
 
 
@@ -43,7 +49,7 @@ def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, cap
          "settings": {}, "checkpoint": "step-00000008.ckpt", "step": 8, "time": "before"},
     ]  # fmt: skip
     evaluation = runs / "outputs" / "chat" / "evaluation.json"
-    evaluation.write_text(json.dumps({"results": results}))
+    write_evaluation(evaluation, results)
     try:
         assert command("outputs/chat", "--to", "hf", str(tmp_path / "hf"), "--license", "apache-2.0") == 0
     finally:
@@ -70,6 +76,8 @@ def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, cap
     assert (tmp_path / "hf" / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config
     assert (settings.temperature, settings.top_k, settings.pad_token_id) == (0.6, 50, 3)
+    assert settings.repetition_penalty == 1.0  # transformers would penalize the stop token of earlier answers
+    assert settings.eos_token_id == [IM_END_ID, IM_START_ID, DOCUMENT_START_ID]
 
 
 def test_an_export_without_licence_says_so(command, tmp_path, capsys):
@@ -78,6 +86,9 @@ def test_an_export_without_licence_says_so(command, tmp_path, capsys):
     assert "rounding the weights changed them by up to" in printed and "names no licence" in printed
     assert front_matter(tmp_path / "hf")["license"] == "unknown"
     assert "# gat\n" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert settings["repetition_penalty"] == 1.2
+    assert settings["eos_token_id"] == [IM_END_ID, IM_START_ID, DOCUMENT_START_ID]
 
 
 def test_an_export_can_be_exported_again_and_replaces_only_exports(command, tmp_path, capsys):
@@ -92,6 +103,11 @@ def test_an_export_can_be_exported_again_and_replaces_only_exports(command, tmp_
     (tmp_path / "mine").mkdir()
     assert command("outputs/base", "--to", "hf", str(tmp_path / "mine"), "--overwrite") == 2
     assert "is not an exported model, so it is not replaced" in capsys.readouterr().err
+    (tmp_path / "thesis").write_text("mine", encoding="utf-8")
+    assert command("outputs/base", "--to", "gguf", str(tmp_path / "thesis"), "--overwrite") == 2
+    assert "is not an exported model, so it is not replaced" in capsys.readouterr().err
+    (tmp_path / "model.gguf").write_bytes(b"GGUF of an earlier export")
+    assert command("outputs/base", "--to", "gguf", str(tmp_path / "model.gguf"), "--overwrite") == 0
 
 
 def test_a_failed_export_leaves_nothing(command, tmp_path, monkeypatch, capsys):
@@ -100,6 +116,38 @@ def test_a_failed_export_leaves_nothing(command, tmp_path, monkeypatch, capsys):
     assert command("outputs/base", "--to", "hf", str(tmp_path / "hf")) == 2
     assert "transformers computes other logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_from_elsewhere_are_escaped_in_a_model_card(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "chat"):
+        shutil.copytree(runs / "outputs" / name, Path("outputs") / name)
+    config = RunFolder(Path("outputs/base")).config
+    config.write_text(config.read_text().replace("name: base", "name: '<b>|*x*'"))
+    folder = RunFolder(Path("outputs/chat"))
+    values = folder.read_metrics()
+    values["samples"] = [{"prompt": "# a\n<script>", "continuation": "    x = [1](y)\n---", "finish_reason": "stop"}]
+    write_metrics(folder.metrics, values)
+    trained = load_trained("outputs/chat")
+    lineage = read_lineage(trained.run)
+    assert [stage.config["name"] for stage in lineage.stages()] == ["<b>|*x*", "chat"]
+    card = model_card(trained, lineage, "n: [x](y)\n---\n# <i>", "mit\n---\nx: 1", "Verified", False)
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["license"] == "mit\n---\nx: 1"
+    for markup in ("<b>", "<i>", "<script", "](y)", "*x*", "\n---"):
+        assert markup not in body, markup
+    assert "# n: &#91;x&#93;(y) --- # &#60;i>\n" in body
+    assert "> &nbsp;&nbsp;&nbsp;&nbsp;x = &#91;1&#93;(y)  \n> &#45;--" in body
+
+
+def test_missing_packages_are_named_before_the_model_is_loaded(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cucafera.interop.llama_cpp.is_installed", lambda: False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("cucafera.interop.trained.load_trained", None)
+    assert command("outputs/base", "--to", "gguf", str(tmp_path / "x.gguf"), "--type", "q4_k_m") == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("q4_k_m needs llama.cpp: pip install") and not printed.out
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

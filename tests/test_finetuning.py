@@ -50,9 +50,9 @@ def test_a_base_model_becomes_a_chat_model(base, small_chat, caplog):
     assert metrics["objective"] == "finetuning"
     assert metrics["validation"][-1]["bpb"] == bpb < metrics["validation"][0]["bpb"]
     assert [sample["prompt"] for sample in metrics["samples"]] == config.callbacks.prompts
-    for text in ("conversations in", "padding", "⟦", "ended with <im_end>", "python -m cucafera.chat outputs/chat"):
+    for text in ("conversations in", "padding", "⟦", "ended by themselves", "python -m cucafera.chat outputs/chat"):
         assert text in caplog.text
-    assert "ended with <im_end>" in Path("outputs/chat/report.md").read_text()
+    assert "ended by themselves" in Path("outputs/chat/report.md").read_text()
     assert [step for step, _ in scalars("outputs/chat", "val/accuracy")] == [0, 4, 8, 12]
     assert load_trained("outputs/chat").chats
 
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_the_answers_alone_and_packing_changes_nothing(base,
             logits = base_model.logits(base_model(torch.tensor([ids[:-1]])))[0]
         text = data.tokenizer.decode(ids)
         messages = [Message(*part.split("\n", 1)) for part in text.split("<im_start>")[1:]]
-        conversation = [Message(role, content.split("<im_end>")[0]) for role, content in messages]
+        conversation = [Message(message.role, message.content.split("<im_end>")[0]) for message in messages]
         (rendered,) = render([conversation], data.tokenizer)
         trained = np.flatnonzero(rendered.trained)
         wanted = torch.tensor(rendered.ids[trained].astype(np.int64))

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.support import Process, run_command
+import cucafera
+from tests.support import ROOT, Process, run_command
 
 STATE = """
 import json, os, signal, sys, threading
@@ -56,6 +57,13 @@ def test_it_ends_as_an_interpreter_does(tmp_path, code):
     assert forked.returncode == own.returncode == ENDS[code]
     assert forked.stdout == own.stdout
     assert forked.stderr.splitlines()[-1:] == own.stderr.splitlines()[-1:]
+
+
+def test_it_and_an_interpreter_import_the_checkout_of_the_tests(tmp_path):
+    (tmp_path / "where.py").write_text("import cucafera; print(cucafera.__file__)")
+    forked = run_command("where.py", cwd=tmp_path)
+    own = subprocess.run([sys.executable, "where.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert forked.stdout.strip() == own.stdout.strip() == cucafera.__file__ == str(ROOT / "cucafera" / "__init__.py")
 
 
 def test_signals_reach_its_process_group(tmp_path):

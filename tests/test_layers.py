@@ -8,6 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cucafera"
 LAYERS = [
     {"config", "storage", "process"},
+    {"output"},
+    {"markup"},
     {"device"},
     {"model", "data"},
     {"objectives", "optimizers", "runs", "generation"},

@@ -81,6 +81,49 @@ def test_what_is_no_command_is_refused_with_advice(arguments, message):
     assert (result.returncode, result.stdout, result.stderr) == (2, "", refusal(arguments) + "\n")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_a_version(name):
+    assert run("-m", "cucafera", name, "--version").stdout == f"cucafera {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("started", "shown"), [(["cucafera", "chat"], "cucafera chat"), (["cucafera.chat"], "python -m")]
+)
+def test_the_usage_of_a_command_is_the_one_that_was_typed(started, shown):
+    assert run("-m", *started).stderr.startswith(f"usage: {shown}")
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *rest):
+        if name == {during!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "during", "arguments"),
+    [
+        ("cucafera", "cucafera.options", ["chat", "x"]),
+        ("cucafera.run", "hydra", []),
+        ("cucafera.run", "torch", []),
+        ("cucafera.chat", "cucafera.options", ["x"]),
+        ("cucafera.evaluate", "cucafera.options", ["x"]),
+        ("cucafera.export", "cucafera.config.schema", ["x"]),
+        ("cucafera.compare", "cucafera.options", ["x"]),
+    ],
+)
+def test_ctrl_c_during_imports_ends_in_one_line(tmp_path, monkeypatch, module, during, arguments):
+    monkeypatch.chdir(tmp_path)
+    result = run("-c", INTERRUPTED.format(module=module, during=during), *arguments)
+    assert (result.returncode, result.stderr) == (130, "\nInterrupted.\n")
+
+
 def test_listing_and_refusing_import_nothing_heavy():
     program = (
         "import sys; from cucafera.__main__ import overview, refusal; overview(), refusal(['x'])\n"

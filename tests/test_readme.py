@@ -78,6 +78,7 @@ def test_the_output_of_the_quickstart_has_the_lines_that_a_report_has():
         "tokens": 698_368,
         "steps": 341,
         "skipped_updates": 0,
+        "left_out": [],
         "skipped_batches": [],
         "training_seconds": 87,
         "tokens_per_second": 8060,

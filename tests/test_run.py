@@ -1,6 +1,9 @@
 """`cucafera.run`: runs from their first step to their report, in one process."""
 
+import itertools
 import json
+import math
+import random
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,9 +12,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cucafera.config.errors import UserError
+from cucafera.config.tokens import DOCUMENT_START_ID, SPECIAL_TOKENS
+from cucafera.data.chatml import STOP_IDS
+from cucafera.data.packed import open_documents
+from cucafera.interop.trained import load_trained
+from cucafera.model.transformer import Decoder
+from cucafera.objectives._metrics import NextTokenMetrics
 from cucafera.run import train
 from cucafera.runs.folder import RunFolder
-from tests.support import assert_close, assert_equal, assert_same_curve, scalars, weights, write_corpus
+from cucafera.training.callbacks import samples
+from cucafera.training.module import LanguageModel
+from tests.support import assert_close, assert_equal, assert_same_curve, history_of, scalars, weights, write_corpus
 
 
 def test_a_run_writes_a_complete_folder(small_run, caplog):
@@ -33,6 +44,36 @@ def test_a_run_writes_a_complete_folder(small_run, caplog):
     for text in ("Parameters", "Validation bpb", "tokens/s", "Hi havia una vegada", "tensorboard --logdir"):
         assert text in caplog.text
         assert text in folder.report.read_text()
+
+
+def test_a_run_on_one_text_says_in_every_run_what_is_left_out_and_what_is_held_out(small_run, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/scan.pdf").touch()
+    rows = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    (tmp_path / "texts/input.txt").write_text("\n".join(row["text"] for row in rows))
+    for name in ("first", "again"):  # the second one finds its data prepared
+        caplog.clear()
+        train(small_run(f"name={name}", "data.sources.files.path=[texts]", "budget_tokens=512"), [])
+        assert "data.sources.files: 1 file left out: 1 .pdf" in caplog.messages
+        assert "characters of its only document are held out" in caplog.text
+
+
+def test_what_was_left_out_of_the_data_is_in_log_report_and_metrics(small_run, corpus, caplog):
+    with corpus.open("a") as file:
+        file.write('{"body": "la mar"}\n' * 20)
+    caplog.set_level("WARNING")
+    config = small_run("name=rows", "data.skip_broken_lines=true")
+    train(config, [])
+    folder = RunFolder(Path(config.run_dir))
+    left_out = "files: 20 of 100 (20.0%) rows could not be read: left out; the first: "
+    assert f"WARNING {left_out}" in caplog.text
+    for _ in range(2):
+        assert f"| Left out | {left_out}" in folder.report.read_text()
+        assert json.loads(folder.metrics.read_text())["left_out"][0]["count"] == 20
+        folder.metrics.unlink()  # as if the run had been killed between its last checkpoint and its report
+        folder.report.unlink()
+        train(config, [])
 
 
 def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_run):
@@ -68,13 +109,68 @@ def test_micro_batches_and_workers_do_not_change_the_trajectory(small_run, other
     assert_close(weights("outputs/first"), weights("outputs/second"))
 
 
-def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run):
+def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run, monkeypatch):
+    drawn = []
+    training_step = LanguageModel.training_step
+
+    def step_that_draws(module, batch, batch_idx):
+        training_step(module, batch, batch_idx)
+        drawn.append((torch.rand(()).item(), random.random()))
+
+    monkeypatch.setattr(LanguageModel, "training_step", step_that_draws)
     horizon = "schedule.horizon_steps=12"
     train(small_run("name=whole", horizon), [])
+    of_whole = drawn.copy()
+    drawn.clear()
     train(small_run("name=parts", horizon, "budget_tokens=1536"), [])
     train(small_run("name=parts", horizon), [])
+    assert drawn == of_whole and len(set(drawn)) == 12
     assert_equal(weights("outputs/whole"), weights("outputs/parts"))
     assert scalars("outputs/whole", "train/loss") == scalars("outputs/parts", "train/loss")
+
+
+def test_validation_is_what_a_computation_by_hand_gives(small_run):
+    config = small_run("name=run", "data.validation_windows=7")
+    train(config, [])
+    data = open_documents(config)
+    state = {name.removeprefix("model."): value for name, value in weights("outputs/run").items()}
+    model = Decoder.from_weights(config.model, state)
+    nats, correct, tokens, text = 0.0, 0, 0, b""
+    for _, number in data.validation_positions():
+        ids = data.validation[0].stream.read(32 * number, 33).tolist()
+        starts = [0, *(place for place in range(1, 32) if ids[place] == DOCUMENT_START_ID), 32]
+        for start, end in itertools.pairwise(starts):  # each document alone
+            targets = ids[start + 1 : end + 1]
+            logits = model.logits(model(torch.tensor([ids[start:end]])))[0].double()
+            nats -= logits.log_softmax(-1)[range(len(targets)), targets].sum().item()
+            correct += (logits.argmax(-1) == torch.tensor(targets)).sum().item()
+            tokens += len(targets)
+            text += b"".join(data.tokenizer.bytes_of(token) for token in targets if token >= len(SPECIAL_TOKENS))
+    assert tokens == 7 * 32 and len(text) > 200
+    last = json.loads(Path("outputs/run/metrics.json").read_text())["validation"][-1]
+    expected = {
+        "loss": nats / tokens, "perplexity": math.exp(nats / tokens), "accuracy": correct / tokens,
+        "bpb": nats / math.log(2) / len(text),
+    }  # fmt: skip
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_last_and_the_best_validation_are_distinguished(small_run, monkeypatch, capsys):
+    values = iter([3.0, 2.0, 2.5, 2.75])  # after 0, 4, 8 and 12 steps; the loss is best at the end
+    compute = NextTokenMetrics.compute
+    monkeypatch.setattr(NextTokenMetrics, "compute", lambda own: compute(own) | {"bpb": torch.tensor(next(values))})
+    assert train(small_run("name=run", "callbacks.prompts=[la mar,la mar]", "callbacks.keep_last=1"), []) == 2.75
+    folder = RunFolder(Path("outputs/run"))
+    metrics = json.loads(folder.metrics.read_text())
+    assert metrics["best_bpb"] == 2.0 and metrics["validation"][-1]["bpb"] == 2.75
+    assert metrics["validation"][-1]["loss"] == min(record["loss"] for record in metrics["validation"])
+    assert history_of("run")[-1]["bpb"] == 2.75
+    assert "3.000 -> 2.750 bits per byte (best 2.000)" in folder.report.read_text()
+    assert [checkpoint.step for checkpoint in folder.checkpoints.complete()] == [4, 12]
+    assert folder.checkpoints.best().step == load_trained("outputs/run").step == 4
+    assert len({sample["continuation"] for sample in metrics["samples"]}) == 1  # the same random numbers for each
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "step     12/12" in line]
+    assert line.endswith(" 0 s left")
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(small_run, caplog):
@@ -182,6 +278,19 @@ def test_a_longer_budget_warns_about_its_effect_on_the_learning_rate(small_run, 
     assert "The budget was 6 steps and is 12 now" in caplog.text
 
 
+def test_an_edited_config_file_is_reported_and_not_used(small_run, caplog):
+    config = small_run("name=run", "budget_tokens=512")
+    train(config, [])
+    path = Path("outputs/run/config.yaml")
+    path.write_text(path.read_text().replace("seed: 1337", "seed: 7").replace("  lr: ", "  lr: 1"))
+    train(small_run("name=run", "budget_tokens=1024"), [])
+    (line,) = [record.getMessage() for record in caplog.records if "was edited" in record.getMessage()]
+    assert line.endswith("settings are given on the command line. Not used: seed=7, optimizer.lr=10.003")
+    caplog.clear()
+    train(small_run("name=run", "budget_tokens=1536"), [])
+    assert "was edited" not in caplog.text
+
+
 def test_another_configuration_in_the_same_folder_is_refused_by_name(small_run):
     train(small_run("name=same"), [])
     with pytest.raises(UserError) as error:
@@ -269,3 +378,16 @@ def test_a_batch_can_be_overfitted(small_run):
     train(config, [])
     losses = [value for _, value in scalars(config.run_dir, "train/loss")]
     assert losses[-1] < 0.5 < losses[0]
+
+
+def test_samples_stop_at_the_tokens_that_end_an_answer_of_the_chat(small_run, monkeypatch):
+    stop_ids = set()
+    write = samples.generate
+
+    def generate(model, tokenizer, prompts, sampling, stops, generator):
+        stop_ids.add(stops)
+        return write(model, tokenizer, prompts, sampling, stops, generator)
+
+    monkeypatch.setattr(samples, "generate", generate)
+    train(small_run("name=run", "callbacks.prompts=[La mar]"), [])
+    assert stop_ids == {frozenset(STOP_IDS)}

@@ -153,6 +153,10 @@ def test_each_device_gets_its_fastest_kernel_for_documents() -> None:
     assert fastest_document_attention("cuda", h100, half=True, head_dim=96) == "flash"
     assert fastest_document_attention("cuda", h100, half=False, head_dim=96) == "flex"
     assert fastest_document_attention("cuda", t4, half=False, head_dim=96) == "flex"
+    assert fastest_document_attention("cuda", t4, half=True, head_dim=96) == "flex"
+    assert fastest_document_attention("cuda", (8, 0), half=True, head_dim=256) == "flash"
+    assert fastest_document_attention("cuda", h100, half=True, head_dim=264) == "flex"
+    assert fastest_document_attention("cuda", h100, half=True, head_dim=100) == "flex"
     assert fastest_document_attention("cuda", h100, half=True, head_dim=12) == "dense"  # flex refuses heads under 16
     assert fastest_document_attention("cuda", h100, half=True, head_dim=8) == "flash"
     assert fastest_document_attention("cpu", (0, 0), half=True, head_dim=96) == "dense"

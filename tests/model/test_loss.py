@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cucafera.model import loss as loss_module
-from cucafera.model.loss import linear_cross_entropy
+from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 101
 
@@ -51,6 +51,24 @@ def test_ignored_targets_give_no_gradient() -> None:
     assert hidden.grad is not None
     assert not hidden.grad[targets == 7].any()
     assert hidden.grad[targets != 7].any(dim=1).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, None])
+@pytest.mark.parametrize("ignored", [-100, 0])
+def test_predictions_are_counted_where_there_is_a_target(chunk_tokens: int | None, ignored: int) -> None:
+    hidden, weight, targets = inputs()
+    predicted = F.linear(hidden, weight).argmax(1)
+    right = torch.arange(TOKENS) % 2 == 0
+    targets = torch.where(right, predicted, (predicted + 1) % VOCABULARY)
+    targets[::3] = ignored
+    with torch.no_grad():
+        weight[0] = 100 * hidden[3]  # entry 0 is the prediction where a target is ignored
+        predicted = F.linear(hidden, weight).argmax(1)
+        loss, correct = linear_loss_and_accuracy(hidden, weight, targets, ignored, chunk_tokens)
+    valid = targets != ignored
+    assert predicted[3] == 0 and not valid[3]
+    assert int(correct) == int((predicted == targets)[valid].sum()) > 0
+    torch.testing.assert_close(loss, F.cross_entropy(F.linear(hidden, weight)[valid], targets[valid], reduction="sum"))
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
