@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from cucafera.config.command_line import GENERATED
 from cucafera.config.compose import as_typed
 from cucafera.config.errors import EXIT_OUT_OF_TIME, EXIT_USER_ERROR, UserError
+from cucafera.config.quoting import parse
 from cucafera.markup import csv_cell, markdown
 from cucafera.output import notify
 
@@ -149,7 +150,14 @@ def summarize_sweep(
     paragraphs = [_verdict(name, optima[name], runs, fitted, overrides, others) for name, runs in groups.items()]
     if len(groups) != 1:
         paragraphs.append(_ranking(records))
-    paragraphs += _failed_jobs_section(records, [record for record in found if record not in records])
+    others_found = [record for record in found if record not in records]
+    refused = [record.name for record in others_found if _has_swept_values(record, overrides)]
+    paragraphs += _failed_jobs_section(records, [record for record in others_found if record.name not in refused])
+    if refused:
+        paragraphs.append(
+            f"Not run, since their folders hold jobs with other settings: {'; '.join(refused)}. Choose another "
+            "name=..., or run all jobs again with resume=overwrite."
+        )
     table = _table(records, keys, metrics)
     picture = folder / "sweep"
     if not has_matplotlib():
@@ -168,7 +176,16 @@ def summarize_sweep(
     files = f"Summary: {folder / 'summary.md'}\nCurves: tensorboard --logdir {shlex.quote(str(folder))}"
     statuses = {record.status for record in records}
     exit_code = next((code for status, code in EXIT_CODES.items() if status in statuses), 0)
+    exit_code = exit_code or (EXIT_USER_ERROR if refused else 0)
     return SweepSummary("\n\n".join(["", as_text(table), *paragraphs, files]), exit_code)
+
+
+def _has_swept_values(record: "RunRecord", overrides: Sequence[str]) -> bool:
+    """True if each swept key of a command line has the value of a run among its own."""
+    found = [override for override in map(parse, overrides) if override is not None and override.is_discrete_sweep()]
+    return bool(found) and all(
+        record.settings.get(override.key_or_group) in list(override.sweep_string_iterator()) for override in found
+    )
 
 
 def _finite(record: "RunRecord", metric: "MetricSpec") -> float:

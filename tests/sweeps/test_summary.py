@@ -137,6 +137,15 @@ def test_jobs_of_earlier_sweeps_count_if_their_other_settings_are_equal(tmp_path
         summarize_sweep(tmp_path, ["seed=1,2"], set())
 
 
+def test_a_job_that_could_not_run_where_another_one_is_makes_the_sweep_fail(tmp_path):
+    write_sweep(tmp_path, RATES)
+    write_job(tmp_path, "finished", [7.0, 2.0], optimizer__lr=1e-2, batch_tokens=99)
+    text, exit_code = summarized(tmp_path, "optimizer.lr=4e-3,1e-2")
+    assert "Not run, since their folders hold jobs with other settings: optimizer.lr=0.01,batch_tokens=99." in text
+    assert exit_code == 2
+    assert summarized(tmp_path, "optimizer.lr=4e-3,8e-3").exit_code == 0
+
+
 def test_a_summary_that_fails_exits_with_an_error(tmp_path, capsys, monkeypatch):
     hydra = {
         "sweep": {"dir": str(tmp_path)}, "runtime": {"config_sources": []},
