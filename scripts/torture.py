@@ -199,14 +199,14 @@ def fail_writes(fault: Fault) -> None:
     append, emit, first = events.append, RunLog.flush, 0.0
 
     def fail() -> None:
-        nonlocal first
-        first = first or time.monotonic()
-        if fault.after_seconds < time.monotonic() - first < fault.after_seconds + 0.5:
+        if first and fault.after_seconds < time.monotonic() - first < fault.after_seconds + 0.5:
             raise OSError(errno.EIO, "Input/output error")
 
     def failing(path: Path, content: bytes) -> None:
+        nonlocal first
         fail()
         append(path, content)
+        first = first or time.monotonic()  # the start is in the history: a start that cannot be is refused
 
     def failing_flush(log: RunLog) -> None:
         fail()

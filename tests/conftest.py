@@ -24,6 +24,8 @@ from tests.support import (
     write_corpus,
 )
 
+LONGEST_TEST = "test_the_small_version_runs_on_a_cpu_without_datasets"
+
 torch.set_num_threads(1)  # for models this small, threads only get in each other's way
 
 
@@ -51,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
         folder.cleanup()
 
     config.add_cleanup(stop)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest test first: as one of the last it would leave all cores but one idle for minutes."""
+    items.sort(key=lambda item: item.name != LONGEST_TEST)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from cucafera.data.windows import Batch, TrainingSteps
 log = logging.getLogger(__name__)
 
 
+SIGNALS_OF_A_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 """How workers are started: a fork has the open data at once; on macOS, its libraries forbid it."""
 
@@ -143,6 +144,8 @@ class StepLoader:
         """Start the workers; where the system has no process for them, the training process reads."""
         # At exit, multiprocessing would send SIGTERM, which workers ignore, and wait for them.
         self._at_exit = multiprocessing.util.Finalize(None, self._stop, exitpriority=0)
+        # A worker inherits the mask: it must not die from a signal that comes before it ignores them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_A_JOB)
         try:
             for number in range(self.num_workers):
                 receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -160,6 +163,8 @@ class StepLoader:
                 "trainer.num_workers=%d: a process cannot be started: %s. The training process reads its data itself.",
                 self.num_workers, error,
             )  # fmt: skip
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _from_worker(self, index: int) -> Batch | None:
         """Return the batch of a step by its number among the remaining ones; None if no worker delivers it."""
@@ -206,7 +211,7 @@ def _serve(steps: TrainingSteps, numbers: range, sender: Connection, inherited: 
     Signals may be sent to every process of a job; a worker must live until the step is saved. It ends when the training
     process does, since its pipe has no reader then: a worker must not keep the other end open.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in SIGNALS_OF_A_JOB:
         signal.signal(number, signal.SIG_IGN)
     for receiver in inherited:
         receiver.close()
