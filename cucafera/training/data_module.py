@@ -22,8 +22,8 @@ from cucafera.data.windows import Batch, TrainingSteps
 
 log = logging.getLogger(__name__)
 
-
 SIGNALS_OF_A_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What a user, a scheduler or a sweep sends: the training process handles them, and workers ignore them."""
 CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 """How workers are started: a fork has the open data at once; on macOS, its libraries forbid it."""
 

@@ -17,9 +17,8 @@ from cucafera.config.errors import EXIT_OUT_OF_TIME, EXIT_WORKER_LOST
 from cucafera.config.schema import Config
 from cucafera.output import notify
 from cucafera.training.callbacks.base import Callback
+from cucafera.training.data_module import SIGNALS_OF_A_JOB
 from cucafera.training.module import LanguageModel
-
-HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interruption(Callback):
@@ -72,7 +71,7 @@ class Interruption(Callback):
     @contextmanager
     def restore_signal_handlers(self) -> Iterator[None]:
         """Restore the signal handlers at the end of the context, so that another run can follow in this process."""
-        before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+        before = {number: signal.getsignal(number) for number in SIGNALS_OF_A_JOB}
         try:
             yield
         finally:
@@ -81,7 +80,7 @@ class Interruption(Callback):
 
     def install_signal_handlers(self) -> None:
         """Install the handlers for the rest of the run, so that no signal is lost during a rollback."""
-        for number in HANDLED_SIGNALS:
+        for number in SIGNALS_OF_A_JOB:
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # started by nohup
                 signal.signal(number, self._on_signal)
 
