@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cucafera"
 LAYERS = [
-    {"config", "storage", "process"},
-    {"output"},
+    {"quantities"},
+    {"config", "storage", "process", "hub"},
+    {"output", "terminal_table"},
     {"markup"},
     {"device"},
     {"model", "data"},
@@ -16,7 +17,7 @@ LAYERS = [
     {"interop"},
     {"training"},
     {"sweeps", "evaluation"},
-    {"options", "run", "chat", "evaluate", "export", "compare", "__main__", "__init__"},
+    {"options", "run", "inspect", "chat", "evaluate", "export", "compare", "__main__", "__init__"},
 ]
 """From the lowest to the highest; a module may import from lower layers, and from its own package."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
