@@ -1,4 +1,4 @@
-"""Settings of a process: how OpenMP threads wait, whether freed memory is kept, and Ctrl-C during imports.
+"""Settings of a process: how OpenMP threads wait, whether freed memory is kept, and Ctrl-C during imports; its rank.
 
 The first two matter on a CPU, where a step is thousands of small operations. Nothing here is slow to import.
 """
@@ -7,7 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from types import FrameType
 
 SPINS = 3000
@@ -16,6 +16,15 @@ quickstart's model, relative to endless spinning (OpenMP's default), alone / wit
 cores: 3,000 spins 0.98 / 1.75; 10,000 spins 1.0 / 1.25; no spinning 0.83 / 2.1."""
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h."""
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+"""Of torchrun, Lightning and SLURM; the first that is set counts, as for Lightning."""
+
+
+def is_first_process(environment: Mapping[str, str]) -> bool:
+    """Return True in the process of a job that writes messages and files."""
+    rank = next((environment[name] for name in RANK_VARIABLES if name in environment), "0")
+    return rank == "0" and environment.get("NODE_RANK", "0") == "0"
 
 
 def let_threads_wait_briefly(environment: MutableMapping[str, str]) -> None:

@@ -1,22 +1,29 @@
 """The command `python -m cucafera.run`: trains what its configuration describes.
 
-Heavy modules are imported after the configuration has been checked.
+Heavy modules are imported after the configuration has been checked, and the run folder is locked.
 """
 
+import os
+import re
+import sys
+
 if __name__ == "__main__":  # before the other imports
-    from cucafera.process import exit_on_interrupt
+    from cucafera.output import protect_output
+    from cucafera.process import exit_on_interrupt, is_first_process
 
     exit_on_interrupt()
+    protect_output()
+    shows = re.compile(r"--help|-h|--version|(--cfg|-c)(=.*)?")  # what these print is all that they print
+    if is_first_process(os.environ) and not any(map(shows.fullmatch, sys.argv)):
+        print("Reading the configuration", flush=True)
 
 import argparse
 import contextlib
 import errno
 import logging
-import os
-import re
 import signal
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -25,12 +32,12 @@ from omegaconf import DictConfig
 from cucafera.config.command_line import JOB_KEYS, check_command_line, parse_command_line, sweep_arguments
 from cucafera.config.compose import as_typed, check_composed, hydra_session, problem_list, register
 from cucafera.config.errors import EXIT_USER_ERROR, UserError
-from cucafera.config.folders import folder_problem
+from cucafera.config.folders import folder_problem, is_run, job_label
 from cucafera.config.help import help_text, shown_config
 from cucafera.config.launch import start_run, start_sweep
 from cucafera.config.schema import Config, ModelConfig
 from cucafera.output import protect_output, report_lost_output
-from cucafera.process import keep_freed_memory, let_threads_wait_briefly, raise_on_interrupt
+from cucafera.process import is_first_process, keep_freed_memory, let_threads_wait_briefly, raise_on_interrupt
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +82,10 @@ def _run_command(command: argparse.Namespace) -> None:
     if command.multirun and os.environ.get("WORLD_SIZE", "1") != "1":
         print("A sweep is started as one process: its jobs start the others.", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    node, config, problems = check_command_line(command.overrides, command.multirun)
+    further = None if command.cfg else _missing_inputs
+    node, config, problems = check_command_line(command.overrides, command.multirun, further)
+    if not (command.cfg or command.multirun) and (problem := folder_problem(Path(config.run_dir))):
+        problems.append(problem)
     if node is None or problems:
         print(problem_list(problems), file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
@@ -90,16 +100,26 @@ def _run_command(command: argparse.Namespace) -> None:
 
 def _start_run(node: DictConfig, config: Config) -> None:
     folder = Path(config.run_dir)
-    if problem := folder_problem(folder):
-        raise UserError(problem)
-    is_new = not folder.exists()
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         start_run(node, config.run_dir, lambda path: _single_run(config, as_typed(node.hydra.overrides.task), path))
     except UserError as error:
         log.error("%s", error)
-        if is_new:
+        if created:
             remove_unused_folder(folder)
+            for parent in created[1:]:
+                with contextlib.suppress(OSError):  # another run is in it
+                    parent.rmdir()
         sys.exit(error.exit_code)
+
+
+def _missing_inputs(config: Config, folder: Path) -> Iterator[str]:
+    """Yield a sentence for each input of a new run or sweep that does not exist; one that has started may need none."""
+    from cucafera.runs.inputs import input_problems
+
+    has_started = is_run(folder) or any(folder.glob("*/job.json"))
+    if config.resume == "overwrite" or not has_started:
+        yield from input_problems(config)
 
 
 def remove_unused_folder(folder: Path) -> None:
@@ -116,8 +136,6 @@ def remove_unused_folder(folder: Path) -> None:
 def _single_run(config: Config, overrides: list[str], folder: str) -> float:
     config.run_dir = os.path.relpath(folder)
     report_lost_output()
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        log.info("%s: loading PyTorch", config.run_dir)
     return train(config, overrides)
 
 
@@ -126,7 +144,7 @@ def job(composed: DictConfig) -> float:
 
     Launchers import it by its name in other processes.
     """
-    from cucafera.sweeps.jobs import run_job
+    from cucafera.sweeps.jobs import SweepJob, run_job
 
     protect_output()
     register(read_model_elsewhere)
@@ -134,25 +152,34 @@ def job(composed: DictConfig) -> float:
     folder = Path(hydra_config.runtime.output_dir)
     config, problems = check_composed(composed)
     config.run_dir = os.path.relpath(folder)
-    return run_job(
-        None if problems else config,
-        overrides=as_typed(hydra_config.overrides.task),
-        folder=folder,
+    overrides = as_typed(hydra_config.overrides.task)
+    swept = SweepJob(
+        number=hydra_config.job.num,
+        label=job_label(overrides, hydra_config.job.config.override_dirname.exclude_keys),
+        overrides=overrides,
         arguments=[text for text in as_typed(hydra_config.overrides.hydra) if JOB_KEYS.match(text)],
+        folder=folder,
+        sweep=Path(hydra_config.sweep.dir),
         launcher=hydra_config.runtime.choices["hydra/launcher"],
     )
+    return run_job(None if problems else config, swept)
 
 
 def read_model_elsewhere(init_from: str) -> ModelConfig | None:
-    """Return the model of a Hugging Face folder or name, for model=inherited; None if it is no such thing."""
-    from cucafera.interop.hf_spec import folder_of, read_hf_spec
-    from cucafera.runs.locate import is_hugging_face
+    """Return the model of a Hugging Face folder or name, for model=inherited; None if it is no such thing.
 
-    return read_hf_spec(folder_of(init_from, with_weights=False)).model if is_hugging_face(init_from) else None
+    Raises:
+        UserError: it is a GGUF file, or a Hugging Face folder that is not supported.
+    """
+    from cucafera.interop.peft_spec import read_spec
+    from cucafera.runs.locate import check_not_gguf, is_hugging_face
+
+    check_not_gguf(init_from, "init_from=")
+    return read_spec(init_from, with_weights=False).model if is_hugging_face(init_from) else None
 
 
 def train(config: Config, overrides: list[str]) -> float:
-    """Train the run of a configuration, or resume it.
+    """Train the run of a configuration, or resume it, alone in its folder.
 
     Args:
         config: What to do; its run_dir is the run folder.
@@ -166,14 +193,25 @@ def train(config: Config, overrides: list[str]) -> float:
         SystemExit: A signal or max_time stopped training; with the exit code that says so.
     """
     started = time.monotonic()
-    from cucafera.training.hardware import decide_hardware
+    from cucafera.runs.lock import LOCK, run_lock
 
-    hardware = decide_hardware(config, os.environ)  # a missing GPU is reported before Lightning is imported
+    is_first = is_first_process(os.environ)
+    with run_lock(Path(config.run_dir, LOCK)) if is_first else contextlib.nullcontext():
+        if is_first:
+            log.info("%s: loading PyTorch and Lightning", config.run_dir)
+        from cucafera.training.hardware import NoGpuError, decide_hardware
 
-    from cucafera.training.job import Job
+        try:  # a missing GPU is reported before Lightning is imported
+            hardware = decide_hardware(config, os.environ)
+        except NoGpuError as error:
+            from cucafera.training.without_gpu import cpu_advice
 
-    raise_on_interrupt()
-    return Job(config, overrides, hardware, started).run()
+            raise UserError(f"{error}.\n{cpu_advice(config, overrides)}") from error
+
+        from cucafera.training.job import Job
+
+        raise_on_interrupt()
+        return Job(config, overrides, hardware, started).run()
 
 
 if __name__ == "__main__":

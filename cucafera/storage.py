@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cucafera.quantities import number_of
+
 PARTIAL = ".partial"
 """Suffix of the name of a file or folder while it is being written; of one that was interrupted, it stays."""
 
@@ -40,7 +42,7 @@ def read_small_file(path: Path) -> bytes:
     try:
         size = _regular_size(descriptor, path)
         if size > SMALL_FILE_BYTES:
-            problem = f"it has {size:,} bytes, and a file of its kind has at most {SMALL_FILE_BYTES:,}"
+            problem = f"it has {number_of(size, 'byte')}, and a file of its kind has at most {SMALL_FILE_BYTES:,}"
             raise OSError(errno.EFBIG, problem, str(path))
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(size)

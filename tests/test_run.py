@@ -82,20 +82,25 @@ def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_
     events = EventAccumulator(config.run_dir)
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
-        "train/loss", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
-        "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "val/loss", "val/perplexity", "val/accuracy",
-        "val/bpb", "guards/skipped_updates", "by_tokens/val_loss", "by_tokens/val_bpb",
-        "hp/val_loss", "hp/val_bpb", "hp/train_loss", "hp/tokens_per_second",
-        *(f"layers/gradient_norm/{name}" for name in ("embedding", "00", "01")),
-        *(f"layers/activation_rms/{name}" for name in ("embedding", "00", "01")),
+        "loss/train", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
+        "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "loss/val", "val/perplexity", "val/accuracy",
+        "bpb/val", "loss/val_by_tokens", "bpb/val_by_tokens",
+        *(f"per_layer/gradient_norm/{name}" for name in ("embedding", "00", "01")),
+        *(f"per_layer/activation_rms/{name}" for name in ("embedding", "00", "01")),
     }  # fmt: skip
-    assert [step for step, _ in scalars(config.run_dir, "train/loss")] == list(range(1, 13))
-    assert [step for step, _ in scalars(config.run_dir, "val/bpb")] == [0, 4, 8, 12]
+    groups = sorted({name.partition("/")[0] for name in events.Tags()["scalars"]})  # as TensorBoard sorts them
+    assert groups[:2] == ["bpb", "loss"]
+    texts = sorted(name for name in events.Tags()["tensors"] if name.endswith("/text_summary"))
+    assert [name.removesuffix("/text_summary") for name in texts] == [
+        "samples/1", "samples/2", "samples/3", "settings/changed", "settings/full", "system",
+    ]  # fmt: skip
+    for name in events.Tags()["scalars"]:
+        assert any(event.value for event in events.Scalars(name)), f"{name} is a flat zero"
+    assert [step for step, _ in scalars(config.run_dir, "loss/train")] == list(range(1, 13))
+    assert [step for step, _ in scalars(config.run_dir, "bpb/val")] == [0, 4, 8, 12]
     assert scalars(config.run_dir, "train/tokens")[-1] == (12, 3072)
     assert scalars(config.run_dir, "train/lr/matrices")[1][1] == pytest.approx(config.optimizer.lr * 2 / 3)
-    tags = set(events.Tags()["tensors"])
-    assert {"config/text_summary", "system/text_summary", "samples/1/text_summary"} <= tags
-    config_text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    config_text = events.Tensors("settings/full/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "hidden_size: 48" in config_text
 
 
@@ -105,7 +110,7 @@ def test_micro_batches_and_workers_do_not_change_the_trajectory(small_run, other
     second = small_run("name=second", f"trainer.{other}")
     train(first, [])
     train(second, [])
-    assert_same_curve("outputs/first", "outputs/second", "train/loss")
+    assert_same_curve("outputs/first", "outputs/second", "loss/train")
     assert_close(weights("outputs/first"), weights("outputs/second"))
 
 
@@ -126,7 +131,7 @@ def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run, monkey
     train(small_run("name=parts", horizon), [])
     assert drawn == of_whole and len(set(drawn)) == 12
     assert_equal(weights("outputs/whole"), weights("outputs/parts"))
-    assert scalars("outputs/whole", "train/loss") == scalars("outputs/parts", "train/loss")
+    assert scalars("outputs/whole", "loss/train") == scalars("outputs/parts", "loss/train")
 
 
 def test_validation_is_what_a_computation_by_hand_gives(small_run):
@@ -170,7 +175,7 @@ def test_the_last_and_the_best_validation_are_distinguished(small_run, monkeypat
     assert folder.checkpoints.best().step == load_trained("outputs/run").step == 4
     assert len({sample["continuation"] for sample in metrics["samples"]}) == 1  # the same random numbers for each
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "step     12/12" in line]
-    assert line.endswith(" 0 s left")
+    assert line.endswith("tokens") and "left" not in line
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(small_run, caplog):
@@ -324,7 +329,7 @@ def test_learning_rates_scaled_by_the_width_have_curves_of_their_own(small_run):
         scaled = [value for _, value in scalars(config.run_dir, f"train/lr/{group}")]
         assert scaled == pytest.approx([value / 4 for value in unscaled])
     train(small_run("name=next", "init_from=outputs/scaled"), [])
-    assert scalars("outputs/next", "val/loss")[0][1] == pytest.approx(scalars(config.run_dir, "val/loss")[-1][1])
+    assert scalars("outputs/next", "loss/val")[0][1] == pytest.approx(scalars(config.run_dir, "loss/val")[-1][1])
 
 
 def test_init_from_refuses_what_does_not_fit(small_run):
@@ -342,9 +347,9 @@ def test_init_from_refuses_what_does_not_fit(small_run):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_pretraining_without_a_gpu_is_refused_with_a_small_command_to_try(small_run):
-    with pytest.raises(UserError, match=r"this machine has none.*\n.*\n.*trainer=cpu model=tiny data=embedded"):
-        train(small_run("trainer=a100"), [])
+def test_training_without_a_gpu_is_refused_with_the_same_command_for_the_cpu(small_run):
+    with pytest.raises(UserError, match=r"this machine has none.*\n.*\n  python -m cucafera.run seed=3 trainer=cpu$"):
+        train(small_run("trainer=a100", "seed=3"), ["trainer=a100", "seed=3"])
 
 
 def test_too_little_text_is_refused_with_the_key_to_change(small_run, corpus):
@@ -376,7 +381,7 @@ def test_a_batch_can_be_overfitted(small_run):
         "+experiment=debug/overfit_batch", "budget_tokens=40_000", "callbacks.log_every_steps=10", "seed=1"
     )
     train(config, [])
-    losses = [value for _, value in scalars(config.run_dir, "train/loss")]
+    losses = [value for _, value in scalars(config.run_dir, "loss/train")]
     assert losses[-1] < 0.5 < losses[0]
 
 

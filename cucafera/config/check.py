@@ -5,6 +5,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from cucafera.config.fields import Limits, convert, format_value, options_of, type_in_words
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS, SOURCES, Registry
 from cucafera.config.rules import rule_problems
-from cucafera.config.schema import Config, ObjectiveConfig, OptimizerConfig, SamplingConfig, SourceConfig
+from cucafera.config.schema import Config, ObjectiveConfig, OptimizerConfig, SourceConfig
+from cucafera.config.synonyms import synonym
 
 Problems = dict[str, str]
 """Dotted keys, each with a sentence that says what is wrong with it."""
@@ -63,7 +65,7 @@ def check_config(
 def _followed(key: str, raw: Mapping[str, Any], problems: Problems) -> str:
     """Return the key with a problem that this one follows at last; itself if it follows none, or is one of a ring."""
     seen = [key]
-    while reference := REFERENCE.fullmatch(str(_select(raw, seen[-1]))):
+    while reference := REFERENCE.search(str(_select(raw, seen[-1]))):
         parents = [reference[1].rsplit(".", depth)[0] for depth in range(reference[1].count(".") + 1)]
         followed = next((parent for parent in parents if parent in problems), None)
         if followed is None:
@@ -72,13 +74,6 @@ def _followed(key: str, raw: Mapping[str, Any], problems: Problems) -> str:
             return followed
         seen.append(followed)
     return seen[-1]
-
-
-def sampling_problems(sampling: SamplingConfig) -> list[str]:
-    """Return a sentence for each value of a SamplingConfig that is out of its bounds."""
-    problems: Problems = {}
-    build(SamplingConfig, vars(sampling), "", problems)
-    return list(problems.values())
 
 
 def build(cls: Any, values: Mapping[str, Any], prefix: str, problems: Problems) -> Any:
@@ -111,7 +106,11 @@ def _value(hint: Any, limits: Limits, value: Any, key: str, problems: Problems) 
     if value == "???":
         problems[key] = f"{key} must be given: {key}=..."
     elif unresolved := next((item for item in _items(value) if isinstance(item, Unresolved)), None):
-        advice = "; for the text itself, write \\${" if str in options_of(hint) or hint == list[str] else ""
+        advice = ""
+        if str in options_of(hint) and limits.allow(unresolved.text):
+            advice = f"; for the text itself, write {text_with_dollar(key, unresolved.text)}"
+        elif hint == list[str]:
+            advice = "; for the text itself, write \\${"
         problems[key] = (
             f"{key} is {format_value(unresolved.text)}, which refers to a key that does not exist, has no value or "
             f"refers back to this one{advice}"
@@ -128,7 +127,8 @@ def _value(hint: Any, limits: Limits, value: Any, key: str, problems: Problems) 
             converted = convert(hint, value)
         except TypeError:
             quotes = ", in quotes" if isinstance(value, int | float) and str in options_of(hint) else ""
-            problems[key] = f"{key} is {format_value(value)}; it must be {type_in_words(hint)}{quotes}"
+            advice = number_advice(key, hint, value)
+            problems[key] = f"{key} is {format_value(value)}; it must be {type_in_words(hint)}{quotes}{advice}"
         else:
             if limits.allow(converted):
                 return converted
@@ -136,6 +136,23 @@ def _value(hint: Any, limits: Limits, value: Any, key: str, problems: Problems) 
             null = "null or " if type(None) in typing.get_args(hint) and limits.choices else ""
             problems[key] = f"{key} is {format_value(converted)}; it must be {null}{form}{limits.text()}"
     return None
+
+
+def text_with_dollar(key: str, text: str) -> str:
+    """Return the override, for a shell, of a text in which ${ is no interpolation."""
+    return shlex.quote(f"{key}={text.replace('${', chr(92) + '${')}")
+
+
+def number_advice(key: str, hint: Any, value: Any) -> str:
+    """Return how a number such as 5M or 1,5 is written."""
+    if not {int, float} & set(options_of(hint)) or not isinstance(value, str):
+        return ""
+    if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGbB])", value):
+        exponent = {"k": 3, "m": 6, "g": 9, "b": 9}[found[2].lower()]
+        return f", {key}={found[1]}e{exponent}"
+    if re.fullmatch(r"\d{1,3}([.,' ]\d{3}){2,}", value):
+        return f", {key}={re.sub('[^0-9]', '_', value)}"
+    return ""
 
 
 def _items(value: Any) -> Sequence[Any]:
@@ -152,7 +169,7 @@ def _registered(base: type[Any], values: Mapping[str, Any], key: str, problems: 
 
 
 def _source(values: Mapping[str, Any], key: str, problems: Problems) -> Any:
-    """Build a source with the dataclass of the entry whose key is given."""
+    """Build a source with the dataclass of the entry whose key is given; None if that key has no usable value."""
     kinds = source_kinds()
     given = [kind for kind in kinds if values.get(kind)]
     if len(given) != 1:
@@ -160,7 +177,8 @@ def _source(values: Mapping[str, Any], key: str, problems: Problems) -> Any:
         problems[key] = f"{key} gives {what}; it must give exactly one of {', '.join(kinds)}"
         return None
     kept = {name: value for name, value in values.items() if name in given or name not in kinds}
-    return build(kinds[given[0]], kept, f"{key}.", problems)
+    source = build(kinds[given[0]], kept, f"{key}.", problems)
+    return None if f"{key}.{given[0]}" in problems else source
 
 
 def source_kinds() -> dict[str, type[Any]]:
@@ -183,7 +201,9 @@ def general_key(key: str) -> str:
 
 
 def suggestion(key: str, known: Sequence[str]) -> str:
-    """Return "; did you mean ...?" with the nearest known key, or nothing if there is none."""
+    """Return "; did you mean ...?" with the key of that name elsewhere, or the nearest known one; or nothing."""
+    if not key.startswith("data.sources.") and (meant := synonym(key)):
+        return f"; did you mean {meant}?"
     if key.startswith("data.sources.") and key.count(".") >= 3:
         known = [word.replace(".NAME.", f".{key.split('.')[2]}.") for word in known]
     found = nearest(key, known)

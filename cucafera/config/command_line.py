@@ -4,6 +4,7 @@ Typing errors are found before Hydra composes anything, so that all of them can 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,7 @@ from cucafera.config.fields import flat, format_value
 from cucafera.config.folders import UNIQUE_NAMES, folder_problem
 from cucafera.config.quoting import exact_form, forms, parse, quoted, readable
 from cucafera.config.schema import Config
+from cucafera.config.synonyms import synonym
 
 REFUSED_FLAGS: dict[tuple[str, ...], str] = {
     ("--config-name", "-cn"): "a run starts from conf/config.yaml; changes to it are an experiment: +experiment=NAME",
@@ -78,10 +80,25 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments: "):
-            found = nearest(unknown, [*FLAGS, *(flags[0] for flags in REFUSED_FLAGS)])
-            message = f"there is no flag {unknown}" + (f"; did you mean {found}?" if found else ", see --help")
+            message = f"there is no flag {unknown}{_flag_advice(unknown)}"
         print(message, file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _flag_advice(flag: str) -> str:
+    """Return what to write in place of a flag that does not exist."""
+    word, _, value = flag.lstrip("-").partition("=")
+    word = word.replace("-", "_")
+    leaves = {key.split(".")[-1]: key for key in documented_fields()}
+    if word == "experiment":
+        return f"; experiments are added with a plus: +experiment={value or '...'}"
+    if word in documented_fields() or synonym(word) or word in leaves:
+        key = word if word in documented_fields() else synonym(word) or leaves[word]
+        key, _, remark = key.partition(" ")
+        written = f"{key}=... {remark}" if remark else f"{key}={value or '...'}"
+        return f"; settings have no dashes: {written}"
+    found = nearest(flag, [*FLAGS, *(flags[0] for flags in REFUSED_FLAGS)])
+    return f"; did you mean {found}?" if found else ", see --help"
 
 
 def parse_command_line(arguments: Sequence[str]) -> argparse.Namespace:
@@ -169,10 +186,22 @@ def command_line_problems(
         return check_command_line(overrides, multirun).problems
 
 
-def check_command_line(overrides: Sequence[str], multirun: bool = False) -> Composition:
+FurtherCheck = Callable[[Config, Path], Iterable[str]]
+"""Yields a sentence for each problem outside of a configuration, which may have problems of its own; also given is the
+folder of the run or sweep."""
+
+
+def check_command_line(
+    overrides: Sequence[str], multirun: bool = False, further: FurtherCheck | None = None
+) -> Composition:
     """Compose the configuration of a command line, within a `hydra_session`, and find all of its problems.
 
     Of a sweep, the composition is that without what is swept, and each value is checked once, before the first job.
+
+    Args:
+        overrides: The command line without its flags.
+        multirun: True for a sweep.
+        further: Checks what the configuration refers to.
     """
     problems: list[str] = []
     parsed: list[Override] = []
@@ -190,12 +219,22 @@ def check_command_line(overrides: Sequence[str], multirun: bool = False) -> Comp
         found = [text for text in composition.problems if not any(text.startswith(f"{key} must") for key in refused)]
         if composition.node is not None and not (problems or found):
             found = [*_hydra_problems(composition.node), *_run_problems(composition.node, parsed)]
+        if composition.node is not None and further:
+            found += [
+                text
+                for text in further(composition.config, Path(composition.config.run_dir))
+                if not any(known.startswith(text.split(":")[0]) for known in [*problems, *found])
+            ]
         return composition._replace(problems=list(dict.fromkeys([*problems, *found])))
     sizes = list(_size_problems(parsed))
     problems += sizes
     if not sizes:
         for job in _sweep_jobs(parsed):
-            problems += compose(job).problems
+            composed = compose(job)
+            problems += composed.problems
+            if further and composed.node is not None and not composed.problems:
+                with contextlib.suppress(OmegaConfBaseException):  # of the folder, which _sweep_problems reports
+                    problems += further(composed.config, _sweep_folder(composed.node))
     if problems:
         return Composition(None, Config(), list(dict.fromkeys(problems)))
     composition = compose(parsed, RunMode.MULTIRUN)
@@ -309,7 +348,7 @@ def _sweep_problems(node: DictConfig, overrides: Sequence[Override]) -> Iterator
                 f"has values, {override.key_or_group}=1e-3,3e-3"
             )
     try:
-        folder = Path(str(node.hydra.sweep.dir)).expanduser()
+        folder = _sweep_folder(node)
         subdir = str(OmegaConf.to_container(node.hydra.sweep, resolve=False)["subdir"])  # type: ignore[index,call-overload]
     except OmegaConfBaseException as error:
         yield f"hydra.sweep.dir: {in_one_line(error)}"
@@ -324,6 +363,10 @@ def _sweep_problems(node: DictConfig, overrides: Sequence[Override]) -> Iterator
             f"hydra.sweep.subdir is {subdir}, which may be one folder for several jobs; leave it out, or number them: "
             "hydra.sweep.subdir='${hydra.job.num}'"
         )
+
+
+def _sweep_folder(node: DictConfig) -> Path:
+    return Path(str(node.hydra.sweep.dir)).expanduser()
 
 
 def _values(override: Override) -> list[str]:
@@ -393,7 +436,7 @@ def _override_problem(override: Override, sources: Sequence[ConfigSource], multi
     if key in documented_fields() or is_source_key(key) or re.fullmatch(r"data\.sources\.[^.]+", key):
         return None
     known = groups(sources)
-    if "." not in key and (group := nearest(key, known)) and override.is_add():
+    if "." not in key and not synonym(key) and (group := nearest(key, known)) and override.is_add():
         return f"there is no group {key!r}; did you mean +{group}=...?"
     return f"there is no key {key!r}{suggestion(key, [*documented_fields(), *known])}"
 

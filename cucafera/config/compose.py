@@ -22,7 +22,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cucafera.config.check import Unresolved, check_config, documented_fields, general_key, suggestion
+from cucafera.config.check import (
+    Unresolved,
+    check_config,
+    documented_fields,
+    general_key,
+    suggestion,
+    text_with_dollar,
+)
 from cucafera.config.choices import (
     CONFIG_NAME,
     config_directory,
@@ -68,7 +75,7 @@ class Composition(NamedTuple):
 
 
 def register(read_model: ReadModel | None = None) -> None:
-    """Register the schema, the choices of registered entries, and the resolver of `${inherited:KEY}` with Hydra."""
+    """Register the schema, the choices of registered entries, and `${inherited:KEY}` and `${run_name:}` with Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=dataclasses.asdict(Config()))
     for registry in (OPTIMIZERS, OBJECTIVES):
@@ -86,6 +93,7 @@ def register(read_model: ReadModel | None = None) -> None:
         return value
 
     OmegaConf.register_new_resolver("inherited", inherited, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
 
 
 @contextmanager
@@ -179,6 +187,13 @@ def _apply_to_sources(node: DictConfig, overrides: Sequence[Override]) -> Iterat
 def _hydra_message(error: Exception, overrides: Sequence[Override]) -> str:
     """Return what to do about an error of Hydra, or else its first line."""
     first = in_one_line(error)
+    for override in overrides:
+        value = override.value() if override.value_type is not None and not override.is_sweep_override() else None
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and "${" in text and not _is_interpolation(text):
+                key = override.key_or_group
+                form = "\\${" if isinstance(value, list) else text_with_dollar(key, text)
+                return f"{key} is {text}, which cannot be read; for the text itself, write {form}"
     for plugin, extra in PLUGINS.items():
         if f"'{plugin}'" in first:
             return f"{plugin} needs a plugin of Hydra: pip install '.[{extra}]'"
@@ -206,6 +221,14 @@ def _hydra_message(error: Exception, overrides: Sequence[Override]) -> str:
     if found := re.match(r"In '([^']+)': (.*)", first):
         return unreadable_file(overrides) or f"{path_of(found[1], overrides) or found[1]}: {_of_file(found[2], error)}"
     return unreadable_file(overrides) or first
+
+
+def _is_interpolation(text: str) -> bool:
+    try:
+        OmegaConf.create({"key": text})
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 def _of_file(message: str, error: Exception) -> str:
@@ -241,6 +264,15 @@ def _plain_item(node: Any, key: Any) -> Any:
 def in_one_line(error: BaseException) -> str:
     """Return the first line of an error, or else of its cause."""
     return " ".join(str(error).split("\n")[0].split()) or str(error.__cause__).split("\n")[0]
+
+
+def _run_name(_root_: DictConfig) -> str:
+    """Return the name of a run that was given none: runs on other data do not meet in one folder."""
+    sources = OmegaConf.select(_root_, "data.sources")
+    first, *others = [str(name) for name in sources] if OmegaConf.is_dict(sources) and sources else ["embedded"]
+    if first == "embedded" and not others:
+        return "quickstart"
+    return "-and-".join([first, *others] if len(others) < 2 else [first, f"{len(others)}-more"])
 
 
 def _inheritance_problem(node: DictConfig) -> str | None:

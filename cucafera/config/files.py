@@ -4,6 +4,8 @@ from pathlib import Path
 
 from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent, YAMLError, parse
 
+from cucafera.quantities import number_of
+
 MAX_BYTES = 1 << 24
 MAX_DEPTH = 64
 
@@ -18,7 +20,7 @@ def config_text(path: Path) -> str:
     if path.exists() and not path.is_file():  # a pipe would block
         raise ValueError("it is not a regular file")
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"it has {size:,} bytes, and a configuration at most {MAX_BYTES:,}")
+        raise ValueError(f"it has {number_of(size, 'byte')}, and a configuration at most {MAX_BYTES:,}")
     text = path.read_text(encoding="utf-8")
     depth = 0
     for event in parse(text):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from cucafera.config.fields import format_value
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS, SOURCES, Judge
 from cucafera.config.schema import Config
+from cucafera.quantities import number_of
 
 
 def rule_problems(config: Config, unusable: set[str]) -> Iterator[str]:
@@ -64,7 +65,7 @@ def _shape_problems(config: Config, usable: Judge) -> Iterator[str]:
     ):
         yield (
             f"tokenizer.vocab_size is {format_value(config.tokenizer.vocab_size)}; the model has only "
-            f"{format_value(model.vocab_size)} rows (model.vocab_size)"
+            f"{number_of(model.vocab_size, 'row')} (model.vocab_size)"
         )
     if (
         usable("sequence_length", "model.max_position_embeddings")
@@ -96,8 +97,10 @@ def _budget_problems(config: Config, usable: Judge) -> Iterator[str]:
         and config.windows_per_step % (devices * config.trainer.num_nodes)
     ):
         yield (
-            f"a step has {config.windows_per_step} windows (batch_tokens / sequence_length); they cannot be "
-            f"shared evenly among {devices * config.trainer.num_nodes} devices (trainer.devices x trainer.num_nodes)"
+            f"a step has {number_of(config.windows_per_step, 'window')} (batch_tokens / sequence_length); "
+            "they cannot be "
+            f"shared evenly among {number_of(devices * config.trainer.num_nodes, 'device')} (trainer.devices "
+            "x trainer.num_nodes)"
         )
     if config.epochs is not None or not usable("budget_tokens", "epochs"):
         return  # with epochs, the budget is known when the data is
@@ -112,7 +115,8 @@ def _budget_problems(config: Config, usable: Judge) -> Iterator[str]:
     ):
         yield (
             f"schedule.warmup_steps is {format_value(config.schedule.warmup_steps)}; it must not be longer than "
-            f"the horizon, {format_value(config.horizon_steps)} steps (schedule.horizon_steps, or else budget_tokens / "
+            f"the horizon, {number_of(config.horizon_steps, 'step')} (schedule.horizon_steps, "
+            "or else budget_tokens / "
             "batch_tokens)"
         )
 

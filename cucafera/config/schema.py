@@ -173,7 +173,7 @@ class OptimizerConfig:
     """Settings that every optimizer has. Each choice may add its own; see cucafera/optimizers."""
 
     name: str = setting("adamw", "The optimizer: chosen by optimizer=NAME.")
-    lr: float = setting(3e-3, "Peak learning rate.", above=0)
+    lr: float = setting(2e-3, "Peak learning rate.", above=0)
     weight_decay: float = setting(0.1, "Decoupled decay of matrices per step, times the learning rate.", at_least=0)
     clip_norm: float | None = setting(1.0, "Largest global norm of the gradient; null: no clipping.", above=0)
 
@@ -290,7 +290,9 @@ class CallbacksConfig:
     """Logging, validation, checkpoints and samples, and how often."""
 
     log_every_steps: int = setting(10, "Steps between two points of the training curves.", at_least=1)
-    validate_every_steps: int = setting(50, "Steps between validations; 0: only at the end.", at_least=0)
+    validate_every_steps: int | str = setting(
+        50, "Steps between validations; auto: a tenth of the run; 0: only at the end.", at_least=0, choices=("auto",)
+    )
     checkpoint_every_steps: int = setting(50, "Steps between checkpoints; 0: only at the end.", at_least=0)
     keep_last: int = setting(2, "Newest checkpoints to keep, in addition to the best.", at_least=1)
     keep_every_steps: int = setting(0, "Steps between checkpoints that are never deleted; 0: none.", at_least=0)
@@ -315,7 +317,11 @@ class LoggerConfig:
 class Config:
     """One run."""
 
-    name: str = setting("quickstart", "Name of the run.", must_be=FOLDER_NAME)
+    name: str = setting(
+        "${run_name:}",
+        "Name of the run; quickstart with the embedded corpus, else that of its data.",
+        must_be=FOLDER_NAME,
+    )
     run_dir: str = setting("outputs/${name}", "The run folder.")
     seed: int = setting(
         1337, "Random seed of initial weights, window order and samples.", at_least=0, at_most=2**32 - 1
@@ -361,6 +367,12 @@ class Config:
         return self.schedule.horizon_steps or self.total_steps
 
     @property
+    def validation_steps(self) -> int:
+        """Steps between validations; 0: only at the end."""
+        every = self.callbacks.validate_every_steps
+        return max(1, self.total_steps // 10) if isinstance(every, str) else every
+
+    @property
     def max_seconds(self) -> float | None:
         """max_time in seconds."""
         if self.max_time is None:
@@ -372,7 +384,7 @@ class Config:
         """True if something is written after this step: curves, a validation, a checkpoint, or the last step."""
         every = (
             self.callbacks.log_every_steps,
-            self.callbacks.validate_every_steps,
+            self.validation_steps,
             self.callbacks.checkpoint_every_steps,
         )
         return step == self.total_steps or any(interval and step % interval == 0 for interval in every)

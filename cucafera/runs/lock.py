@@ -23,6 +23,8 @@ from cucafera.storage import parse_json, read_small_file
 
 log = logging.getLogger(__name__)
 
+LOCK = "lock"
+"""The file that names the process that works on a run folder."""
 OWNER = {"host": str, "pid": int}
 """Shape of the owner's file."""
 ORPHAN_SECONDS = 60.0

@@ -80,7 +80,10 @@ WRONG_COMMAND_LINES = [
     (["trainer.devices=none"], "trainer.devices is none; it must be a number of at least 1, or auto"),
     (["trainer.micro_batch_windows=0"], "trainer.micro_batch_windows is 0; it must be a number of at least 1, or auto"),
     (["callbacks.keep_last=0"], "callbacks.keep_last is 0; it must be at least 1"),
-    (["callbacks.validate_every_steps=-1"], "callbacks.validate_every_steps is -1; it must be at least 0"),
+    (
+        ["callbacks.validate_every_steps=-1"],
+        "callbacks.validate_every_steps is -1; it must be a number of at least 0, or auto",
+    ),
     (["callbacks.reference_curve=mine"], "callbacks.reference_curve is mine; it must be null or one of original"),
     (["callbacks.sampling.top_p=1.2"], "callbacks.sampling.top_p is 1.2; it must be above 0 and at most 1"),
     (["budget_tokens=1e30"], "it must be at least 1 and at most 1_000_000_000_000_000"),
@@ -93,10 +96,10 @@ WRONG_COMMAND_LINES = [
     (["model.num_key_value_heads=4"], "model.num_key_value_heads is 4; it must divide model.num_attention_heads (6)"),
     (["batch_tokens=1000"], "it must be a multiple of the window, sequence_length = 256"),
     (["sequence_length=512"], "sequence_length is 512; the model's context is 256"),
-    (["budget_tokens=100"], "budget_tokens is 100; it must pay for at least one step, batch_tokens = 2048"),
+    (["budget_tokens=100"], "budget_tokens is 100; it must pay for at least one step, batch_tokens = 512"),
     (["schedule.warmup_steps=5000"], "schedule.warmup_steps is 5000; it must not be longer than the horizon"),
-    (["trainer.devices=3"], "a step has 8 windows (batch_tokens / sequence_length); they cannot be shared evenly"),
-    (["tokenizer.vocab_size=2048"], "tokenizer.vocab_size is 2048; the model has only 1024 rows"),
+    (["trainer.devices=3"], "a step has 2 windows (batch_tokens / sequence_length); they cannot be shared evenly"),
+    (["tokenizer.vocab_size=2048"], "tokenizer.vocab_size is 2048; the model has only 1,024 rows"),
     (["data=files"], "data.sources.files.path must be given: data.sources.files.path=..."),
     (["data.sources.mine.path=x"], "there is no source 'mine'; add one with a plus: +data.sources.mine.path=x"),
     (["data.sources.embedded.path=x"], "data.sources.embedded gives embedded and path; it must give exactly one"),
@@ -143,7 +146,10 @@ WRONG_COMMAND_LINES += [
     (["seed=${seed}"], "seed is ${seed}, which refers to a key that does not exist, has no value or refers back to"),
     (["name=${run_dir}"], "run_dir is outputs/${name}, which refers to a key that does not exist"),
     (['callbacks.prompts=["El preu es 5${x}"]'], "callbacks.prompts is El preu es 5${x}, which refers to a key"),
-    (["init_from=${x}"], "for the text itself, write \\${"),
+    (["init_from=${x}"], "for the text itself, write 'init_from=\\${x}'"),
+    (["callbacks.prompts=[${]"], "callbacks.prompts is ${, which cannot be read; for the text itself, write \\${"),
+    (["budget_tokens=5M"], "budget_tokens is 5M; it must be a whole number, budget_tokens=5e6"),
+    (["optimizer.lr=0,001"], "the decimal sign is a dot, optimizer.lr=0.001"),
     (["+experiment=finetune", "init_from=${x}"], "init_from is ${x}, which refers to a key that does not exist"),
     (["seed=${oc.env:NO_SUCH_VARIABLE}"], "seed is ${oc.env:NO_SUCH_VARIABLE}, which refers to"),
     # Numbers out of every range
@@ -157,7 +163,7 @@ WRONG_COMMAND_LINES += [
     (["optimizer.lr=range(1,5)"], "several values are a sweep, add --multirun"),
     (["optimizer.lr=choice(1,2)"], "several values are a sweep, add --multirun"),
     (["optimizer.lr=interval(1e-4,1e-2)"], "an interval is for a search: --multirun +experiment=search optimizer.lr="),
-    (["init_from=a.ckpt,b.ckpt"], "one text with a comma is 'init_from=\"a.ckpt,b.ckpt\"'"),
+    (["init_from=a.ckpt,b.ckpt"], "one text is 'init_from=\"a.ckpt,b.ckpt\"'"),
     (["model=[tiny,small]"], "model=[tiny,small]: one model is chosen, model=tiny"),
     (["optimizer={lr: 1}"], "a choice has a name, optimizer=adamw; a setting of it is optimizer.KEY=VALUE"),
     # What is no override
@@ -339,7 +345,7 @@ def test_one_job_of_a_sweep_runs_alone_with_its_value():
 
 def test_finetuning_inherits_the_model_of_its_initial_weights(base_run):
     config = composed_config(["+experiment=finetune", f"init_from={base_run}"])
-    assert config.model == composed_config(["model=cucafera"]).model
+    assert config.model == composed_config(["model=cucafera", "batch_tokens=2048"]).model
     assert config.sequence_length == 2048
     assert config.objective.name == "finetuning"
     assert len(config.data.sources) == 6
@@ -428,7 +434,7 @@ def test_every_setting_has_a_meaning_and_a_default_that_help_shows():
         assert key in text
     for experiment in EXPERIMENTS:
         assert f"+experiment={experiment}" in text
-    assert "optimizer.lr=0.003 Peak learning rate. Must be above 0." in in_one_line
+    assert "optimizer.lr=0.002 Peak learning rate. Must be above 0." in in_one_line
     assert "Must be one of cosine, wsd, constant." in in_one_line
     assert max(map(len, text.splitlines())) <= 120
 
@@ -448,7 +454,7 @@ def test_the_differences_from_the_defaults_are_listed():
     assert differences_from_defaults(default_config()) == {}
     config = composed_config(["optimizer.lr=1e-3", "data=files", "data.sources.files.path=x"])
     differences = differences_from_defaults(config)
-    assert differences["optimizer.lr"] == (3e-3, 1e-3)
+    assert differences["optimizer.lr"] == (2e-3, 1e-3)
     assert differences["data.sources.files.path"] == (None, "x")
     assert differences["data.validation_fraction"] == (0.1, 0.01)
     assert "seed" not in differences
@@ -539,7 +545,7 @@ def test_help_and_configuration_need_no_heavy_imports(arguments, tmp_path):
 
 
 def test_the_composed_configuration_can_be_shown(tmp_path):
-    result = run_command("model=cucafera", "--cfg", "job", cwd=tmp_path)
+    result = run_command("model=cucafera", "batch_tokens=2048", "--cfg", "job", cwd=tmp_path)
     assert result.returncode == 0
     assert "vocab_size: 65536" in result.stdout
     result = run_command("--cfg", "job", "--resolve", cwd=tmp_path)
@@ -613,38 +619,65 @@ def test_folders_of_configurations_are_searched_for_choices_too(tmp_path):
     assert problem.endswith("There are: cucafera, cucafera_proxy, inherited, large, one, small, tiny, two")
 
 
-@pytest.mark.parametrize(
-    ("key", "typed"),
-    [
-        *(
-            ("name", text)
-            for text in ("català", "café amb llet", "l'avi", "100%", "a#b", "a(b)", "2026_11", "1e3", "1.10")
-        ),
-        ("init_from", "texts/[ab].jsonl"),
-        ("init_from", "{a,b}.jsonl"),
-        ("init_from", "train[:1%]"),
-        ("init_from", "~/texts"),
-        ("init_from", "it's=a"),
-        ("init_from", "true"),
-        ("tokenizer.path", "outputs/lr_sweep/optimizer.lr=0.002,seed=1/tokenizer.json"),
-    ],
-)
-def test_a_plain_text_needs_no_quotes(key, typed):
-    assert value_of(composed_config([f"{key}={typed}"]), key) == typed
+@pytest.mark.parametrize(("typed", "value"), [("train[:1%]", "train[:1%]"), ("null", None), ("[ab]", "[ab]")])
+def test_a_plain_text_needs_no_quotes(typed, value):  # all others: test_quoting.py
+    assert composed_config([f"init_from={typed}"]).init_from == value
+
+
+def test_texts_in_a_list_need_no_quotes_either():
+    typed = "[L'avi, 'a, b',1e3,El preu és 5\\${x}]"
+    prompts = composed_config([f"callbacks.prompts={typed}"]).callbacks.prompts
+    assert prompts == ["L'avi", "a, b", "1e3", "El preu és 5${x}"]
 
 
 @pytest.mark.parametrize(
-    ("typed", "prompts"),
+    ("overrides", "name"),
     [
-        ("[L'avi, què tal?]", ["L'avi", "què tal?"]),
-        ("[1e3,true]", ["1e3", "true"]),
-        ("['a, b',\"c\"]", ["a, b", "c"]),
-        ("[]", []),
-        ("[El preu és 5\\${x}]", ["El preu és 5${x}"]),
+        ([], "quickstart"),
+        (["data=files", "data.sources.files.path=x"], "files"),
+        (["+data.sources.books.path=x"], "embedded-and-books"),
+        (["data=instruct_chat", "init_from=a/b", "model=inherited", "model=tiny"], "patufet_it-and-5-more"),
+        (["data=files", "data.sources.files.path=x", "name=mine"], "mine"),
+        (["+experiment=own_text", "data.sources.files.path=x"], "own-text"),
     ],
 )
-def test_texts_in_a_list_need_no_quotes_either(typed, prompts):
-    assert composed_config([f"callbacks.prompts={typed}"]).callbacks.prompts == prompts
+def test_a_run_without_a_name_has_that_of_its_data(overrides, name):
+    config = composed_config(overrides)
+    assert (config.name, config.run_dir) == (name, f"outputs/{name}")
+
+
+def test_missing_inputs_are_reported_with_the_configuration_and_leave_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    missing = ["data=files", "data.sources.files.path=nowhere", "tokenizer.path=t.json", "init_from=./r"]
+    for flags, others in (([], ["seed=-1"]), (["--multirun"], ["seed=1,2"])):
+        assert start(*flags, *missing, *others) == 2
+        printed = capsys.readouterr().err
+        for problem in (
+            "data.sources.files: there is no file nowhere", "tokenizer.path: there is no file t.json",
+            "init_from: ./r: there is no such run folder or checkpoint",
+        ):  # fmt: skip
+            assert printed.count(problem) == 1
+        assert not list(tmp_path.iterdir())
+    assert "seed is -1" not in printed
+
+
+@pytest.mark.parametrize("value", [[], ["data.sources.files.path=${nothing}"]])
+def test_a_source_without_a_usable_path_is_reported_once_and_not_looked_for(value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert start("data=files", *value, "seed=-1") == 2
+    problems = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert [line.split()[1].rstrip(":") for line in problems] == ["seed", "data.sources.files.path"]
+
+
+def test_a_run_that_has_started_is_not_asked_for_its_inputs_again(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cucafera.run.train", lambda config, overrides: started.append(config.name) or exit(0))
+    (tmp_path / "outputs" / "files").mkdir(parents=True)
+    (tmp_path / "outputs" / "files" / "history.jsonl").touch()
+    assert start("data=files", "data.sources.files.path=nowhere") == 0
+    assert start("data=files", "data.sources.files.path=nowhere", "resume=overwrite") == 2
+    assert started == ["files"]
 
 
 def test_folders_in_the_home_folder_may_be_written_with_a_tilde(monkeypatch, tmp_path):
@@ -670,6 +703,8 @@ def start(*arguments: str) -> int:
     """The exit code of the run command, in this process."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exited:
         patch.setattr(sys, "argv", ["cucafera", *arguments])
+        for name in ("stdout", "stderr"):  # which main replaces
+            patch.setattr(sys, name, getattr(sys, name))
         main()
     return exited.value.code
 
@@ -683,9 +718,9 @@ def test_a_run_that_is_refused_when_it_starts_leaves_no_folder(tmp_path, monkeyp
     monkeypatch.setattr("cucafera.run.train", refuse)
     assert start("name=new") == 2
     assert "there is no text" in capsys.readouterr().out
-    assert not (tmp_path / "outputs" / "new").exists()
+    assert not list(tmp_path.iterdir())
     earlier = tmp_path / "outputs" / "earlier"
-    earlier.mkdir()
+    earlier.mkdir(parents=True)
     assert start("name=earlier") == 2 and earlier.is_dir()
 
 

@@ -109,6 +109,16 @@ def test_the_schedule_ends_at_its_horizon_or_else_at_the_last_step():
     assert config_of(schedule__horizon_steps=70).horizon_steps == 70
 
 
+@pytest.mark.parametrize(("steps", "every"), [(341, 34), (55, 5), (9, 1), (20_000, 2000)])
+def test_validations_are_a_tenth_of_the_run_apart_if_that_is_asked_for(steps, every):
+    config = config_of(budget_tokens=steps * 2048, callbacks__validate_every_steps="auto")
+    assert config.validation_steps == every
+    assert sum(step % every == 0 for step in range(1, steps + 1)) in (9, 10, 11)
+    assert config.is_log_step(every)
+    assert config_of(callbacks__validate_every_steps=7).validation_steps == 7
+    assert config_of(callbacks__validate_every_steps=0).validation_steps == 0
+
+
 def test_something_is_logged_at_each_interval_and_at_the_last_step():
     every = {"log_every_steps": 6, "validate_every_steps": 4, "checkpoint_every_steps": 9}
     config = config_of(**{f"callbacks__{name}": steps for name, steps in every.items()})
