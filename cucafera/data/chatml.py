@@ -93,6 +93,7 @@ def tokenizer_description(end_id: int, context: int | None = None) -> dict[str, 
         "pad_token": SPECIAL_TOKENS[PAD_ID],
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
+        "padding_side": "left",  # texts of a batch are continued at their ends
         "chat_template": CHAT_TEMPLATE,
     }
     return described | ({} if context is None else {"model_max_length": context})

@@ -1,7 +1,9 @@
-"""Decompression of .gz and .zst files while they are read."""
+"""Decompression of .gz, .zst, .bz2 and .xz files while they are read."""
 
+import bz2
 import gzip
 import io
+import lzma
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from typing import Any
 
 from cucafera.data.sources import CorpusError
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 BUFFER_BYTES = 1 << 20
 
 
@@ -29,6 +31,14 @@ def decompressed(raw: io.BufferedReader, path: Path) -> Iterator[io.BufferedRead
             try:
                 yield io.BufferedReader(content, BUFFER_BYTES)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise CorpusError(f"{path} is damaged or truncated: {error}. Download it again") from error
+    elif suffix in (".bz2", ".xz"):
+        with (bz2.BZ2File if suffix == ".bz2" else lzma.LZMAFile)(raw) as content:
+            try:
+                yield io.BufferedReader(content, BUFFER_BYTES)
+            except (EOFError, lzma.LZMAError, OSError) as error:
+                if getattr(error, "errno", None) is not None:
+                    raise
                 raise CorpusError(f"{path} is damaged or truncated: {error}. Download it again") from error
     elif suffix == ".zst":
         yield io.BufferedReader(_ZstdReader(raw, path), BUFFER_BYTES)

@@ -19,6 +19,7 @@ from cucafera.config.schema import Config, SourceConfig
 from cucafera.config.tokens import IM_END_ID, PAD_ID
 from cucafera.data.chatml import Conversation, Rendered, render
 from cucafera.data.conversation_formats import conversation_of_row, is_repetitive
+from cucafera.data.inspection import pieces, text_of
 from cucafera.data.left_out import LeftOut, counted
 from cucafera.data.packing import best_fit
 from cucafera.data.prepared import (
@@ -33,6 +34,7 @@ from cucafera.data.run_data import RunData, load_tokenizer, short_hash
 from cucafera.data.sources import CorpusError, is_held_out, open_source
 from cucafera.data.tokenizer import CUT, Tokenizer
 from cucafera.data.windows import IGNORED, OpenedSource, Window
+from cucafera.quantities import number_of
 from cucafera.storage import file_sha256, flush, write_json_with_checksum
 
 VERSION = 6
@@ -136,6 +138,10 @@ class ConversationWindows:
     def __len__(self) -> int:
         return len(self._windows)
 
+    def lengths(self, most_tokens: int) -> NDArray[np.int64]:
+        """Return the tokens of each conversation, those that are left out or cut included."""
+        return np.diff(self.conversations.ends, prepend=0)
+
     def window(self, number: int) -> Window:
         """Return conversations one after another, then padding, which is a document of its own."""
         input_ids = np.full(self.length, PAD_ID, dtype=np.int32)
@@ -184,7 +190,8 @@ class ConversationData(RunData[ConversationWindows]):
         ):
             positions = len(training) * self.config.sequence_length
             lines.append(
-                f"Data    {name}: {training.kept:,} conversations in {len(training):,} windows, {validation.kept:,} "
+                f"Data    {name}: {number_of(training.kept, 'conversation')} in "
+                f"{number_of(len(training), 'window')}, {validation.kept:,} "
                 f"held out; {1 - training.tokens / positions:.1%} padding, "
                 f"{training.targets / positions:.1%} trained on"
             )
@@ -209,17 +216,7 @@ class ConversationData(RunData[ConversationWindows]):
     def _first_conversation(self) -> str:
         """The first conversation of the first step, rebuilt from the model's inputs and targets."""
         source, number = (int(found[0]) for found in self.order.windows(0, 1))
-        window = self.training[source].window(number)
-        length = int((window.documents == 0).sum())
-        tokens = [*window.input_ids[:length].tolist(), int(window.targets[length - 1])]
-        trained = [False, *(window.targets[:length] != IGNORED).tolist()]
-        text, start = "", 0
-        for end in range(1, len(tokens) + 1):
-            if end == len(tokens) or trained[end] != trained[start]:
-                span = self.tokenizer.decode(tokens[start:end])
-                text += f"⟦{span}⟧" if trained[start] else span
-                start = end
-        return text
+        return text_of(next(pieces(self.training[source].window(number))), self.tokenizer)
 
 
 def _left_out(name: str, summary: PreparedConversations, windows: OpenedSource[ConversationWindows]) -> list[LeftOut]:
@@ -286,8 +283,9 @@ def _opened(
     )
     if not len(training):
         raise UserError(
-            f"data.sources.{name}: not one of {summary.conversations:,} conversations has an answer that ends "
-            f"within the window of {length:,} tokens: set a larger sequence_length"
+            f"data.sources.{name}: not one of {number_of(summary.conversations, 'conversation')} has an "
+            "answer that ends "
+            f"within the window of {number_of(length, 'token')}: set a larger sequence_length"
         )
     return OpenedSource(training, validation, summary.fingerprint, summary.notes)
 
@@ -296,7 +294,8 @@ def _empty_validation_message(data: ConversationData) -> str:
     if any(windows.left_out for windows in data.validation):
         return (
             f"not one of the held-out conversations has an answer that ends within the window of "
-            f"{data.config.sequence_length:,} tokens: set a larger sequence_length, or data.validation_fraction"
+            f"{number_of(data.config.sequence_length, 'token')}: set a larger sequence_length, or "
+            "data.validation_fraction"
         )
     return (
         f"no conversation is held out for validation (data.validation_fraction="
@@ -402,5 +401,7 @@ def _read(path: Path, expected_sha256: str, vocab_size: int) -> TokenizedConvers
     except OSError as error:
         raise damaged(path, f"it cannot be read ({error.strerror})") from error
     if len(read.ids) and int(read.ids.max()) >= vocab_size:
-        raise damaged(path, f"it holds the id {int(read.ids.max()):,}; the vocabulary has {vocab_size:,} entries")
+        raise damaged(
+            path, f"it holds the id {int(read.ids.max()):,}; the vocabulary has {number_of(vocab_size, 'entry')}"
+        )
     return read

@@ -6,10 +6,11 @@ T  sequence_length
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import Config, SourceConfig
@@ -24,14 +25,17 @@ from cucafera.data.sources import open_source
 from cucafera.data.split import VERSION as SPLIT_VERSION
 from cucafera.data.split import find_split
 from cucafera.data.tokenize import VERSION, TokenizedSource, batches_of, tokenize_source
-from cucafera.data.tokenizer import Tokenizer
+from cucafera.data.tokenizer import Tokenizer, excerpts
 from cucafera.data.windows import OpenedSource, Window
+from cucafera.quantities import data_size, number_of
 from cucafera.storage import file_sha256, write_json_with_checksum
 
 log = logging.getLogger(__name__)
 
 STREAMED_SAMPLES = 10
 """Of a source that comes over the network, text of this many times tokenizer.train_bytes is sampled, not all."""
+STRETCHES = 16
+"""Of a long stream, in which the lengths of documents are counted."""
 TOKENIZER_VERSION = 2
 """Increased whenever another tokenizer would be trained on the same text."""
 
@@ -56,6 +60,23 @@ class StreamWindows:
         ids = self.stream.read(number * self.length, self.length + 1).astype(np.int32)
         return Window(ids[:-1], ids[1:], np.cumsum(ids[:-1] == DOCUMENT_START_ID, dtype=np.int32))
 
+    def lengths(self, most_tokens: int) -> NDArray[np.int64]:
+        """Return the tokens of documents, their start tokens included: of all, or of some stretches of the stream.
+
+        Args:
+            most_tokens: Of a longer stream, as many are read, in stretches spread evenly over it. A document counts if
+                it begins and ends within one, so those longer than a stretch do not.
+        """
+        total = len(self.stream)
+        if total <= most_tokens:
+            return np.diff(np.append(self._starts(0, total), total))
+        stretch = -(-most_tokens // STRETCHES)
+        firsts = [number * (total - stretch) // (STRETCHES - 1) for number in range(STRETCHES)]
+        return np.concatenate([np.diff(self._starts(first, stretch)) for first in firsts])
+
+    def _starts(self, first: int, length: int) -> NDArray[np.int64]:
+        return np.flatnonzero(self.stream.read(first, length) == DOCUMENT_START_ID)
+
 
 class DocumentData(RunData[StreamWindows]):
     """The documents of a pretraining run, tokenized and packed."""
@@ -66,9 +87,9 @@ class DocumentData(RunData[StreamWindows]):
 
     def _amounts(self) -> str:
         return (
-            f"Data    {_tokens_in(self.training):,} training tokens, seen "
-            f"{self.epochs_at(self.config.total_steps):.2f} times; {_tokens_in(self.validation):,} held out, "
-            f"{len(self.validation_positions()):,} windows of them evaluated"
+            f"Data    {number_of(_tokens_in(self.training), 'training token')}, read "
+            f"{self.epochs_at(self.config.total_steps):.2f} times; validation on "
+            f"{number_of(len(self.validation_positions()), 'window')} of the {_tokens_in(self.validation):,} held out"
         )
 
 
@@ -90,7 +111,7 @@ def open_documents(config: Config) -> DocumentData:
     data = DocumentData(config, tokenizer, sources, left_out)
     if not data.validation_positions():
         raise UserError(
-            f"the held-out documents give {_tokens_in(data.validation):,} tokens; one window needs "
+            f"the held-out documents give {number_of(_tokens_in(data.validation), 'token')}; one window needs "
             f"{config.sequence_length + 1:,}: give more text, or a larger data.validation_fraction (a .txt file is one "
             f"document unless its source has a document_separator){_in_brackets(left_out)}"
         )
@@ -136,10 +157,14 @@ def _trained_tokenizer(config: Config) -> Tokenizer:
 
     def train() -> Tokenizer:
         samples = _tokenizer_samples(config)
-        sizes = ", ".join(f"{sample.size / 1e6:,.2f} MB of {name}" for name, sample in samples.items())
-        log.info("Training a tokenizer of %s entries on %s", f"{settings.vocab_size:,}", sizes)
-        texts = (text for sample in samples.values() for text in sample.texts())
-        return Tokenizer.train(texts, settings.vocab_size, show_progress=sys.stderr.isatty())
+        sizes = ", ".join(f"{data_size(sample.size)} of {name}" for name, sample in samples.items())
+        log.info("Training a tokenizer of %s on %s", number_of(settings.vocab_size, "entry"), sizes)
+
+        def texts() -> Iterator[str]:
+            return (text for sample in samples.values() for text in sample.texts())
+
+        total = sum(1 for text in texts() for _ in excerpts(text)) if sys.stderr.isatty() else None
+        return Tokenizer.train(texts(), settings.vocab_size, total)
 
     return Tokenizer.load(prepared_tokenizer(Path(data.prepared_dir) / f"tokenizer-{key}", train))
 
@@ -156,7 +181,7 @@ def _tokenizer_samples(config: Config) -> dict[str, TextSample]:
         opened = open_source(name, source, data.skip_broken_lines)
         split = find_split(open_source(name, source, data.skip_broken_lines), data.validation_fraction)
         samples[name] = sample = TextSample(total)
-        with PreparationProgress(f"Sampling {name} for the tokenizer", opened.size_bytes()) as progress:
+        with PreparationProgress(f"Sampling texts of {name} for the tokenizer", opened.size_bytes()) as progress:
             read = 0
             for batch in batches_of(opened.documents()):
                 for text in batch.texts:

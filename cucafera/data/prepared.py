@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cucafera.config.errors import UserError
+from cucafera.quantities import data_size, number_of
 from cucafera.storage import PARTIAL, ChecksumError, list_folder, read_json_with_checksum
 
 log = logging.getLogger(__name__)
@@ -174,10 +175,9 @@ class PreparationProgress:
             self._line()
 
     def _figures(self) -> str:
-        megabytes = self._text_bytes / 1e6
-        speed = megabytes / (time.monotonic() - self._started)
-        tokens = f"{self._tokens:,} tokens, " if self._tokens else ""
-        return f"{megabytes:,.1f} MB of text, {tokens}{speed:.1f} MB/s"
+        speed = self._text_bytes / (time.monotonic() - self._started)
+        tokens = f"{number_of(self._tokens, 'token')}, " if self._tokens else ""
+        return f"{data_size(self._text_bytes)} of text, {tokens}{data_size(speed)}/s"
 
     def _line(self) -> None:
         self._last_line = time.monotonic()

@@ -15,6 +15,7 @@ from cucafera.data.left_out import LeftOut
 from cucafera.data.order import WindowOrder
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.data.windows import IGNORED, Batch, OpenedSource, Source, TrainingSteps, batch_of_windows
+from cucafera.quantities import number_of
 
 
 class RunData(ABC, Generic[Source]):
@@ -132,7 +133,8 @@ def load_tokenizer(config: Config) -> Tokenizer:
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{path} has {tokenizer.vocab_size:,} entries and the model only {config.model.vocab_size:,} rows: set "
+            f"{path} has {number_of(tokenizer.vocab_size, 'entry')} and the model only "
+            f"{number_of(config.model.vocab_size, 'row')}: set "
             f"model.vocab_size={tokenizer.vocab_size}"
         )
     return tokenizer

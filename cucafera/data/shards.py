@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cucafera.data.prepared import PreparedDataError, damaged, start_again
+from cucafera.quantities import number_of
 from cucafera.storage import (
     PARTIAL,
     ChecksumError,
@@ -269,12 +270,12 @@ def _open_shard(folder: Path, entry: dict[str, Any], vocab_size: int) -> _Shard:
     except OSError as error:
         raise damaged(path, f"it cannot be read ({error.strerror})") from error
     if size != expected:
-        raise damaged(path, f"it has {size:,} bytes instead of {expected:,}")
+        raise damaged(path, f"it has {number_of(size, 'byte')} instead of {expected:,}")
     if zlib.crc32(header) != entry["header_crc32"] or (described := _parsed_header(header)) is None:
         raise damaged(path, "checksum mismatch in its header")
     if described["max_id"] >= vocab_size:
         raise PreparedDataError(
-            f"{path} holds the id {described['max_id']:,}; the vocabulary has {vocab_size:,} entries. "
+            f"{path} holds the id {described['max_id']:,}; the vocabulary has {number_of(vocab_size, 'entry')}. "
             + start_again(folder)
         )
     return _Shard(path, described["tokens"], described["block_tokens"], described["block_crc32"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cucafera.data.sources import Source, is_held_out
+from cucafera.quantities import number_of
 
 VERSION = 1
 """Increased whenever other text would be held out."""
@@ -60,8 +61,8 @@ def find_split(source: Source[Any], fraction: float) -> Split:
     start = _start_of_stretch(longest, fraction)
     if not longest[:start].strip() or not longest[start:].strip():
         return Split(fraction)
-    which = "its only document" if number == 1 else f"the longest of its {number:,} documents"
-    note = f"the last {len(longest) - start:,} of {len(longest):,} characters of {which} are held out"
+    which = "its only document" if number == 1 else f"the longest of its {number_of(number, 'document')}"
+    note = f"the last {len(longest) - start:,} of {number_of(len(longest), 'character')} of {which} are held out"
     return Split(fraction, _digest(longest), note)
 
 

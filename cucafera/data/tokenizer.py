@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from cucafera.config.errors import UserError
 from cucafera.config.tokens import DOCUMENT_START_ID, MAX_VOCABULARY, SPECIAL_TOKENS
+from cucafera.quantities import number_of
 from cucafera.storage import read_small_file, write_text
 
 WORD = re.compile(r"\s*+(?:\S++(?:[^\S \t\r\n]\s*+)?+)++|\s++")
@@ -87,13 +88,13 @@ class Tokenizer:
         self.texts_cut = 0
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, show_progress: bool) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, bar_total: int | None = None) -> "Tokenizer":
         """Train a tokenizer; the same texts give the same tokenizer.
 
         Args:
             texts: The corpus. Of a stretch without spaces, the first LONGEST_TRAINED_WORD characters are used.
             vocab_size: Entries, control tokens and bytes included; fewer when the texts repeat too little.
-            show_progress: Show progress bars.
+            bar_total: Number of `excerpts` of the texts, for progress bars; None: no bars.
         """
         inner = tokenizers.Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -102,10 +103,10 @@ class Tokenizer:
             vocab_size=vocab_size,
             special_tokens=list(SPECIAL_TOKENS),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=show_progress,
+            show_progress=bar_total is not None,
         )
         parts = chain.from_iterable(map(excerpts, texts))
-        inner.train_from_iterator(map(_without_long_words, parts), trainer)
+        inner.train_from_iterator(map(_without_long_words, parts), trainer, length=bar_total)
         return cls(inner)
 
     @classmethod
@@ -361,7 +362,7 @@ def _problem(inner: tokenizers.Tokenizer) -> str | None:
     """Return the reason why a tokenizer cannot be used, or None."""
     vocabulary = inner.get_vocab()
     if (highest := max(vocabulary.values(), default=-1)) >= len(vocabulary):  # `to_str` would count all the missing ids
-        return f"its ids have gaps: {len(vocabulary):,} entries, but ids up to {highest:,}"
+        return f"its ids have gaps: {number_of(len(vocabulary), 'entry')}, but ids up to {highest:,}"
     described = json.loads(inner.to_str())
     if problem := _vocabulary_problem(vocabulary, described) or _pattern_problem(described):
         return problem
@@ -384,7 +385,7 @@ def _vocabulary_problem(vocabulary: dict[str, int], described: dict[str, Any]) -
     ):
         return f"its added tokens must be the control tokens, all special: not so {', '.join(sorted(odd))}"
     if len(vocabulary) > MAX_VOCABULARY:
-        return f"it has {len(vocabulary):,} entries; ids are stored in 16 bits, so at most {MAX_VOCABULARY:,}"
+        return f"it has {number_of(len(vocabulary), 'entry')}; ids are stored in 16 bits, so at most {MAX_VOCABULARY:,}"
     if described["model"]["type"] != "BPE" or not BYTE_OF_CHARACTER.keys() <= vocabulary.keys():
         return "it is not a byte-level BPE: the 256 bytes are not all in its vocabulary"
     foreign = [t for t in vocabulary if t not in SPECIAL_TOKENS and not BYTE_OF_CHARACTER.keys() >= set(t)]

@@ -47,6 +47,10 @@ class WindowSource(Protocol):
         """The window of this number."""
         ...
 
+    def lengths(self, most_tokens: int) -> NDArray[np.int64]:
+        """Tokens of each document or conversation, [n], before it is cut or packed; of larger sources, of some."""
+        ...
+
 
 Source = TypeVar("Source", bound=WindowSource)
 
@@ -134,13 +138,17 @@ class TrainingSteps(Dataset[Batch]):
             batch += skipped <= batch
         return batch
 
-    def __getitem__(self, step: int) -> Batch:
+    def positions(self, step: int) -> list[tuple[int, int]]:
+        """Return source and number of each window of this share of a step, in their order."""
         batch = self.batch_at(step)
         if self.config.data.overfit_steps is not None:
             batch %= self.config.data.overfit_steps
         first = batch * self.config.windows_per_step + self.rank * self.share
-        numbers = zip(*self.order.windows(first, self.share), strict=True)
-        windows = [self.sources[source].window(int(number)) for source, number in numbers]
+        sources, numbers = self.order.windows(first, self.share)
+        return list(zip(sources.tolist(), numbers.tolist(), strict=True))
+
+    def __getitem__(self, step: int) -> Batch:
+        windows = [self.sources[source].window(number) for source, number in self.positions(step)]
         return batch_of_windows(windows, self.config.data.document_masking)
 
 

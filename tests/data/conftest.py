@@ -37,7 +37,7 @@ def sentences(documents: int, words: int = 60) -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """300 entries, 34 of them merges."""
-    return Tokenizer.train(sentences(50), vocab_size=300, show_progress=False)
+    return Tokenizer.train(sentences(50), vocab_size=300)
 
 
 @pytest.fixture(scope="session")

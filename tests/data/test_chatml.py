@@ -50,7 +50,7 @@ def random_conversation(generator: random.Random, pieces: tuple[str, ...] = PIEC
 def merging_tokenizer() -> Tokenizer:
     """A tokenizer that has merged line ends and spaces, and the words of the frame."""
     texts = ["user\n\nassistant\n\n\nsystem\n \n  hola\r\n\r\n<im_end> <im_start>" * 3, *PIECES] * 20
-    return Tokenizer.train(texts, vocab_size=340, show_progress=False)
+    return Tokenizer.train(texts, vocab_size=340)
 
 
 def test_a_conversation_is_framed_by_control_tokens_and_answers_are_trained(tokenizer):

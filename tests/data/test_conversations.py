@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -350,7 +351,7 @@ def test_a_source_without_a_usable_conversation_is_refused(chat_run):
     with pytest.raises(UserError, match=r"holds no conversation to train on: 1 could not be used.*chat\.jsonl:1: no "):
         opened(chat_run([{"text": "x"}], "data.skip_broken_lines=true"))
     endless = {"prompt": "x", "completion": "mar i bosc " * 100}
-    with pytest.raises(UserError, match="not one of 1 conversations has an answer that ends within the window of 64"):
+    with pytest.raises(UserError, match="not one of 1 conversation has an answer that ends within the window of 64"):
         opened(chat_run([endless], "data.validation_fraction=1e-9", path="long.jsonl"))
     mixed = [{"prompt": "x", "completion": "y"}, *[endless | {"prompt": f"x{n}"} for n in range(40)]]
     with pytest.raises(UserError, match="not one of the held-out conversations has an answer that ends within"):
@@ -382,6 +383,7 @@ def test_parquet_and_datasets_give_the_same_conversations_as_jsonl(chat_run, mon
     parquet.write_table(pyarrow.Table.from_pylist(rows), "chat.parquet")
     from_parquet = composed_config([*CHAT_RUN, "data=chat_files", "data.sources.files.path=chat.parquet"])
     assert opened(from_parquet).fingerprints["data.sources.files"] == fingerprint
+    monkeypatch.setattr("cucafera.data.sources.hub.hub_problem", lambda: None)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *arguments, **settings: SimpleNamespace(sha="1"))
     monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **settings: Dataset.from_list(rows))
     from_hub = composed_config([*CHAT_RUN, "data=chat", "data.sources.patufet_conversa.dataset=a/b"])
@@ -424,10 +426,11 @@ def embedded() -> list[dict]:
 
 
 def test_the_embedded_conversations_are_many_varied_and_complete(embedded):
-    assert len(embedded) >= 80
+    assert len(embedded) >= 300
     topics = {row["topic"] for row in embedded}
-    assert {"salutació", "identitat", "tasca"} < topics and len(topics) >= 8
-    assert sum(len(row["messages"]) > 2 for row in embedded) >= 20
+    assert {"salutació", "identitat", "tasca", "correcció", "no ho sé", "refús", "preguntar", "idiomes"} < topics
+    assert sum(len(row["messages"]) > 2 for row in embedded) >= 50
+    assert sum(len(row["messages"]) >= 8 for row in embedded) >= 8
     assert sum(row["messages"][0]["role"] == "system" for row in embedded) >= 8
     for row in embedded:
         conversation = [Message(**message) for message in row["messages"]]
@@ -440,3 +443,10 @@ def test_the_embedded_conversations_are_many_varied_and_complete(embedded):
 def test_no_embedded_question_is_asked_twice(embedded):
     questions = [message["content"] for row in embedded for message in row["messages"][:2] if message["role"] == "user"]
     assert len(set(questions)) == len(questions)
+
+
+def test_embedded_answers_begin_in_many_ways_and_are_not_repeated(embedded):
+    answers = [message["content"] for row in embedded for message in row["messages"] if message["role"] == "assistant"]
+    assert Counter(answers).most_common(1)[0][1] <= 2
+    first_words = Counter(answer.split()[0].strip("«.,!:") for answer in answers)
+    assert max(first_words.values()) <= len(answers) // 8, first_words.most_common(3)

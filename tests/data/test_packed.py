@@ -131,7 +131,7 @@ class TestTokenizerTraining:
         tokenizer = tokenizer_of(small_run, *overrides)
         assert b"wwxx" not in b"".join(map(tokenizer.bytes_of, range(tokenizer.vocab_size)))
         expected = [text for text in documents if not is_held_out(text, 0.1)]
-        assert tokenizer.fingerprint == Tokenizer.train(expected, 500, show_progress=False).fingerprint
+        assert tokenizer.fingerprint == Tokenizer.train(expected, 500).fingerprint
 
     def test_a_sample_holds_its_size_of_text_in_its_order_and_each_part_as_often(self):
         times = dict.fromkeys(range(0, 100, 10), 0)

@@ -62,15 +62,15 @@ def refusal(source: SourceConfig) -> str:
 
 
 def packed(content: bytes, suffix: str) -> bytes:
-    return {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress, "": bytes}[suffix](
-        content
-    )
+    zst = zstandard.ZstdCompressor(write_checksum=True).compress
+    pack = {".gz": gzip.compress, ".zst": zst, ".bz2": bz2.compress, ".xz": lzma.compress, "": bytes}[suffix]
+    return pack(content)
 
 
 LINES = b'{"text": "la mar\\r\\n"}\n\n{"text": "el bosc", "id": 3}'
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2", ".xz"])
 def test_jsonl_is_read_plain_and_packed(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(packed(LINES, suffix))
@@ -180,6 +180,13 @@ def test_a_parquet_column_that_is_all_null_has_only_empty_documents(tmp_path):
 def test_a_parquet_column_of_numbers_is_refused(tmp_path):
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     assert "a.parquet, row 1: the text is a int, not a string" in refusal(FilesConfig(path=str(tmp_path / "a.parquet")))
+
+
+def test_a_parquet_column_of_bytes_is_text_if_it_is_utf8(tmp_path):
+    column = pyarrow.array(["l'àvia".encode(), b"m\xff"], pyarrow.binary())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert "a.parquet, row 2: not UTF-8 (byte 0xff)" in refusal(FilesConfig(path=str(tmp_path / "a.parquet")))
+    assert read(FilesConfig(path=str(tmp_path / "a.parquet")), skip_broken_rows=True)[0] == ["l'àvia"]
 
 
 def test_a_cut_parquet_file_is_refused(tmp_path):
@@ -318,10 +325,7 @@ def test_a_list_of_paths_is_composed_and_an_empty_path_or_separator_refused():
         f"{path} has an empty item; each must be a file, folder or glob",
         "data.sources.files.document_separator is empty; give a text, or null: a file is one document",
     ]
-    assert (
-        "it must be text or a list, each item text or null"
-        in command_line_problems(["data=files", f"{path}=[{{}}]"])[0]
-    )
+    assert composed_config(["data=files", f"{path}=[{{}},null]"]).data.sources["files"].path == ["{}", "null"]
 
 
 def test_files_of_two_sources_are_compared(write_jsonl, tmp_path):
@@ -384,10 +388,22 @@ def test_a_folder_without_data_says_what_can_be_read(tmp_path):
     assert ".jsonl, .txt" in refusal(FilesConfig(path=str(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["a.pdf", "a.json.xz", "a.parquet.gz", "a.gz", "a"])
+@pytest.mark.parametrize("name", ["a.sqlite", "a.parquet.gz", "a.gz", "a"])
 def test_a_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text("x")
     assert f"{name} has a format that cannot be read; .jsonl" in refusal(FilesConfig(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.xlsx", "save the sheet as .csv"), ("a.PDF", "extract its text into a .txt file"), ("a.tar.gz", "extract"),
+        ("a.md", "if it is plain text, let its name end"), ("a.feather", "convert it to .parquet"),
+    ],
+)  # fmt: skip
+def test_a_file_of_a_known_kind_is_refused_with_what_to_do(tmp_path, name, advice):
+    (tmp_path / name).write_text("x")
+    assert f"{name} has a format that cannot be read: {advice}" in refusal(FilesConfig(path=str(tmp_path / name)))
 
 
 def test_a_missing_column_is_refused_with_the_columns_found(write_jsonl, tmp_path):
@@ -440,8 +456,8 @@ def test_a_json_file_is_an_array_of_objects_or_json_lines(tmp_path, monkeypatch,
     ("content", "problem"),
     [
         ('{\n"data": [{"text": "mar"}]}', "a.json:1: an object of several lines; give an array of objects"),
-        ('{"data": [{"text": "mar"}]}', "a.json holds one object, which is no row; give an array of objects"),
-        ('{"text": ["mar"], "id": [1]}', "a.json holds one object, which is no row"),
+        ('{"data": [{"text": "mar"}]}', "a.json holds one object, whose 'data' is a list; give an array of objects"),
+        ('{"text": ["mar"], "id": [1]}', "a.json holds one object, whose 'text' is a list"),
         ('[{"text": "mar"},', "a.json:1: not JSON: the file is truncated"),
         ('[{"text": "mar"}', "the array has no end; the file is truncated"),
         ('[\n{"text": "ma', "a.json:2: not JSON: the file is truncated"),
@@ -576,8 +592,13 @@ def test_lines_end_as_on_any_system_and_nowhere_else(tmp_path, line_end):
         ("a.jsonl", '{"text": "ç"}'.encode("utf-16"), "is UTF-16, not UTF-8: convert it"),
         ("a.jsonl", '{"text": "ç"}'.encode("utf-32"), "is UTF-32, not UTF-8: convert it"),
         ("a.csv", "text\nç".encode("utf-16-be"), "begins with NUL bytes"),
-        ("a.txt", bz2.compress(LINES), "is compressed by bzip2: decompress it"),
-        ("a.txt", lzma.compress(LINES), "is compressed by xz: decompress it"),
+        ("a.txt", bz2.compress(LINES), "is compressed by bzip2: let its name end with .bz2"),
+        ("a.txt", lzma.compress(LINES), "is compressed by xz: let its name end with .xz"),
+        ("a.csv", b"PK\x03\x04", "is a zip archive, as those of office programs are"),
+        ("a.jsonl", b"PAR1", "is a parquet file: let its name end with .parquet"),
+        ("a.txt", b"ARROW1\0\0", "is an Arrow file: convert it"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is a file of an office program: save a sheet as .csv"),
+        ("a.jsonl", b"\n<!DOCTYPE html>\n<html>", "is a web page or XML, perhaps the error page of a download"),
         ("a.txt", b"%PDF-1.7\n", "is a PDF: extract its text"),
         *[
             (name, b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "is a pointer of Git LFS, not the")
@@ -627,7 +648,7 @@ def test_bad_utf8_in_txt_is_refused_with_its_line_or_left_out_and_counted(tmp_pa
     assert counts.broken == 1
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
 def test_a_damaged_packed_file_is_refused(tmp_path, suffix, damage):
     path = tmp_path / f"a.jsonl{suffix}"
@@ -747,6 +768,7 @@ def newest(monkeypatch) -> dict[str, str]:
             raise ConnectionError("no network")
         return huggingface_hub.hf_api.DatasetInfo(id=dataset, sha=commits[dataset])
 
+    monkeypatch.setattr(hub, "hub_problem", lambda: None)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "no-such-folder")
     hub._newest_commit.cache_clear()
@@ -768,7 +790,7 @@ def test_the_fingerprint_of_a_dataset_follows_its_newest_commit(newest):
 def test_without_a_network_the_downloaded_commit_counts_and_is_said(newest, tmp_path, monkeypatch):
     source = HubConfig(dataset="a/b")
     assert notes(source) == [
-        "a/b: changes on the hub are not detected (ConnectionError: no network); its downloaded copy is used, if any"
+        "a/b: its downloaded copy is used, if any, and changes on the hub are not detected: ConnectionError: no network"
     ]
     reference = tmp_path / "datasets--a--b/refs/main"
     reference.parent.mkdir(parents=True)
@@ -803,6 +825,32 @@ def test_a_dataset_saved_to_disk_is_read_by_its_folder(tmp_path):
     assert texts_of(HubConfig(dataset=str(tmp_path / "two"), split="test")) == ["cel"]
     assert "leave them out" in refusal(HubConfig(dataset=str(tmp_path / "one"), split="test"))
     assert "split x cannot be read" in refusal(HubConfig(dataset=str(tmp_path / "two"), split="x"))
+    for name in ("one", "two"):
+        form = f"data.sources.web.path=null data.sources.web.dataset={tmp_path / name}"
+        assert refusal(FilesConfig(path=str(tmp_path / name))).endswith(f"is a folder of save_to_disk: {form}")
+    source = composed_config(["data=files", *form.replace("web", "files").split()]).data.sources["files"]
+    assert texts_of(source) == ["mar", "cel"]
+
+
+def test_a_folder_of_a_dataset_may_be_in_the_home_folder_and_one_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.csv").write_text("text\nmar\n")
+    assert texts_of(HubConfig(dataset="~/mine")) == ["mar"]
+    for name in ("~/nowhere", "./nowhere", "/nowhere"):
+        with pytest.raises(UserError, match=f"data.sources.web: there is no folder {name}"):
+            open_source("web", HubConfig(dataset=name)).check()
+    open_source("web", HubConfig(dataset="OWNER/NAME")).check()
+
+
+def test_what_the_datasets_library_writes_about_a_folder_is_no_data(write_jsonl, tmp_path):
+    path = write_jsonl("a.jsonl", ["mar"])
+    for name in ("dataset_infos.json", "dataset_info.json", "x/dataset_info.json", "x/state.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"default": {}}')
+    assert texts_at(tmp_path) == texts_at(path) == ["mar"]
+    (note,) = notes(FilesConfig(path=str(tmp_path)))
+    assert note == "4 files left out: 2 dataset_info.json, 1 dataset_infos.json, 1 state.json"
 
 
 class TestHuggingFace:

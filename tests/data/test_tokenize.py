@@ -147,7 +147,7 @@ class TestTokenizeSource:
 
     def test_progress_is_a_line_where_there_is_no_terminal(self, corpus, tokenizer, tmp_path, capsys):
         prepare(corpus, tokenizer, tmp_path / "p")
-        assert capsys.readouterr().err.count("Tokenizing web: 0.1 MB of text") == 1
+        assert capsys.readouterr().err.count("Tokenizing web: ") == 1
 
     def test_the_second_of_two_programs_waits_for_the_first(self, corpus, tokenizer, tmp_path, monkeypatch):
         original, calls = tokenize._write_shards, []

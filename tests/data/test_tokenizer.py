@@ -67,7 +67,7 @@ def test_text_that_spells_a_control_token_is_ordinary_text(tokenizer, name):
 
 
 def test_training_on_text_that_spells_control_tokens_gives_no_way_to_them():
-    tokenizer = Tokenizer.train([" ".join(SPECIAL_TOKENS)] * 100, vocab_size=400, show_progress=False)
+    tokenizer = Tokenizer.train([" ".join(SPECIAL_TOKENS)] * 100, vocab_size=400)
     assert min(tokenizer.encode("".join(SPECIAL_TOKENS))) >= len(SPECIAL_TOKENS)
 
 
@@ -197,7 +197,7 @@ def test_excerpts_to_train_on_are_all_of_the_text_but_for_what_is_long_without_a
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
 def test_a_tokenizer_learns_from_the_beginning_of_a_long_word(text):
-    tokenizer = Tokenizer.train(["la mar la mar", text], vocab_size=400, show_progress=False)
+    tokenizer = Tokenizer.train(["la mar la mar", text], vocab_size=400)
     assert max(tokenizer.token_bytes()) <= 4 * LONGEST_TRAINED_WORD
     assert len(tokenizer.encode(" la mar")) <= 4
 
@@ -217,7 +217,7 @@ def test_control_tokens_can_be_shown_or_left_out(tokenizer):
 def test_training_twice_gives_the_same_tokenizer(tokenizer):
     program = (
         "import sys, json; from cucafera.data.tokenizer import Tokenizer; "
-        "print(Tokenizer.train(json.load(sys.stdin), 300, False).fingerprint)"
+        "print(Tokenizer.train(json.load(sys.stdin), 300).fingerprint)"
     )
     texts = json.dumps([f"{word} {word}s" for word in ("mar", "bosc", "avi", "poble", "gat", "lluna")] * 3)
     prints = {
@@ -228,7 +228,7 @@ def test_training_twice_gives_the_same_tokenizer(tokenizer):
 
 
 def test_another_training_gives_another_fingerprint(tokenizer, make_documents):
-    assert Tokenizer.train(make_documents(50), 299, show_progress=False).fingerprint != tokenizer.fingerprint
+    assert Tokenizer.train(make_documents(50), 299).fingerprint != tokenizer.fingerprint
 
 
 def test_the_fingerprint_is_of_entries_and_merges_in_their_order(tokenizer, tmp_path):
@@ -245,7 +245,7 @@ def test_the_fingerprint_is_of_entries_and_merges_in_their_order(tokenizer, tmp_
 
 
 def test_a_small_corpus_gives_a_small_vocabulary():
-    assert Tokenizer.train(["la la"], vocab_size=5000, show_progress=False).vocab_size < 280
+    assert Tokenizer.train(["la la"], vocab_size=5000).vocab_size < 280
 
 
 def described(tokenizer: Tokenizer, tmp_path) -> dict:

@@ -114,6 +114,13 @@ class Source(ABC, Generic[C]):
         """True if each pass reads the rows over the network."""
         return False
 
+    def check(self) -> None:
+        """Find out that the source exists, as far as that is possible without reading or downloading anything.
+
+        Raises:
+            CorpusError: It does not.
+        """
+
     def inputs(self) -> set[str]:
         """Return names of what is read, such as paths, by which an overlap of two sources is found."""
         return set()
@@ -256,6 +263,11 @@ def _text(row: Row, column: str) -> str | None:
     value = row[column]
     if value is None:
         return None
+    if isinstance(value, bytes):  # a column of parquet that its writer has not marked as text
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(bad_byte(error)) from error
     if not isinstance(value, str):
         raise UserError(f"the text is a {type(value).__name__}, not a string")
     try:

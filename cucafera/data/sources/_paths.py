@@ -15,6 +15,18 @@ from cucafera.data.sources import CorpusError
 KINDS_NAMED = 6
 """Kinds of files left out that a message names; the others are summed up."""
 
+ADVICE = {
+    (".xlsx", ".xls", ".ods", ".numbers"): "save the sheet as .csv",
+    (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".xml"): "extract its text into a .txt file",
+    (".md", ".rst", ".tex", ".srt", ".vtt", ".log", ".text"): "if it is plain text, let its name end with .txt",
+    (".zip", ".tar", ".tgz", ".7z", ".rar"): "extract it",
+    (".arrow", ".feather"): "convert it to .parquet, or give the folder of save_to_disk as dataset=FOLDER",
+    (".lz4", ".z", ".br"): "decompress it",
+}
+"""What to do with a file of a format that cannot be read, by the end of its name."""
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+"""Files about the data of a folder, of the datasets library; with the first, state.json is another one."""
+
 FormatOf = Callable[[Path], str | None]
 """The format of a file by its name; None if it cannot be read."""
 
@@ -73,7 +85,7 @@ def find_files(paths: Sequence[str], name: str, format_of: FormatOf, readable: s
     found = FoundFiles()
     seen: dict[str, Path] = {}
     for text in paths:
-        one = _find(_expanded(text), name, format_of, readable)
+        one = _find(expanded(text), name, format_of, readable)
         for path in one.files:
             if seen.setdefault(os.path.realpath(path), path) is path:
                 found.files.append(path)
@@ -100,7 +112,8 @@ def content_of_folder(folder: Path, name: str) -> list[tuple[str, int, int]]:
     return sorted(content)
 
 
-def _expanded(text: str) -> Path:
+def expanded(text: str) -> Path:
+    """Return a path, with ~ as the home folder."""
     try:
         return Path(text).expanduser()
     except RuntimeError:  # no such user: then it is a name that begins with ~
@@ -114,8 +127,13 @@ def _find(path: Path, name: str, format_of: FormatOf, readable: str) -> FoundFil
         if not stat.S_ISREG(status.st_mode):
             raise CorpusError(f"{name}: {path} is no regular file, but a pipe, socket or device: give a file")
         if format_of(path) is None:
-            raise CorpusError(f"{name}: {path} has a format that cannot be read; {readable} can")
+            suffix = path.with_suffix("").suffix if path.suffix in (".gz", ".zst", ".bz2", ".xz") else path.suffix
+            advice = next((advice for kinds, advice in ADVICE.items() if suffix.lower() in kinds), None)
+            what = f": {advice}; {readable} can be read" if advice else f"; {readable} can"
+            raise CorpusError(f"{name}: {path} has a format that cannot be read{what}")
         return FoundFiles([path])
+    if status is not None and ((path / "dataset_dict.json").is_file() or _is_metadata(path / "state.json")):
+        raise CorpusError(f"{name}: {path} is a folder of save_to_disk: {name}.path=null {name}.dataset={path}")
     if status is None and path.is_symlink():
         raise CorpusError(f"{name}: {path} is a symlink to {path.readlink()}, which does not exist")
     if status is None and not glob.has_magic(str(path)):
@@ -146,8 +164,9 @@ def _sorted_out(matches: Iterator[tuple[Path, bool, bool]], name: str, format_of
     others: list[tuple[Path, str]] = []
     for path in sorted(by_path):
         hidden, in_folder = by_path[path]
-        if hidden or format_of(path) is None:
-            others.append((path, "hidden" if hidden else _kind(path)))
+        if hidden or format_of(path) is None or _is_metadata(path):
+            kind = path.name if _is_metadata(path) else _kind(path)
+            others.append((path, "hidden" if hidden else kind))
         elif (status := _status(path, name)) is None:
             raise CorpusError(f"{name}: cannot read {path}: it is a symlink to nothing, or was deleted")
         elif not stat.S_ISREG(status.st_mode):
@@ -242,6 +261,12 @@ def _status(path: Path, name: str) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:  # ValueError: a NUL character
         raise CorpusError(f"{name}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _is_metadata(path: Path) -> bool:
+    if path.name == "state.json":
+        return path.is_file() and path.with_name("dataset_info.json").is_file()
+    return path.name in METADATA
 
 
 def _kind(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from cucafera.config.errors import UserError
 from cucafera.data.sources import CorpusError, ReadContext, Row, SourceRow, bad_byte, first_line
+from cucafera.quantities import number_of
 
 PlacedRow = tuple[Row, str]
 """A row, and its position."""
@@ -53,8 +54,14 @@ def _objects(lines: Iterable[bytes], first: int, path: Path, context: ReadContex
         yield row, position
 
 
-def rows_of_json(content: BufferedReader, path: Path, context: ReadContext) -> Iterator[PlacedRow]:
+def rows_of_json(
+    content: BufferedReader, path: Path, columns: Sequence[str] | None, context: ReadContext
+) -> Iterator[PlacedRow]:
     """Yield the objects of one array, or of JSON lines.
+
+    Args:
+        content, path, context: See `rows_of_json_lines`.
+        columns: Those that are needed; None: all.
 
     Raises:
         CorpusError: It is neither.
@@ -76,6 +83,9 @@ def rows_of_json(content: BufferedReader, path: Path, context: ReadContext) -> I
         yield from rows
         return
     broken = context.counts.broken
+    for name, value in first[0].items():
+        if columns and isinstance(value, list) and (name in columns or not set(columns) & set(first[0])):
+            raise CorpusError(f"{path} holds one object, whose {name!r} is a list; {NO_ROWS}")
     yield first[0], f"{first[1]} (the only object of the file)"
     if context.counts.broken > broken:  # an object of all rows, or of all columns
         raise CorpusError(f"{path} holds one object, which is no row; {NO_ROWS}")
@@ -197,7 +207,7 @@ def rows_of_csv(
             fields = next(reader, None)
         except csv.Error as error:
             count = reader.line_num - read
-            lost = f"; its quote makes one row of {count:,} lines" if count > 1 else ""
+            lost = f"; its quote makes one row of {number_of(count, 'line')}" if count > 1 else ""
             context.broken(position, f"not CSV: {error}{lost}", rows=count)
             continue
         if fields is None:

@@ -29,7 +29,7 @@ VERSION = 1
 """Increased whenever the same files would give other rows."""
 TABLES = "rows of columns, as in .jsonl, .json, .csv or .parquet"
 COMPRESSIBLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-READABLE = ".jsonl, .txt, .json, .ndjson, .csv and .tsv (also compressed as .gz or .zst) and .parquet"
+READABLE = ".jsonl, .txt, .json, .ndjson, .csv and .tsv (also compressed as .gz, .zst, .bz2 or .xz) and .parquet"
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MISNAMED = {
@@ -38,14 +38,20 @@ MISNAMED = {
     b"\xfe\xff": "UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8",
     b"\x1f\x8b": "compressed by gzip: let its name end with .gz",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: let its name end with .zst",
-    b"PK\x03\x04": "a zip archive: extract it",
-    b"BZh91AY&SY": "compressed by bzip2: decompress it",
-    b"\xfd7zXZ\0": "compressed by xz: decompress it",
+    b"PK\x03\x04": "a zip archive, as those of office programs are: extract it, save a sheet as .csv, a text as .txt",
+    b"BZh91AY&SY": "compressed by bzip2: let its name end with .bz2",
+    b"\xfd7zXZ\0": "compressed by xz: let its name end with .xz",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: extract it",
+    b"PAR1": "a parquet file: let its name end with .parquet",
+    b"ARROW1": "an Arrow file: convert it, for example with pyarrow.parquet.write_table",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a file of an office program: save a sheet as .csv, a text as .txt",
+    b"SQLite format 3\0": "a database of SQLite: export a table as .csv",
     b"%PDF-": "a PDF: extract its text",
     b"version https://git-lfs.github.com/": "a pointer of Git LFS, not the file: get it with `git lfs pull`",
 }
 """First bytes of what is no text, and what that is."""
 LONGEST_BEGINNING = max(map(len, MISNAMED))
+HTML = re.compile(rb"\s*<(!doctype html|html|\?xml)\b", re.IGNORECASE)
 HELD_OUT_NAMES = {"test", "valid", "validation", "val", "dev", "eval"}
 """Words in the names of files that other people hold out."""
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -102,6 +108,10 @@ class FilesSource(Source[FilesConfig]):
         folder = Path(os.path.commonpath([file.parent for file in absolute]))
         files = [(file.relative_to(folder).as_posix(), *status) for file, status in absolute.items()]
         return fingerprint_of(self.config, "files", VERSION, files, self._separator)
+
+    def check(self) -> None:
+        """Raise CorpusError if there is no file to read."""
+        self._found  # noqa: B018  # finds them
 
     def inputs(self) -> set[str]:
         """Return the files, without symlinks."""
@@ -171,8 +181,10 @@ class FilesSource(Source[FilesConfig]):
         """Return the first bytes of a file. Raises CorpusError if they are those of another format."""
         head = content.peek(LONGEST_BEGINNING)[:LONGEST_BEGINNING]
         for beginning, what in MISNAMED.items():
-            if head.startswith(beginning):
+            if head.startswith(beginning) and not (beginning == b"PAR1" and _format(path) == ".parquet"):
                 raise CorpusError(f"{self.name}: {path} is {what}")
+        if _format(path) != ".txt" and HTML.match(head):
+            raise CorpusError(f"{self.name}: {path} is a web page or XML, perhaps the error page of a download")
         return head
 
     def _rows_of_content(
@@ -180,7 +192,7 @@ class FilesSource(Source[FilesConfig]):
     ) -> Iterator[PlacedRow]:
         match _format(path):
             case ".json":
-                return rows_of_json(content, path, self.context)
+                return rows_of_json(content, path, columns, self.context)
             case ".csv" | ".tsv" as kind:
                 return rows_of_csv(content, path, DELIMITERS[kind], columns, self.context)
             case ".txt":

@@ -14,12 +14,11 @@ from cucafera.config.fields import setting
 from cucafera.config.registry import SOURCES
 from cucafera.config.schema import SourceConfig
 from cucafera.data.sources import CorpusError, Source, SourceKind, SourceRow, fingerprint_of, first_line
-from cucafera.data.sources._paths import content_of_folder
+from cucafera.data.sources._paths import content_of_folder, expanded
+from cucafera.hub import WAIT_SECONDS, hub_problem
 
 BATCH_ROWS = 256
 """Rows in memory at a time."""
-TIMEOUT_SECONDS = 10
-"""For the commit of a dataset; then the one that was downloaded last is taken."""
 
 
 @dataclass
@@ -43,7 +42,7 @@ class HubSource(Source[HubConfig]):
     @property
     def _folder(self) -> Path | None:
         """The folder, if it is one on this machine; `datasets` too looks there first."""
-        folder = Path(str(self.config.dataset))
+        folder = expanded(str(self.config.dataset))
         return folder if folder.is_dir() else None
 
     @property
@@ -60,6 +59,11 @@ class HubSource(Source[HubConfig]):
         revision = _newest_commit(str(config.dataset), config.revision).commit or config.revision
         return fingerprint_of(config, "dataset", config.dataset, config.subset, config.split, revision)
 
+    def check(self) -> None:
+        """Raise CorpusError if the name can only be that of a folder, and there is none."""
+        if self._folder is None and str(self.config.dataset).startswith((".", "/", "~")):
+            raise CorpusError(f"{self.name}: there is no folder {self.config.dataset}")
+
     def inputs(self) -> set[str]:
         """Return the dataset with its subset and split."""
         config = self.config
@@ -74,7 +78,7 @@ class HubSource(Source[HubConfig]):
                 used = (
                     f"the downloaded commit {commit[:12]} is used" if commit else "its downloaded copy is used, if any"
                 )
-                yield f"{self.config.dataset}: changes on the hub are not detected ({problem}); {used}"
+                yield f"{self.config.dataset}: {used}, and changes on the hub are not detected: {problem}"
 
     def rows(self, columns: Sequence[str] | None = None) -> Iterator[SourceRow]:
         """Yield each row."""
@@ -82,7 +86,7 @@ class HubSource(Source[HubConfig]):
         parts = (f"dataset {config.dataset}", config.subset, f"split {config.split}")
         position = " ".join(part for part in parts if part)
         before = self.fingerprint() if self._folder is not None else None
-        with _one_line_errors(f"{self.name}: {position}"):
+        with _one_line_errors(f"{self.name}: {position}", None if self._folder is not None else hub_problem()):
             rows = self._load()
             if columns is not None and rows.column_names is not None:  # a stream may not know its columns
                 self.context.check_columns(position, columns, rows.column_names)
@@ -118,7 +122,11 @@ class HubSource(Source[HubConfig]):
         # need no copy of their content there.
         streaming = config.streaming or folder is not None
         return datasets.load_dataset(
-            config.dataset, config.subset, split=config.split, revision=config.revision, streaming=streaming
+            str(folder or config.dataset),
+            config.subset,
+            split=config.split,
+            revision=config.revision,
+            streaming=streaming,
         )
 
 
@@ -132,14 +140,21 @@ class Hub(SourceKind):
 
 
 @contextmanager
-def _one_line_errors(position: str) -> Iterator[None]:
-    """Turn whatever the datasets library raises, for a wrong name or a lost network, into one line."""
+def _one_line_errors(position: str, problem: str | None = None) -> Iterator[None]:
+    """Turn whatever the datasets library raises, for a wrong name or a lost network, into one line.
+
+    Args:
+        position: The beginning of the line.
+        problem: Why the hub cannot be asked, if so: then there is no earlier download either.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise CorpusError(f"{position} cannot be read: {type(error).__name__}: {first_line(error)}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = reason if problem is None else f"there is no complete earlier download, and {problem}"
+        raise CorpusError(f"{position} cannot be read: {reason}") from error
 
 
 class _Commit(NamedTuple):
@@ -159,11 +174,13 @@ def _newest_commit(dataset: str, revision: str | None) -> _Commit:
         return _Commit(revision, None)
     import huggingface_hub
 
-    try:
-        info = huggingface_hub.HfApi().dataset_info(dataset, revision=revision, timeout=TIMEOUT_SECONDS)
-        return _Commit(info.sha, None)
-    except Exception as error:  # whatever the libraries for the network raise
-        problem = f"{type(error).__name__}: {first_line(error)}"
+    problem = hub_problem()
+    if problem is None:
+        try:
+            info = huggingface_hub.HfApi().dataset_info(dataset, revision=revision, timeout=WAIT_SECONDS)
+            return _Commit(info.sha, None)
+        except Exception as error:  # whatever the libraries for the network raise
+            problem = f"{type(error).__name__}: {first_line(error)}"
     folder = huggingface_hub.constants.HF_HUB_CACHE
     reference = Path(folder, f"datasets--{dataset.replace('/', '--')}", "refs", revision or "main")
     downloaded = reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
