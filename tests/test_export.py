@@ -1,6 +1,8 @@
 """The export command."""
 
+import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,12 +12,15 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from cucafera import export
+from cucafera.config.schema import SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
 from cucafera.interop import hugging_face
 from cucafera.interop.gguf import TYPES
+from cucafera.interop.hf_spec import ARCHITECTURES
 from cucafera.interop.model_card import model_card, read_lineage
 from cucafera.interop.trained import load_trained
 from cucafera.runs.folder import RunFolder
+from cucafera.runs.locate import locate_model
 from cucafera.runs.results import write_evaluation, write_metrics
 from tests.imports import HEAVY, imported_packages
 
@@ -41,7 +46,7 @@ def front_matter(folder: Path) -> dict:
     return yaml.safe_load(front)
 
 
-def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, capsys):
+def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, capsys, monkeypatch):
     results = [
         {"kind": "harness", "task": "copa_ca", "metrics": {"acc": {"value": 0.614, "stderr": 0.0218}},
          "settings": {"num_fewshot": 0}, "checkpoint": "step-00000012.ckpt", "step": 12, "time": "now"},
@@ -61,18 +66,25 @@ def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, cap
     assert front["license"] == "apache-2.0" and front["language"] == ["ca"]
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "acc", "name": "acc", "value": 0.614}]
     for text in (
-        "| base | local files: files | 1 | 3,072 |",
-        "| chat | local files: files | 1 | 6,144 |",
+        "# chat\n",
+        "| base | texts | local files: files | 1 | 3,072 |",
+        "| chat | conversations | local files: files | 1 | 6,144 |",
+        "recommends temperature 0.6, top-k 50, top-p 0.9, no repetition penalty (the run had a repetition penalty of "
+        "1.2, but transformers would penalize the stop token too), and at most 32 new tokens.",
         "| trained | all weights | all weights |",
         "| optimizer | AdamW, lr 0.003, weight decay 0.1 | AdamW, lr 0.01, weight decay 0.1 |",
-        "bits per byte on held-out text, after 12 steps.",
+        "bits per byte on held-out conversations, after 12 steps.",
         "| copa_ca | acc | 0.6140 | 0.0218 | num_fewshot=0 |",
-        "![Validation loss over tokens](curves.png)",
+        "![Validation over tokens](curves.png)",
         "**Hola! Qui ets?**",
         "ids 4 and 5",
+        "written as a GemmaForCausalLM",
     ):
         assert text in card, text
     assert str(runs) not in card and "| old |" not in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path / "hf")
+    exec(code.replace("messages)[", "messages, max_new_tokens=2)["), {})
     assert (tmp_path / "hf" / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config
     assert (settings.temperature, settings.top_k, settings.pad_token_id) == (0.6, 50, 3)
@@ -87,7 +99,7 @@ def test_an_export_without_licence_says_so(command, tmp_path, capsys):
     assert front_matter(tmp_path / "hf")["license"] == "unknown"
     assert "# gat\n" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
-    assert settings["repetition_penalty"] == 1.2
+    assert settings["repetition_penalty"] == 1.1
     assert settings["eos_token_id"] == [IM_END_ID, IM_START_ID, DOCUMENT_START_ID]
 
 
@@ -108,6 +120,35 @@ def test_an_export_can_be_exported_again_and_replaces_only_exports(command, tmp_
     assert "is not an exported model, so it is not replaced" in capsys.readouterr().err
     (tmp_path / "model.gguf").write_bytes(b"GGUF of an earlier export")
     assert command("outputs/base", "--to", "gguf", str(tmp_path / "model.gguf"), "--overwrite") == 0
+    assert (tmp_path / "model.Modelfile").read_text().splitlines()[1:3] == [
+        "FROM ./model.gguf", 'TEMPLATE """{{ .Prompt }}"""',
+    ]  # fmt: skip
+
+
+def test_a_gguf_file_of_any_name_gets_a_modelfile_for_ollama(command, tmp_path, capsys):
+    target = tmp_path / "el meu model"
+    mine = tmp_path / "el meu model.Modelfile"
+    mine.write_text("FROM ./other.gguf\n")
+    assert command("outputs/chat", "--to", "gguf", str(target), "--overwrite") == 2
+    assert "Modelfile is not an exported model, so it is not replaced" in capsys.readouterr().err
+    mine.unlink()
+    assert command("outputs/chat", "--to", "gguf", str(target), "--license", "apache-2.0") == 0
+    assert f"ollama create el-meu-model -f '{mine}'" in capsys.readouterr().out
+    lines = mine.read_text().splitlines()
+    assert lines[1] == "FROM ./el meu model"
+    wanted = ["num_ctx 128", "temperature 0.6", "top_k 50", "top_p 0.9", "repeat_penalty 1.0", "num_predict 32",
+              'stop "<im_end>"', 'stop "<im_start>"', 'stop "</s>"']  # fmt: skip
+    assert lines[-10:] == [*(f"PARAMETER {line}" for line in wanted), 'LICENSE "apache-2.0"']
+    assert sorted(path.name for path in tmp_path.iterdir()) == [target.name, mine.name]
+    assert locate_model(str(target)).kind == "gguf"
+    assert command(str(target), "--to", "hf", str(tmp_path / "hf")) == 2
+    assert "is a GGUF file, which only chat and evaluate --text read" in capsys.readouterr().err
+
+
+def test_a_failed_gguf_export_leaves_no_modelfile(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("cucafera.interop.gguf.MAX_STORED", {"f16": -1.0})
+    assert command("outputs/base", "--to", "gguf", str(tmp_path / "x.gguf")) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_nothing(command, tmp_path, monkeypatch, capsys):
@@ -116,6 +157,41 @@ def test_a_failed_export_leaves_nothing(command, tmp_path, monkeypatch, capsys):
     assert command("outputs/base", "--to", "hf", str(tmp_path / "hf")) == 2
     assert "transformers computes other logits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_card_names_its_parts_as_a_stranger_would_read_them(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    trained, lineage = load_trained("outputs/base"), read_lineage(RunFolder(Path("outputs/base")))
+    config = lineage.config | {"init_from": "OWNER/NAME@main"}
+    history = [
+        record | {"step": step, "tokens": step}
+        for step in range(0, 2500)
+        for record in [lineage.metrics["validation"][0]]
+    ]
+    metrics = lineage.metrics | {"validation": history[:2], "steps": 1}
+    config["data"] = {"sources": {"x": {"embedded": "catalan"}, "y": {"dataset": "OWNER/DATA", "weight": 0.5}}}
+    lineage = dataclasses.replace(lineage, config=config, metrics=metrics, init_from="OWNER/NAME@main")
+    trained = dataclasses.replace(trained, step=1)
+    card = model_card(trained, lineage, "gat", None, "Verified", False, SamplingConfig(temperature=0, max_new_tokens=1))
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("OWNER/NAME", "finetune")
+    assert front["datasets"] == ["OWNER/DATA"]
+    for text in (
+        "on held-out texts, after 1 step.",
+        "after 1 step; not selected",
+        "at most 1 new token.",
+        "greedy decoding, a rep",
+        "cucafera's own, in Catalan (CC0 1.0) | 1 |",
+        "Initial weights: OWNER/NAME@main.",
+        "| step | tokens | validation loss (nats per token) | perplexity | top-1 accuracy | validation bpb (bits per ",
+        "The weights that training began with have theirs.",
+        "python -m cucafera.chat .",
+        "write.generation_config = write.model.generation_config",
+    ):
+        assert text in card, text
+    long = dataclasses.replace(lineage, metrics=metrics | {"validation": history})
+    card = model_card(trained, long, "gat", None, "Verified", True, SamplingConfig())
+    assert "Of 2,500 validations, 12 are shown." in card and "| 2,499 | 2,499 |" in card and "| 0 | 0 |" in card
 
 
 def test_texts_from_elsewhere_are_escaped_in_a_model_card(runs, tmp_path, monkeypatch):
@@ -131,7 +207,8 @@ def test_texts_from_elsewhere_are_escaped_in_a_model_card(runs, tmp_path, monkey
     trained = load_trained("outputs/chat")
     lineage = read_lineage(trained.run)
     assert [stage.config["name"] for stage in lineage.stages()] == ["<b>|*x*", "chat"]
-    card = model_card(trained, lineage, "n: [x](y)\n---\n# <i>", "mit\n---\nx: 1", "Verified", False)
+    name, licence = "n: [x](y)\n---\n# <i>", "mit\n---\nx: 1"
+    card = model_card(trained, lineage, name, licence, "Verified", False, SamplingConfig())
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["license"] == "mit\n---\nx: 1"
     for markup in ("<b>", "<i>", "<script", "](y)", "*x*", "\n---"):
@@ -146,7 +223,8 @@ def test_missing_packages_are_named_before_the_model_is_loaded(command, tmp_path
     monkeypatch.setattr("cucafera.interop.trained.load_trained", None)
     assert command("outputs/base", "--to", "gguf", str(tmp_path / "x.gguf"), "--type", "q4_k_m") == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("q4_k_m needs llama.cpp: pip install") and not printed.out
+    assert printed.err.startswith("q4_k_m needs llama.cpp: pip install")
+    assert printed.out == "Loading outputs/base (57,072 parameters, 228 kB in fp32) ...\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -154,10 +232,16 @@ def test_missing_packages_are_named_before_the_model_is_loaded(command, tmp_path
     ("arguments", "message"),
     [
         (["outputs/nothing", "--to", "hf", "x"], "outputs/nothing: there is no such run folder or checkpoint"),
-        (["outputs/base", "--to", "onnx", "x"], "--to onnx: there is no such format; it must be hf or gguf"),
+        (["outputs/base", "--to", "onnx", "x"], "--to onnx: there is no such format; it must be hf, gguf or peft"),
         (["outputs/base", "--to", "hf", "x", "--type", "q8_0"], "--type q8_0: for --to hf it must be one of fp32"),
         (["outputs/base", "--to", "gguf", "x", "--type", "fp32"], "--type fp32: for --to gguf it must be one of f32"),
         (["outputs/base", "--to", "gguf", "outputs"], "outputs is a folder: --to gguf takes the name of a file"),
+        (["outputs/base", "--to", "gguf", "a\nb"], "a Modelfile cannot name a file with such characters"),
+        (["outputs/base", "--to", "gguf", "x", "--architecture", "gemma"], "--architecture is of --to hf"),
+        (
+            ["outputs/base", "--to", "hf", "x", "--architecture", "gpt2"],
+            "--architecture gpt2: it must be one of gemma, ",
+        ),
         (["corpus.jsonl", "--to", "hf", "x"], "corpus.jsonl is not a checkpoint: checkpoint files end with .ckpt"),
         (["outputs/base", "--to", "hf", "corpus.jsonl/x"], "corpus.jsonl cannot be written"),
     ],
@@ -190,3 +274,4 @@ def test_an_export_imports_transformers_but_no_training_packages(runs, tmp_path)
 def test_the_command_and_interop_have_the_same_types():
     assert set(export.HUGGING_FACE_TYPES) == hugging_face.DTYPES.keys()
     assert set(export.GGUF_TYPES) == set(TYPES)
+    assert set(export.ARCHITECTURES) == set(ARCHITECTURES)

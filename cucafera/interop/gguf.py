@@ -41,6 +41,7 @@ from cucafera.interop.gguf_format import (
 from cucafera.interop.llama_cpp import LlamaCpp, check_quantizer, is_installed, quantize
 from cucafera.interop.real_text import conversations, documents
 from cucafera.model.transformer import Decoder
+from cucafera.quantities import number_of
 from cucafera.storage import atomic_replace
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ class Verification:
         matrices = ", ".join(f"{count} {kind}" for kind, count in self.matrices.items())
         computed = self.computed or "not verified: it is not installed, so only the package gguf has read the file"
         return (
-            f"{self.size / 1e6:,.1f} MB, matrices: {matrices}; verified at {self.positions:,} positions, where the "
+            f"{self.size / 1e6:,.1f} MB, matrices: {matrices}; verified at "
+            f"{number_of(self.positions, 'position')}, where the "
             f"standard deviation of the logits is {self.deviation:.2f}\n"
             f"Weights of the file against the model: {self.stored}\n"
             f"llama.cpp against the weights of the file: {computed}"

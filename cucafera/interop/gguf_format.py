@@ -4,9 +4,7 @@ llama.cpp computes a model by the graph of its architecture. Two of its graphs (
 its repository) compute our model, with the head tied to the embedding:
 
     model.hidden_act    architecture   stored differently from our checkpoints
-    gelu_pytorch_tanh   gemma          The graph multiplies embeddings by sqrt(hidden_size), so the embedding is divided
-                                       by it. The embedding is the head too, so the weight of the final norm, the
-                                       factor before the head, is multiplied by it.
+    gelu_pytorch_tanh   gemma          The embedding and the weight of the final norm: see interop/gemma.py.
     silu                llama          The graph rotates pairs (x[2 i], x[2 i + 1]), not (x[i], x[i + d / 2]), so the
                                        rows of q_proj and k_proj are interleaved, head by head.
 
@@ -14,7 +12,6 @@ SiLU is fixed in the `llama` graph: it would load the weights of a GELU model, a
 exact GELU.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -29,6 +26,7 @@ from cucafera.config.schema import ModelConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, PAD_ID, SPECIAL_TOKENS
 from cucafera.data.chatml import PLAIN_CHAT_TEMPLATE
 from cucafera.data.tokenizer import Tokenizer
+from cucafera.interop.gemma import EMBEDDING, FINAL_NORM, scale_for_gemma, unscale_from_gemma
 from cucafera.model.transformer import Decoder
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ T = TypeVar("T")
 ARCHITECTURES = {"gelu_pytorch_tanh": "gemma", "silu": "llama"}
 """The architecture by model.hidden_act."""
 
-WEIGHT_NAMES = {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}
+WEIGHT_NAMES = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight"}
 LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -96,7 +94,7 @@ def _gguf_name(name: str) -> str:
 def _to_graph(name: str, value: Tensor, config: ModelConfig) -> Tensor:
     """Convert a weight for the graph."""
     if architecture_of(config) == "gemma":
-        return value * _gemma_factor(name, config)
+        return scale_for_gemma(name, value, config.hidden_size)
     if (heads := _rotated_heads(name, config)) is None:
         return value
     return torch.cat([rows.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) for rows in value.chunk(heads)])
@@ -105,15 +103,10 @@ def _to_graph(name: str, value: Tensor, config: ModelConfig) -> Tensor:
 def _from_graph(name: str, value: Tensor, config: ModelConfig) -> Tensor:
     """Invert `_to_graph`."""
     if architecture_of(config) == "gemma":
-        return value / _gemma_factor(name, config)
+        return unscale_from_gemma(name, value, config.hidden_size)
     if (heads := _rotated_heads(name, config)) is None:
         return value
     return torch.cat([rows.unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1) for rows in value.chunk(heads)])
-
-
-def _gemma_factor(name: str, config: ModelConfig) -> float:
-    root = math.sqrt(config.hidden_size)
-    return {"embed_tokens.weight": 1 / root, "norm.weight": root}.get(name, 1.0)
 
 
 def _rotated_heads(name: str, config: ModelConfig) -> int | None:
@@ -164,6 +157,7 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: Tokeniz
     writer.add_token_merges(tokenizer.merges)
     writer.add_bos_token_id(DOCUMENT_START_ID)
     writer.add_eos_token_id(IM_END_ID if chats else DOCUMENT_START_ID)
+    writer.add_eot_token_id(IM_END_ID)  # llama.cpp finds it by its name only if that is <|im_end|>
     writer.add_pad_token_id(PAD_ID)
     writer.add_unk_token_id(SPECIAL_TOKENS.index("<unk>"))
     writer.add_add_bos_token(not chats)  # documents begin with it, conversations with <im_start>

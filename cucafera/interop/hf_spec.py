@@ -6,20 +6,30 @@ rows reordered. Nothing here imports torch: a configuration inherits the shape b
 """
 
 import dataclasses
+import fnmatch
 import functools
+import importlib.util
 import json
+import logging
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cucafera import hub
 from cucafera.config.errors import UserError
 from cucafera.config.fields import Limits, format_value
 from cucafera.config.schema import ModelConfig
 from cucafera.config.tokens import MAX_VOCABULARY, SPECIAL_TOKENS
 from cucafera.data.tokenizer import NotUsableError, Tokenizer, TokenizerError
+from cucafera.hub import hub_problem, unreachable
 from cucafera.interop.chat_template import chat_template_notes, token_name
+from cucafera.quantities import number_of
 from cucafera.runs.locate import HUB_NAME
+
+log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -50,24 +60,45 @@ OTHER_NAMES = {
 CHATML_TOKENS = ("<im_start>", "<im_end>")
 """Control tokens whose other name comes first: a vocabulary that has both had it added for the chat training."""
 
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "rope_theta": 10_000.0,
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "gemma": "GemmaForCausalLM"}
+"""The class of transformers for each model_type that is read and written."""
+_COMMON = {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_COMMON,
+        "vocab_size": 32_000,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    },
+    "gemma": {
+        **_COMMON,
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
 }
-"""Default values of transformers for fields of LlamaConfig that config.json omits."""
+"""Default values of transformers for fields of LlamaConfig and GemmaConfig that config.json omits."""
+TANH_GELU = "gelu_pytorch_tanh"
 ACTIVATIONS = {
-    "gelu_pytorch_tanh": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh", "gelu": "gelu", "silu": "silu",
-    "swish": "silu",
-}  # fmt: skip
-"""From names of transformers to `model.hidden_act`."""
+    "llama": {TANH_GELU: TANH_GELU, "gelu_new": TANH_GELU, "gelu": "gelu", "silu": "silu", "swish": "silu"},
+    "gemma": {TANH_GELU: TANH_GELU, "gelu_new": TANH_GELU, "gelu": TANH_GELU},
+}
+"""From names of transformers to `model.hidden_act`. The first configurations of Gemma say gelu and mean the tanh
+approximation, which transformers 5 and vLLM compute for them."""
 MAX_SHOWN = 200
 """Characters of a value of a foreign file, or of a text about it, in a message."""
 
@@ -78,6 +109,7 @@ class HFModelSpec:
 
     Attributes:
         folder: A local folder.
+        architecture: The form of the weights, a key of ARCHITECTURES.
         model: The shape.
         embedding_rows: Rows of the embedding in the folder.
         tokenizer: With the control tokens at this package's ids.
@@ -88,6 +120,7 @@ class HFModelSpec:
     """
 
     folder: Path
+    architecture: str
     model: ModelConfig
     embedding_rows: int
     tokenizer: Tokenizer
@@ -106,19 +139,62 @@ def folder_of(source: str, with_weights: bool) -> Path:
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
+    problem = hub_problem()
     name = HUB_NAME.fullmatch(source)
     assert name is not None
     patterns = [*DESCRIPTION_FILES, *(["*.safetensors", "*.safetensors.index.json"] if with_weights else [])]
+    if with_weights and importlib.util.find_spec("safetensors") is None:
+        raise UserError(f"{source}: reading its weights needs safetensors: pip install '.[hf]'")
+    if problem is None:
+        problem = _announce_download(name["repository"], name["revision"], patterns)
     try:
         return Path(snapshot_download(name["repository"], revision=name["revision"], allow_patterns=patterns))
     except Exception as error:  # wrong names and network failures raise many classes
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        # Without an answer of the hub, it looks for an earlier download.
-        unreachable = isinstance(error, LocalEntryNotFoundError)
-        problem = "hub could not be reached" if unreachable else "download from the hub failed"
-        raise UserError(f"{source}: there is no such run folder, and the {problem}: {reason}") from error
+        problem = problem or f"the download from the hub failed: {reason}"
+        raise UserError(f"{source}: there is no such run folder, no earlier download, and {problem}") from error
+
+
+def _announce_download(repository: str, revision: str | None, patterns: list[str]) -> str | None:
+    """Log the size, folder and licence of what will be downloaded, unless it was downloaded before.
+
+    Returns:
+        Why the hub cannot be asked, as `hub_problem` does; None if it answers, be it that there is no such model.
+
+    Raises:
+        UserError: the disk has less space than that.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=hub.WAIT_SECONDS)
+    except HfHubHTTPError:  # an answer, which the download reports
+        return None
+    except Exception as error:  # the download would wait for an answer without end
+        return unreachable(error)
+    wanted = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in patterns)
+        and not isinstance(try_to_load_from_cache(repository, file.rfilename, revision=info.sha), str)
+    }
+    if not wanted:
+        return None
+    cache, size = Path(constants.HF_HUB_CACHE), sum(wanted.values())
+    cache.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(cache).free) < size:
+        raise UserError(
+            f"{repository} has {size / 1e9:,.3f} GB, and the disk of {cache} has {free / 1e9:,.3f} GB free. HF_HOME "
+            "names a folder on another disk"
+        )
+    licence = shown(getattr(info.card_data, "license", None) or "none is named")
+    log.info(
+        "Downloading %s from the Hugging Face hub to %s: %s GB, licence: %s",
+        repository, cache, f"{size / 1e9:,.3f}", licence,
+    )  # fmt: skip
+    return None
 
 
 def read_hf_spec(folder: Path) -> HFModelSpec:
@@ -136,14 +212,23 @@ def read_hf_spec(folder: Path) -> HFModelSpec:
 def _read_hf_spec(folder: Path, modified_ns: tuple[int, ...]) -> HFModelSpec:
     """Cache by modification times: each inherited key of a configuration asks for the same folder."""
     if (folder / ADAPTER_CONFIG).exists():
-        raise UserError(f"{folder / ADAPTER_CONFIG}: adapters are not supported: merge them into the model with PEFT")
+        raise UserError(
+            f"{folder / ADAPTER_CONFIG}: the base of an adapter must be a whole model, and this is an adapter: merge "
+            f"it with python -m cucafera.export {shlex.quote(str(folder))} --to hf FOLDER, and name that folder"
+        )
     described = read_json(folder / CONFIG)
+    architecture = described.get("model_type")
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:  # other types have other fields
+        supported = " and ".join(ARCHITECTURES)
+        problem = f"model_type={shown(architecture)} (only {supported} are supported)"
+        raise UserError(_unsupported(folder / CONFIG, [problem]))
+    described = DEFAULTS[architecture] | described
     values = _model_values(described)
     if problems := list(_problems(described, values)):
         raise UserError(_unsupported(folder / CONFIG, problems))
-    values["hidden_act"] = ACTIVATIONS[values["hidden_act"]]
+    values["hidden_act"] = ACTIVATIONS[architecture][values["hidden_act"]]
     embedding_rows: int = values["vocab_size"]
-    tokenizer, row_of_id, notes = _tokenizer(folder, embedding_rows)
+    tokenizer, row_of_id, notes = read_tokenizer(folder, embedding_rows)
     if row_of_id is not None:
         values["vocab_size"] = len(row_of_id)
     if values["hidden_act"] == "gelu":
@@ -151,10 +236,17 @@ def _read_hf_spec(folder: Path, modified_ns: tuple[int, ...]) -> HFModelSpec:
             f"hidden_act=gelu in {folder / CONFIG} is computed as the exact GELU; a model that was trained with the "
             "tanh approximation should have gelu_pytorch_tanh"
         )
+    chats, chat_notes = read_chat_form(folder)
+    notes += chat_notes
+    model = ModelConfig(**values)
+    return HFModelSpec(folder, architecture, model, embedding_rows, tokenizer, row_of_id, chats, tuple(notes))
+
+
+def read_chat_form(folder: Path) -> tuple[bool, list[str]]:
+    """Return `chats` of an `HFModelSpec`, and a note for a chat template that renders another prompt than ChatML."""
     about_tokenizer = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
-    chats = _ends_with_im_end(about_tokenizer)
-    notes += chat_template_notes(_chat_template(folder, about_tokenizer), about_tokenizer, OTHER_NAMES)
-    return HFModelSpec(folder, ModelConfig(**values), embedding_rows, tokenizer, row_of_id, chats, tuple(notes))
+    notes = chat_template_notes(_chat_template(folder, about_tokenizer), about_tokenizer, OTHER_NAMES)
+    return _ends_with_im_end(about_tokenizer), notes
 
 
 def _unsupported(path: Path, problems: list[str]) -> str:
@@ -173,7 +265,7 @@ def read_bytes(path: Path) -> bytes:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file")
         if (size := path.stat().st_size) > MAX_DESCRIPTION_BYTES:
-            raise UserError(f"{path} has {size:,} bytes; such a file has at most {MAX_DESCRIPTION_BYTES:,}")
+            raise UserError(f"{path} has {number_of(size, 'byte')}; such a file has at most {MAX_DESCRIPTION_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -206,10 +298,11 @@ def _chat_template(folder: Path, about_tokenizer: dict[str, Any]) -> Any:
 
 def _model_values(described: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a ModelConfig as config.json has them: values of any type, activations by any name."""
-    values = {key: described.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name in DEFAULTS["llama"]]
+    values = {name: described[name] for name in names}
     values["rope_theta"] = _rope(described).get("rope_theta", values["rope_theta"])
-    shared = described.get("num_key_value_heads")
-    values["num_key_value_heads"] = values["num_attention_heads"] if shared is None else shared
+    if described["model_type"] == "llama" and values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
     return values
 
 
@@ -221,21 +314,22 @@ def _rope(described: dict[str, Any]) -> dict[str, Any]:
 
 def _problems(described: dict[str, Any], values: dict[str, Any]) -> Iterator[str]:
     """Yield a message for each field with an unsupported value; arguments are config.json, and `_model_values`."""
-    kind = described.get("model_type")
-    architectures = described.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama":
-        yield f"model_type={shown(kind)} (only llama is supported)"
-        return  # other model types have other fields
-    if architectures != ["LlamaForCausalLM"]:
-        yield f"architectures={shown(architectures)} (only LlamaForCausalLM is supported)"
-    activation = values["hidden_act"]
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        yield f"hidden_act={shown(activation)} (supported are {', '.join(ACTIVATIONS)})"
-    if (tied := described.get("tie_word_embeddings", False)) is not True:
+    kind = described["model_type"]
+    architectures = described.get("architectures") or [ARCHITECTURES[kind]]
+    if architectures != [ARCHITECTURES[kind]]:
+        yield f"architectures={shown(architectures)} (only {ARCHITECTURES[kind]} is supported)"
+    activation, supported = values["hidden_act"], ACTIVATIONS[kind]
+    if not isinstance(activation, str) or activation not in supported:
+        yield f"hidden_act={shown(activation)} (supported are {', '.join(supported)})"
+    if kind == "gemma" and (other := described.get("hidden_activation")) not in (None, TANH_GELU, "gelu_new"):
+        yield f"hidden_activation={shown(other)} (only {TANH_GELU} is supported)"
+    if (tied := described["tie_word_embeddings"]) is not True:
         yield f"tie_word_embeddings={shown(tied)} (only tied embeddings are supported)"
     for key in ("attention_bias", "mlp_bias"):
         if described.get(key):
-            yield f"{key}={shown(described[key])} (only bias-free Llama is supported)"
+            yield f"{key}={shown(described[key])} (only models without biases are supported)"
+    if bidirectional := described.get("use_bidirectional_attention"):
+        yield f"use_bidirectional_attention={shown(bidirectional)} (only causal attention is supported)"
     yield from _rope_problems(described)
     if described.get("quantization_config"):
         yield "quantization_config (only unquantized weights are supported)"
@@ -275,7 +369,7 @@ def _rope_problems(described: dict[str, Any]) -> Iterator[str]:
 
 def _shape_problems(described: dict[str, Any], values: dict[str, Any]) -> Iterator[str]:
     size, heads, shared = (values[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    head_dim, positions = described.get("head_dim"), values["max_position_embeddings"]
+    head_dim, positions = described["head_dim"], values["max_position_embeddings"]
     if size % heads or size // heads % 2:
         yield f"hidden_size={size}, num_attention_heads={heads} (the quotient must be an even integer)"
     elif head_dim is not None and head_dim != size // heads:
@@ -291,7 +385,7 @@ def _ends_with_im_end(about_tokenizer: dict[str, Any]) -> bool:
     return token_name(about_tokenizer, "eos_token") in ("<im_end>", *OTHER_NAMES["<im_end>"])
 
 
-def _tokenizer(folder: Path, embedding_rows: int) -> tuple[Tokenizer, tuple[int | None, ...] | None, list[str]]:
+def read_tokenizer(folder: Path, embedding_rows: int) -> tuple[Tokenizer, tuple[int | None, ...] | None, list[str]]:
     """Return tokenizer, row_of_id and notes of an `HFModelSpec`."""
     path = folder / TOKENIZER
     described = read_json(path)
@@ -309,7 +403,8 @@ def _tokenizer(folder: Path, embedding_rows: int) -> tuple[Tokenizer, tuple[int 
         row_of_id = tuple(range(tokenizer.vocab_size))
         unused = embedding_rows - len(row_of_id)
         notes = [
-            f"The last {unused:,} rows of the embedding are dropped: the vocabulary has {len(row_of_id):,} entries"
+            f"The last {number_of(unused, 'row')} of the embedding are dropped: the vocabulary has "
+            f"{number_of(len(row_of_id), 'entry')}"
         ]
     highest = max((row for row in row_of_id or () if row is not None), default=tokenizer.vocab_size - 1)
     if highest >= embedding_rows:

@@ -28,6 +28,7 @@ from cucafera.config.errors import UserError
 from cucafera.interop.chat_template import chat_template_notes
 from cucafera.interop.gguf_format import context_in, metadata, open_gguf, tokenizer_in
 from cucafera.interop.hf_spec import OTHER_NAMES
+from cucafera.quantities import number_of
 
 INSTALL = "pip install '.[llama]'"
 QUANTIZER = "llama-quantize"
@@ -198,7 +199,8 @@ class LlamaCpp:
     def _nats(self, ids: list[int], first: int) -> list[float]:
         if not 1 <= first < len(ids):
             raise ValueError(
-                f"position {first} of {len(ids)} tokens cannot be scored: it must be from 1 to {len(ids) - 1}"
+                f"position {first} of {number_of(len(ids), 'token')} cannot be scored: it must be from 1 to "
+                f"{len(ids) - 1}"
             )
         logits = torch.from_numpy(self._logits(ids[:-1], first - 1))
         targets = torch.tensor(ids[first:])
@@ -219,7 +221,7 @@ class LlamaCpp:
     def _logits(self, ids: Sequence[int], first: int) -> NDArray[np.float32]:
         """Return the logits [n, V] after the tokens from position `first` on, decoding only what is not cached."""
         if len(ids) > self.context:
-            raise ValueError(f"{len(ids):,} tokens are more than the context of {self.context:,}")
+            raise ValueError(f"{number_of(len(ids), 'token')} are more than the context of {self.context:,}")
         # The cache holds no logits, so the tokens from `first` on are decoded again even if they are cached.
         cached = min(_common_prefix(ids, self._cached_ids), first)
         self._library.llama_memory_seq_rm(self._library.llama_get_memory(self._context), 0, cached, -1)

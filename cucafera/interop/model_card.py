@@ -1,6 +1,7 @@
 """The model card of an exported model: the README.md of its folder, from the files of the run folder."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from yaml import safe_dump
 from cucafera.config.check import build
 from cucafera.config.errors import UserError
 from cucafera.config.registry import OPTIMIZERS
-from cucafera.config.schema import Config, ModelConfig
+from cucafera.config.schema import Config, ModelConfig, SamplingConfig
 from cucafera.interop.trained import TrainedModel
 from cucafera.markup import markdown, markdown_table
 from cucafera.model.flops import parameter_count
 from cucafera.objectives import objective_of
 from cucafera.optimizers import OptimizerSpec
+from cucafera.quantities import number_of
 from cucafera.runs.folder import RunFolder
-from cucafera.runs.report import as_quoted_samples, validation_table
+from cucafera.runs.locate import is_hugging_face
+from cucafera.runs.report import as_quoted_samples
 
 CURVES = "curves.png"
+MAX_ROWS = 12
+"""Validations in the table."""
 PATH_SETTINGS = ("text", "choices")
 """Settings of an evaluation that hold local paths; omitted for privacy."""
 
 LIMITATIONS = """\
-- It is small: it hallucinates facts, and loses the thread of a long text.
+- It is small: it hallucinates facts, and loses the thread of a long text. Its context is {context}.
 - It reproduces the language and the views of its training texts, with their errors and biases.
 - It has no safety training. Do not use it for decisions about people."""
 
@@ -97,6 +102,8 @@ def model_card(
     licence: str | None,
     verification: str,
     has_curves: bool,
+    sampling: SamplingConfig,
+    base: str | None = None,
 ) -> str:
     """Return the README.md.
 
@@ -105,22 +112,31 @@ def model_card(
         lineage: Its lineage, with evaluations of any checkpoint; None for a model from elsewhere.
         name: The name of the model.
         licence: An identifier of the hub, such as apache-2.0; None: not chosen.
-        verification: How the files were compared with the source, as a sentence without its full stop.
+        verification: The form of the files, and how they were compared with the source, as sentences without the last
+            full stop.
         has_curves: True if CURVES is in the same folder.
+        sampling: The settings in generation_config.json, but for its penalty, which a chat model is exported without.
+        base: For the export of an adapter alone: its base, a Hugging Face name, or a folder relative to the adapter's.
     """
     if lineage is not None:
         of_checkpoint = [result for result in lineage.evaluation if result["checkpoint"] == trained.checkpoint.name]
         lineage = dataclasses.replace(lineage, evaluation=of_checkpoint)
-    sections = [_overview(trained, lineage, name), _usage(trained.chats)]
+    sections = [_overview(trained, lineage, name, base), _usage(trained, sampling, base)]
     if lineage is not None:
-        sections += [_data(lineage), _recipe(lineage), _curves(lineage, has_curves), _evaluation(lineage)]
+        sections += [_data(lineage), _recipe(lineage, base is None), _validation(lineage, has_curves)]
+        sections += [_evaluation(lineage)]
         sections += [_samples(lineage)] if lineage.metrics and lineage.metrics["samples"] else []
-    sections += [f"## Limitations\n\n{LIMITATIONS}", f"## Files\n\n{markdown(verification)}.", _licence(licence)]
-    front = safe_dump(_front_matter(lineage, name, licence), sort_keys=False, allow_unicode=True)
+    context = trained.model.config.max_position_embeddings
+    sections += [
+        f"## Limitations\n\n{LIMITATIONS.format(context=number_of(context, 'token'))}",
+        f"## Files\n\n{markdown(verification)}.",
+        _licence(licence, lineage),
+    ]
+    front = safe_dump(_front_matter(lineage, name, licence, base), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | None) -> dict[str, Any]:
+def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | None, base: str | None) -> dict[str, Any]:
     """Return the metadata of the hub, the YAML at the top of the card."""
     stages = lineage.stages() if lineage else []
     datasets = [
@@ -129,22 +145,27 @@ def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | Non
         for source in stage.config["data"]["sources"].values()
         if source.get("dataset")
     ]
-    base_model = stages[0].init_from if stages else None
+    base_model = base or (stages[0].init_from if stages else None)
     front: dict[str, Any] = {
         "language": ["ca"],
         "license": licence or "unknown",
-        "library_name": "transformers",
+        "library_name": "peft" if base else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["cucafera", "catalan", "llama"],
+        "tags": ["cucafera", "catalan", *(["lora"] if base else [])],
     }
     if datasets:
         front["datasets"] = list(dict.fromkeys(datasets))
-    if base_model is not None and not Path(base_model).exists():  # a name of the hub, not a local path
-        front["base_model"] = base_model
+    if base_model is not None and _is_name_of_hub(base_model):
+        front["base_model"] = base_model.split("@")[0]
+        front["base_model_relation"] = "adapter" if base else "finetune"
     harness = [result for result in lineage.evaluation if result["kind"] == "harness"] if lineage else []
     if harness:
         front["model-index"] = [{"name": name, "results": [_index_entry(result) for result in harness]}]
     return front
+
+
+def _is_name_of_hub(source: str) -> bool:
+    return is_hugging_face(source) and not Path(source).expanduser().is_dir()
 
 
 def _index_entry(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,18 +173,26 @@ def _index_entry(result: Mapping[str, Any]) -> dict[str, Any]:
         "task": {"type": "text-generation"},
         "dataset": {"name": result["task"], "type": result["task"]},
         "metrics": [
-            {"type": metric, "name": metric, "value": value["value"]} for metric, value in result["metrics"].items()
+            {"type": metric, "name": metric, "value": value["value"]}
+            for metric, value in result["metrics"].items()
+            if value["value"] is not None
         ],
     }
 
 
-def _overview(trained: TrainedModel, lineage: TrainingLineage | None, name: str) -> str:
+def _overview(trained: TrainedModel, lineage: TrainingLineage | None, name: str, base: str | None) -> str:
     config = trained.model.config
     kind = "answers in conversations" if trained.chats else "continues texts"
+    model = f"A Catalan language model of {number_of(parameter_count(config), 'parameter')} that {kind}"
+    if base is not None:
+        assert trained.adapter is not None
+        rank = trained.adapter.config["rank"]
+        model = f"A LoRA adapter of rank {rank:,}. With its base, {_base_name(base, lineage)}, it is a{model[1:]}"
+    origin = "trained with cucafera" if lineage is not None else "loaded and exported with cucafera"
     lines = [
         f"# {markdown(name)}",
         "",
-        f"A Catalan language model of {parameter_count(config):,} parameters that {kind}, trained with cucafera.",
+        f"{model}, {origin}.",
         "",
         *markdown_table([("", ""), *_shape(config, trained)]),
     ]
@@ -172,9 +201,22 @@ def _overview(trained: TrainedModel, lineage: TrainingLineage | None, name: str)
         record = next((record for record in history if record["step"] == trained.step), history[-1])
         lines += [
             "",
-            f"Validation: {_primary_metric(lineage, record)} on held-out text, after {record['step']:,} steps.",
+            f"Validation: {_primary_metric(lineage, record)} on held-out {_kind_of_data(lineage)}, after "
+            f"{number_of(record['step'], 'step')}.",
         ]
     return "\n".join(lines)
+
+
+def _base_name(base: str, lineage: TrainingLineage | None) -> str:
+    """Return the name of an adapter's base: on the hub, of the run that it is, or else of its folder."""
+    if _is_name_of_hub(base):
+        return markdown(base)
+    run = lineage.parent if lineage else None
+    return markdown(str(run.config["name"]) if run else Path(base).name)
+
+
+def _kind_of_data(stage: TrainingLineage) -> str:
+    return "conversations" if objective_of(stage.config).chats else "texts"
 
 
 def _primary_metric(lineage: TrainingLineage, record: Mapping[str, Any]) -> str:
@@ -185,41 +227,112 @@ def _primary_metric(lineage: TrainingLineage, record: Mapping[str, Any]) -> str:
 
 def _shape(config: ModelConfig, trained: TrainedModel) -> list[tuple[str, str]]:
     return [
-        ("Architecture", f"Llama: RoPE, grouped-query attention, gated MLP ({config.hidden_act}), RMSNorm, tied head"),
+        (
+            "Architecture",
+            f"Decoder: RoPE, grouped-query attention, gated MLP ({config.hidden_act}), RMSNorm, tied head",
+        ),
         ("Layers x hidden", f"{config.num_hidden_layers} x {config.hidden_size}"),
         ("Query / key-value heads", f"{config.num_attention_heads} / {config.num_key_value_heads}"),
         ("MLP", f"{config.intermediate_size:,}"),
         ("Vocabulary", f"{trained.tokenizer.vocab_size:,}, byte-level BPE"),
-        ("Context", f"{config.max_position_embeddings:,} tokens"),
+        ("Context", number_of(config.max_position_embeddings, "token")),
     ]
 
 
-def _usage(chats: bool) -> str:
-    if chats:
-        code = (
-            'messages = [{"role": "user", "content": "Quina és la capital de Catalunya?"}]\n'
-            'print(write(messages)[0]["generated_text"][-1]["content"])'
-        )
+def _usage(trained: TrainedModel, sampling: SamplingConfig, base: str | None) -> str:
+    package = "peft, transformers and torch" if base else "transformers and torch"
+    code = _adapter_code(base, trained.chats) if base else _pipeline_code(trained.chats)
+    chat = "python -m cucafera.chat ."
+    where = "Run it in the folder of this file; elsewhere, write its path or its name on the hub instead of the dot."
+    if base is not None and not _is_name_of_hub(base):
+        where += " The base is another folder, with the weights of the run that the adapter was trained on."
+    if trained.chats:
         note = (
             "Conversations are ChatML with `<im_start>` and `<im_end>`, ids 4 and 5; the chat template writes them. "
             "transformers also parses them in the text of a user: remove them from untrusted input."
         )
     else:
-        code = 'print(write("Hi havia una vegada")[0]["generated_text"])'
         note = "The tokenizer prepends `</s>`, the document start token, to each text, as in training."
+    return "\n\n".join(
+        [
+            f"## Usage\n\nWith {package}:",
+            f"```python\n{code}\n```",
+            where,
+            f"With cucafera, {'as a chat' if trained.chats else 'which continues what is typed'}:",
+            f"```bash\n{chat}\n```",
+            note,
+            _recommended(sampling, trained.chats),
+        ]
+    )
+
+
+QUESTION = "Quina és la capital de Catalunya?"
+BEGINNING = "Hi havia una vegada"
+
+
+def _pipeline_code(chats: bool) -> str:
+    asked = (
+        f'messages = [{{"role": "user", "content": "{QUESTION}"}}]\n'
+        'print(write(messages)[0]["generated_text"][-1]["content"])'
+        if chats
+        else f'print(write("{BEGINNING}")[0]["generated_text"])'
+    )
     return (
-        "## Usage\n\n```python\nfrom transformers import pipeline\n\n"
-        f'write = pipeline("text-generation", "PATH OR NAME OF THIS FOLDER")\n{code}\n```\n\n{note}'
+        'from transformers import pipeline\n\nwrite = pipeline("text-generation", ".")\n'
+        "write.generation_config = write.model.generation_config  # transformers 4 would take others\n" + asked
+    )
+
+
+def _adapter_code(base: str, chats: bool) -> str:
+    prompt = (
+        f'messages = [{{"role": "user", "content": "{QUESTION}"}}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+        ")"
+        if chats
+        else f'inputs = tokenizer("{BEGINNING}", return_tensors="pt")'
+    )
+    name, _, revision = base.partition("@") if _is_name_of_hub(base) else (base, "", "")
+    source = json.dumps(name, ensure_ascii=False) + (f', revision="{revision}"' if revision else "")
+    start = 'inputs["input_ids"].shape[1]' if chats else "0"
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({source})\n"
+        'base.generation_config = GenerationConfig.from_pretrained(".")\n'
+        'model, tokenizer = PeftModel.from_pretrained(base, "."), AutoTokenizer.from_pretrained(".")\n'
+        f"{prompt}\n"
+        "written = model.generate(**inputs)[0]\n"
+        f"print(tokenizer.decode(written[{start}:], skip_special_tokens=True))"
+    )
+
+
+def _recommended(sampling: SamplingConfig, chats: bool) -> str:
+    """Return a sentence about generation_config.json."""
+    if sampling.temperature:
+        settings = f"temperature {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+        settings += f", min-p {sampling.min_p:g}" if sampling.min_p else ""
+    else:
+        settings = "greedy decoding"
+    penalty = f"a repetition penalty of {sampling.repetition_penalty:g}"
+    if chats and sampling.repetition_penalty != 1:
+        penalty = f"no repetition penalty (the run had {penalty}, but transformers would penalize the stop token too)"
+    elif sampling.repetition_penalty == 1:
+        penalty = "no repetition penalty"
+    return (
+        f"`generation_config.json` recommends {settings}, {penalty}, and at most "
+        f"{number_of(sampling.max_new_tokens, 'new token')}."
     )
 
 
 def _data(lineage: TrainingLineage) -> str:
-    rows = ["| stage | source | weight | tokens of the stage |", "|---|---|---:|---:|"]
+    rows = ["| stage | data | source | weight | tokens of the stage |", "|---|---|---|---:|---:|"]
     for stage in lineage.stages():
         tokens = f"{stage.metrics['tokens']:,}" if stage.metrics else "unknown"
+        name = markdown(str(stage.config["name"]))
         for key, source in stage.config["data"]["sources"].items():
-            name = markdown(str(stage.config["name"]))
-            rows.append(f"| {name} | {_source(key, source)} | {source.get('weight', 1):g} | {tokens} |")
+            described = f"{_kind_of_data(stage)} | {_source(key, source)} | {source.get('weight', 1):g}"
+            rows.append(f"| {name} | {described} | {tokens} |")
     return "\n".join(["## Data", "", *rows])
 
 
@@ -228,18 +341,18 @@ def _source(key: str, source: Mapping[str, Any]) -> str:
         name = str(source["dataset"])
         return f"[{markdown(name)}](https://huggingface.co/datasets/{quote(name)})"
     if source.get("embedded"):
-        return "the embedded Catalan texts of cucafera (CC0)"
+        return "cucafera's own, in Catalan (CC0 1.0)"
     return f"local files: {markdown(key)}"  # without their paths, for privacy
 
 
-def _recipe(lineage: TrainingLineage) -> str:
+def _recipe(lineage: TrainingLineage, is_merged: bool) -> str:
     stages = lineage.stages()
     rows: list[tuple[str, list[str]]] = [
-        ("trained", [_trained_part(stage.config["adapter"]) for stage in stages]),
+        ("trained", [_trained_part(stage.config["adapter"], is_merged or stage is not lineage) for stage in stages]),
         ("optimizer", [_optimizer(stage.config["optimizer"]) for stage in stages]),
         ("schedule", [_schedule(stage.config["schedule"]) for stage in stages]),
-        ("batch", [f"{int(stage.config['batch_tokens']):,} tokens" for stage in stages]),
-        ("window", [f"{stage.config['sequence_length']:,} tokens" for stage in stages]),
+        ("batch", [number_of(int(stage.config["batch_tokens"]), "token") for stage in stages]),
+        ("window", [number_of(stage.config["sequence_length"], "token") for stage in stages]),
         ("steps", [f"{stage.metrics['steps']:,}" if stage.metrics else "unknown" for stage in stages]),
         ("seed", [str(stage.config["seed"]) for stage in stages]),
         ("device", [_device(stage) for stage in stages]),
@@ -256,12 +369,14 @@ def _optimizer(settings: Mapping[str, Any]) -> str:
     return spec.describe(settings)
 
 
-def _trained_part(adapter: Mapping[str, Any]) -> str:
-    return f"LoRA adapters of rank {adapter['rank']}, merged" if adapter["rank"] else "all weights"
+def _trained_part(adapter: Mapping[str, Any], is_merged: bool) -> str:
+    if not adapter["rank"]:
+        return "all weights"
+    return f"LoRA adapters of rank {adapter['rank']}, alpha {adapter['alpha']:g}{', merged' if is_merged else ''}"
 
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
-    return f"{schedule['name']}, {schedule['warmup_steps']:,} warmup steps"
+    return f"{schedule['name']}, {number_of(schedule['warmup_steps'], 'warmup step')}"
 
 
 def _device(stage: TrainingLineage) -> str:
@@ -271,11 +386,23 @@ def _device(stage: TrainingLineage) -> str:
     return f"{count}{stage.metrics['device']}, {stage.metrics['precision']}"
 
 
-def _curves(lineage: TrainingLineage, has_curves: bool) -> str:
-    picture = [f"![Validation loss over tokens]({CURVES})", ""] if has_curves else []
+def _validation(lineage: TrainingLineage, has_curves: bool) -> str:
+    lines = ["## Validation", ""]
     if lineage.metrics is None:
-        return "\n".join(["## Validation", "", *picture, "The run has not finished."])
-    return "\n".join(["## Validation", "", *picture, *validation_table(lineage.metrics)])
+        return "\n".join([*lines, "The run has not finished."])
+    if has_curves:
+        lines += [f"![Validation over tokens]({CURVES})", ""]
+    metrics, history = objective_of(lineage.config).metrics, lineage.metrics["validation"]
+    labels = [f"{metric.label} ({metric.unit})" if metric.unit else metric.label for metric in metrics]
+    shown = [history[round(number * (len(history) - 1) / (MAX_ROWS - 1))] for number in range(MAX_ROWS)]
+    rows = [
+        [f"{record['step']:,}", f"{record['tokens']:,}", *(f"{record[m.name]:{m.format}}" for m in metrics)]
+        for record in (shown if len(history) > MAX_ROWS else history)
+    ]
+    lines += markdown_table([["step", "tokens", *labels], *rows], "r" * (2 + len(metrics)))
+    if len(history) > MAX_ROWS:
+        lines += ["", f"Of {len(history):,} validations, {MAX_ROWS} are shown."]
+    return "\n".join(lines)
 
 
 def _evaluation(lineage: TrainingLineage) -> str:
@@ -298,9 +425,15 @@ def _evaluation(lineage: TrainingLineage) -> str:
 
 def _samples(lineage: TrainingLineage) -> str:
     assert lineage.metrics is not None
-    return "\n".join(["## Samples", "", *as_quoted_samples(lineage.metrics)]).rstrip()
+    samples = as_quoted_samples(lineage.metrics)
+    end = f"Written at the end of training, after {number_of(lineage.metrics['steps'], 'step')}; not selected."
+    return "\n".join(["## Samples", "", end, "", *samples]).rstrip()
 
 
-def _licence(licence: str | None) -> str:
+def _licence(licence: str | None, lineage: TrainingLineage | None) -> str:
     weights = f"Weights: {markdown(licence)}." if licence else "No licence has been chosen for the weights yet."
-    return f"## Licence\n\n{weights} The training data has its own licences: see the sources above."
+    data = "The training data has its own licences: see its sources above."
+    if lineage is None or lineage.stages()[0].init_from is not None:
+        data += " The weights that training began with have theirs." if lineage else ""
+        data = data if lineage else "The model that it was made from, and the data of its training, have their own."
+    return f"## Licence\n\n{weights} {data}"

@@ -13,8 +13,9 @@ from cucafera.config.fields import format_value
 from cucafera.config.schema import Config, ModelConfig
 from cucafera.data.packed import prepared_tokenizer
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.interop.hf_spec import TOKENIZER, folder_of, read_hf_spec
-from cucafera.interop.hugging_face import load_weights
+from cucafera.interop.hf_spec import TOKENIZER
+from cucafera.interop.peft import TrainedAdapter, load_spec_weights
+from cucafera.interop.peft_spec import AdaptedSpec, read_spec
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
 from cucafera.objectives import objective_of
@@ -39,6 +40,7 @@ class TrainedModel:
         step: Optimizer steps done; None if unknown.
         chats: True if it was trained on conversations.
         notes: What was changed or assumed on loading, as sentences for the user.
+        adapter: The adapters that a run trained; None if it trained all weights, or for a model from elsewhere.
     """
 
     model: Decoder
@@ -48,6 +50,7 @@ class TrainedModel:
     step: int | None
     chats: bool
     notes: tuple[str, ...] = ()
+    adapter: TrainedAdapter | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +73,10 @@ def load_trained(source: str) -> TrainedModel:
         UserError: the model or its tokenizer is missing, damaged or not supported.
     """
     if is_hugging_face(source):
-        spec = read_hf_spec(folder_of(source, with_weights=True))
-        model = _decoder(spec.model, load_weights(spec))
-        return TrainedModel(model, spec.tokenizer, spec.folder, None, None, spec.chats, spec.notes)
+        spec = read_spec(source, with_weights=True)
+        model = _decoder(spec.model, load_spec_weights(spec))
+        origin = spec.adapter if isinstance(spec, AdaptedSpec) else spec.folder
+        return TrainedModel(model, spec.tokenizer, origin, None, None, spec.chats, spec.notes)
     path, checkpoint = read_checkpoint_of(source, "")
     tokenizer_path = tokenizer_path_of(path)
     if not tokenizer_path.exists():
@@ -84,7 +88,9 @@ def load_trained(source: str) -> TrainedModel:
             raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
         model = _decoder(ModelConfig(**config["model"]), merged_weights(checkpoint["state_dict"], config["adapter"]))
         chats = objective_of(config).chats
-    return TrainedModel(model, tokenizer, path, RunFolder(path.parent.parent), checkpoint["steps_done"], chats)
+        adapter = TrainedAdapter(checkpoint["state_dict"], config["adapter"]) if config["adapter"]["rank"] else None
+    folder = RunFolder(path.parent.parent)
+    return TrainedModel(model, tokenizer, path, folder, checkpoint["steps_done"], chats, adapter=adapter)
 
 
 @contextmanager
@@ -110,11 +116,11 @@ def load_initial_weights(config: Config) -> InitialWeights:
     """
     assert config.init_from is not None
     if is_hugging_face(config.init_from):
-        spec = read_hf_spec(folder_of(config.init_from, with_weights=True))
+        spec = read_spec(config.init_from, with_weights=True)
         for note in spec.notes:
             log.info("%s", note)
         _check_same_shape(config, dataclasses.asdict(spec.model))
-        return InitialWeights(load_weights(spec), spec.tokenizer.fingerprint)
+        return InitialWeights(load_spec_weights(spec), spec.tokenizer.fingerprint)
     path, checkpoint = read_checkpoint_of(config.init_from, "init_from=")
     with _errors_of_content(path):
         _check_same_shape(config, checkpoint["config"]["model"])
@@ -147,7 +153,7 @@ def initial_tokenizer(config: Config) -> Path:
     assert config.init_from is not None
     if not is_hugging_face(config.init_from):
         return tokenizer_path_of(Path(config.init_from).expanduser())
-    spec = read_hf_spec(folder_of(config.init_from, with_weights=False))
+    spec = read_spec(config.init_from, with_weights=False)
     if spec.row_of_id is None:
         return spec.folder / TOKENIZER
     folder = Path(config.data.prepared_dir) / f"tokenizer-{spec.tokenizer.fingerprint[:16]}"

@@ -49,7 +49,7 @@ def add_adapters(model: Decoder, config: AdapterConfig) -> None:
 
 
 def merged_weights(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the weights with adapters merged: W + (alpha / r) B A, computed in fp32, in the dtype of W.
+    """Return the weights with adapters merged.
 
     Args:
         state_dict: Weights, with or without adapters.
@@ -59,7 +59,21 @@ def merged_weights(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) 
     for name in state_dict:
         if name.endswith(".lora_A"):
             layer = name.removesuffix(".lora_A")
-            change = state_dict[f"{layer}.lora_B"].float() @ state_dict[name].float()
-            weight = merged[f"{layer}.weight"]
-            merged[f"{layer}.weight"] = (weight.float() + config["alpha"] / config["rank"] * change).to(weight.dtype)
+            merged[f"{layer}.weight"] = merged_weight(
+                merged[f"{layer}.weight"],
+                state_dict[name],
+                state_dict[f"{layer}.lora_B"],
+                config["alpha"] / config["rank"],
+            )
     return merged
+
+
+def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """Return W + scale * B A, computed in fp32, in the dtype of W.
+
+    Args:
+        weight: W [O, I].
+        lora_a, lora_b: A [r, I] and B [O, r].
+        scale: alpha / r.
+    """
+    return (weight.float() + scale * (lora_b.float() @ lora_a.float())).to(weight.dtype)

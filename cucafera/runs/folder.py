@@ -45,6 +45,8 @@ from cucafera.runs.history import (
     memory_facts,
     read_events,
 )
+from cucafera.runs.locate import check_not_gguf
+from cucafera.runs.lock import LOCK
 from cucafera.runs.results import read_evaluation, read_metrics
 from cucafera.storage import PARTIAL, list_folder, read_small_file, write_text
 
@@ -86,7 +88,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.overrides = path / "overrides.yaml"
         self.history = path / "history.jsonl"
-        self.lock = path / "lock"
+        self.lock = path / LOCK
         self.tokenizer = path / "tokenizer.json"
         self.tokenizer_config = path / "tokenizer_config.json"
         self.metrics = path / "metrics.json"
@@ -351,6 +353,7 @@ def checkpoint_of(source: str, key: str) -> Path:
         return (best_of(complete) or complete[-1]).path
     if not path.exists():
         raise UserError(f"{key}{source}: there is no such run folder or checkpoint")
+    check_not_gguf(source, key)
     return path
 
 

@@ -93,9 +93,9 @@ def test_a_description_of_an_impossible_size_is_not_read(folder):
     assert "tokenizer.json has 1,099,511,627,776 bytes; such a file has at most" in refusal(folder)
 
 
-def test_a_missing_file_and_an_adapter_are_refused(folder):
+def test_a_missing_file_and_an_empty_adapter_are_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
-    assert "adapters are not supported: merge them" in refusal(folder)
+    assert "adapter_config.json: unsupported adapter: peft_type=null (only LORA is supported)" in refusal(folder)
     (folder / "adapter_config.json").unlink()
     (folder / "tokenizer.json").unlink()
     assert "tokenizer.json cannot be read: No such file or directory" in refusal(folder)

@@ -40,7 +40,7 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=330, show_progress=False)
+    return Tokenizer.train([" ".join(WORDS)] * 3, vocab_size=330)
 
 
 @pytest.fixture(autouse=True)
@@ -137,8 +137,9 @@ def test_the_metadata_describes_the_model(tokenizer, tmp_path):
         assert named["tokens"][:10] == list(SPECIAL_TOKENS)
         assert len(set(named["tokens"])) == 340
         assert named["token_type"] == [3] * 10 + [1] * 320 + [5] * 10
-        ids = [named[f"{kind}_token_id"] for kind in ("bos", "eos", "padding", "unknown")]
-        assert [SPECIAL_TOKENS[token] for token in ids] == ["</s>", "<im_end>" if chats else "</s>", "<pad>", "<unk>"]
+        ids = [named[f"{kind}_token_id"] for kind in ("bos", "eos", "eot", "padding", "unknown")]
+        end = "<im_end>" if chats else "</s>"
+        assert [SPECIAL_TOKENS[token] for token in ids] == ["</s>", end, "<im_end>", "<pad>", "<unk>"]
         assert named["add_bos_token"] is not chats
         assert ("tokenizer.chat_template" in metadata) is chats
         vectors = [tensor for tensor in reader.tensors if len(tensor.shape) == 1]

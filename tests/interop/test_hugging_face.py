@@ -1,24 +1,36 @@
 """Import from and export to Hugging Face: the same weights, token ids, logits and texts."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
-from cucafera.config.schema import SamplingConfig
+from cucafera.config.schema import ModelConfig, SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
-from cucafera.data.chatml import Message, render, render_prompt
+from cucafera.data.chatml import CHAT_TEMPLATE, Message, render, render_prompt
 from cucafera.generation.generate import TextDelta, TorchBackend, generate
 from cucafera.generation.session import ChatSession
-from cucafera.interop import hugging_face
-from cucafera.interop.hf_spec import read_hf_spec
-from cucafera.interop.hugging_face import ExportMismatchError, write_folder
+from cucafera.interop import hf_spec, hugging_face
+from cucafera.interop.gemma import EMBEDDING, FINAL_NORM, from_transformers_gemma, to_transformers_gemma
+from cucafera.interop.hf_spec import DEFAULTS, read_hf_spec
+from cucafera.interop.hugging_face import ExportMismatchError, architecture_of, write_folder
 from cucafera.interop.trained import load_trained
 from cucafera.run import read_model_elsewhere, train
 from tests.support import SMALL_RUN, change_config, full_tokenizer, small_llama
@@ -26,23 +38,146 @@ from tests.support import SMALL_RUN, change_config, full_tokenizer, small_llama
 TEXT = "La plaça del poble és plena de gent, i l'àvia canta  una cançó.\n"
 
 
-def exported(runs: Path, name: str, folder: Path, dtype: str = "fp32") -> Path:
+def exported(runs: Path, name: str, folder: Path, dtype: str = "fp32", architecture: str | None = None) -> Path:
     trained = load_trained(str(runs / "outputs" / name))
     folder.mkdir()
     sampling = SamplingConfig(max_new_tokens=16)
-    write_folder(trained.model, trained.tokenizer, trained.chats, sampling, dtype, folder)
+    write_folder(trained.model, trained.tokenizer, trained.chats, sampling, dtype, folder, architecture)
     return folder
 
 
-@pytest.mark.parametrize("name", ["base", "chat"])
-def test_export_and_import_give_the_same_bits(runs, tmp_path, name):
+@pytest.mark.parametrize(("name", "architecture"), [("base", "llama"), ("chat", "gemma")])
+def test_export_and_import_give_the_same_model(runs, tmp_path, name, architecture):
     ours = load_trained(str(runs / "outputs" / name))
-    back = load_trained(str(exported(runs, name, tmp_path / "hf")))
+    folder = exported(runs, name, tmp_path / "hf", architecture=architecture)
+    back = load_trained(str(folder))
+    assert read_hf_spec(folder).architecture == architecture
     assert back.model.config == ours.model.config
     assert back.tokenizer.fingerprint == ours.tokenizer.fingerprint
     assert back.chats == ours.chats
     for key, value in ours.model.state_dict().items():
-        assert torch.equal(value, back.model.state_dict()[key]), key
+        rounding = 2**-23 if architecture == "gemma" and key in (EMBEDDING, FINAL_NORM) else 0
+        torch.testing.assert_close(back.model.state_dict()[key], value, rtol=rounding, atol=0)
+    again = tmp_path / "again"
+    again.mkdir()
+    write_folder(back.model, back.tokenizer, back.chats, SamplingConfig(), "fp32", again, architecture)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 768])
+def test_weights_of_gemma_are_rounded_once_however_often_they_are_converted(size):
+    vector = 0.01 + 4 * torch.rand(4096, generator=torch.Generator().manual_seed(size))
+    for name in (EMBEDDING, FINAL_NORM, "layers.0.input_layernorm.weight"):
+        values = vector[None] if name == EMBEDDING else vector
+        stored = to_transformers_gemma(name, values, size)
+        back = from_transformers_gemma(name, stored, size)
+        assert torch.equal(to_transformers_gemma(name, back, size), stored)
+        torch.testing.assert_close(back, values, rtol=2**-22, atol=2**-24)
+
+
+def test_the_activation_decides_what_a_model_is_written_as():
+    chosen = {
+        activation: architecture_of(ModelConfig(hidden_act=activation), None)
+        for activation in ("gelu_pytorch_tanh", "gelu", "silu")
+    }
+    assert chosen == {"gelu_pytorch_tanh": "gemma", "gelu": "llama", "silu": "llama"}
+    assert architecture_of(ModelConfig(), "llama") == "llama"
+    for activation in ("gelu", "silu"):
+        with pytest.raises(UserError, match=rf"Gemma computes gelu_pytorch_tanh, .*hidden_act={activation}: leave out"):
+            architecture_of(ModelConfig(hidden_act=activation), "gemma")
+
+
+def test_a_gemma_of_transformers_is_imported(folder, small_gemma):
+    trained = load_trained(str(folder))
+    assert trained.model.config.hidden_act == "gelu_pytorch_tanh"
+    inputs = torch.randint(10, 320, (2, 60), generator=torch.Generator().manual_seed(0))
+    expected = small_gemma(inputs).logits
+    torch.testing.assert_close(trained.model.logits(trained.model(inputs)), expected, rtol=0, atol=1e-4)
+    change_config(folder, hidden_act="gelu")  # which the first configurations of Gemma say for the tanh approximation
+    assert read_hf_spec(folder).model.hidden_act == "gelu_pytorch_tanh"
+    for fields, message in (
+        ({"hidden_activation": "gelu"}, "hidden_activation=gelu"),
+        ({"hidden_act": "silu"}, "hidden_act=silu"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+        ({"architectures": ["LlamaForCausalLM"]}, "only GemmaForCausalLM is supported"),
+        ({"head_dim": 256}, "head_dim=256"),
+        ({"num_key_value_heads": None}, "num_key_value_heads=null"),
+        ({"attention_bias": True}, "only models without biases are supported"),
+    ):
+        described = (folder / "config.json").read_text()
+        change_config(folder, **fields)
+        with pytest.raises(UserError, match=message):
+            read_hf_spec(folder)
+        (folder / "config.json").write_text(described)
+
+
+def test_fields_that_a_gemma_omits_are_those_of_transformers():
+    theirs = GemmaConfig()
+    for key, value in DEFAULTS["gemma"].items():
+        assert value == (1e4 if key == "rope_theta" else getattr(theirs, key)), key
+
+
+@pytest.fixture
+def small_gemma(folder):
+    """A random GemmaForCausalLM, in the folder."""
+    shape = {
+        key: getattr(small_llama().config, key)
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "initializer_range")
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = GemmaForCausalLM(GemmaConfig(**shape, head_dim=8)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_an_export_holds_what_transformers_4_and_other_tools_read(runs, tmp_path):
+    folder = exported(runs, "chat", tmp_path / "hf")
+    config, about_tokenizer, generation = (
+        json.loads((folder / name).read_text())
+        for name in ("config.json", "tokenizer_config.json", "generation_config.json")
+    )
+    # transformers 5 has rope_parameters and dtype, and reads these names too.
+    assert (config["rope_theta"], config["torch_dtype"]) == (config["rope_parameters"]["rope_theta"], "float32")
+    assert config["hidden_act"] == config["hidden_activation"] == "gelu_pytorch_tanh"  # the second is vLLM's
+    assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]  # mlx-lm has no default
+    assert (config["tie_word_embeddings"], config["attention_bias"]) == (True, False)
+    assert about_tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+    assert about_tokenizer["chat_template"] == CHAT_TEMPLATE and not (folder / "chat_template.jinja").exists()
+    assert (about_tokenizer["tokenizer_class"], about_tokenizer["padding_side"]) == ("PreTrainedTokenizerFast", "left")
+    assert about_tokenizer["pad_token"] != about_tokenizer["eos_token"] == "<im_end>"
+    assert config["eos_token_id"] == generation["eos_token_id"][0] == IM_END_ID
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~current_umask()}
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("name", ["base", "chat"])
+def test_generate_takes_what_the_tokenizer_returns(runs, tmp_path, name):
+    folder = exported(runs, name, tmp_path / "hf")
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    greedy = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 4, "eos_token_id": None}
+    alone = theirs.generate(**tokenizer("Hola", return_tensors="pt"), **greedy)[0]
+    both = theirs.generate(**tokenizer(["Hola", TEXT], return_tensors="pt", padding=True), **greedy)
+    assert both[0, -len(alone) :].tolist() == alone.tolist()  # padding stands at the left
+    parts = [{"type": "text", "text": "Ho"}, {"type": "text", "text": "la"}]
+    rendered = [
+        tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        for content in ("Hola", parts)
+    ]
+    assert rendered == ["<im_start>user\nHola<im_end>\n"] * 2
+    with pytest.raises(jinja2.TemplateError, match="must be a text, or a list of parts of type text"):
+        tokenizer.apply_chat_template([{"role": "user", "content": None}], tokenize=False)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -59,7 +194,7 @@ def test_transformers_computes_the_same_logits(runs, tmp_path, dtype):
 
 
 def test_the_generation_settings_are_those_of_the_sampling():
-    describe = hugging_face._generation_config
+    describe = hugging_face.generation_config
     drawn = describe(SamplingConfig(temperature=0.5, top_k=7, top_p=0.8, min_p=0.1, max_new_tokens=9), chats=False)
     wanted = {"do_sample": True, "temperature": 0.5, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "max_new_tokens": 9}
     assert wanted.items() <= drawn.items() and drawn["repetition_penalty"] == 1.2
@@ -225,10 +360,13 @@ def test_other_tokenizers_are_reordered_and_missing_tokens_start_as_the_mean(tmp
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type=gpt2 \(only llama is supported\)"),
+        ({"model_type": "gpt2"}, r"model_type=gpt2 \(only llama and gemma are supported\)"),
         ({"model_type": None}, "model_type=null"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures="),
-        ({"attention_bias": True}, r"unsupported model: attention_bias=true \(only bias-free Llama is supported\)"),
+        (
+            {"attention_bias": True},
+            r"unsupported model: attention_bias=true \(only models without biases are supported\)",
+        ),
         ({"mlp_bias": True}, "mlp_bias=true"),
         ({"hidden_act": "relu"}, "hidden_act=relu"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=false"),
@@ -328,6 +466,7 @@ def test_a_hub_name_is_downloaded_once_for_its_shape_and_once_for_its_weights(fo
         asked.append((repository, revision, "*.safetensors" in allow_patterns))
         return str(folder)
 
+    monkeypatch.setattr(hf_spec, "hub_problem", lambda: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     settings = ["data=files", "data.sources.files.path=x.jsonl", "batch_tokens=256", "schedule.warmup_steps=0"]
     config = composed_config(["model=inherited", "init_from=owner/model@v1", *settings], read_model_elsewhere)
@@ -343,9 +482,11 @@ def test_a_name_that_is_neither_local_nor_on_the_hub_is_an_error(tmp_path, monke
     def unreachable(*arguments, **settings):
         raise OSError("no network\nand more")
 
+    monkeypatch.setattr(hf_spec, "hub_problem", lambda: None)
+    monkeypatch.setattr(hf_spec, "_announce_download", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(
-        UserError, match=r"owner/model: there is no such run folder, and the download .* failed: no network$"
+        UserError, match=r"owner/model: there is no such run folder, .* the download .* failed: no network$"
     ):
         load_trained("owner/model")
     Path("outputs").mkdir()

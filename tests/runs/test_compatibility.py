@@ -55,7 +55,7 @@ def test_a_source_that_is_gone_or_new_is_one_change():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("name", "other"), ("budget_tokens", 10**6), ("epochs", 2.0), ("trainer__precision", "bf16"),
+    [("name", "other"), ("budget_tokens", 3 * 10**6), ("epochs", 2.0), ("trainer__precision", "bf16"),
      ("callbacks__keep_last", 3), ("max_time", "1:00:00:00"), ("logger__tensorboard", False),
      ("data__prepared_dir", "x"), ("data__processes", 2), ("data__validation_windows", 3),
      ("tokenizer__path", "x.json"), ("resume", "required")],
