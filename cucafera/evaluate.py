@@ -18,9 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from cucafera.config.errors import UserError
-from cucafera.options import add_device, add_sampling, command_parser, sampling_of
-from cucafera.output import protect_output
+from cucafera.options import (
+    add_device,
+    add_run,
+    add_sampling,
+    choose_run,
+    command_parser,
+    loading_line,
+    sampling_of,
+)
+from cucafera.output import announced, protect_output
 from cucafera.process import keep_freed_memory, let_threads_wait_briefly, raise_on_interrupt
+from cucafera.quantities import number_of
+from cucafera.runs.locate import is_gguf, locate_model, run_named
 
 if TYPE_CHECKING:
     from cucafera.evaluation.evaluated_model import EvaluatedModel
@@ -37,6 +47,7 @@ def main() -> None:
     protect_output()
     arguments = command_line_parser().parse_args()
     try:
+        choose_run("evaluate", arguments)
         check_values(arguments)
         check_paths(arguments)
         evaluate(arguments)
@@ -54,17 +65,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the model or the data cannot be loaded, or an option does not fit them.
     """
-    if arguments.run.endswith(".gguf"):
+    if is_gguf(arguments.run):
         _evaluate_gguf(arguments)
         return
 
-    from cucafera.device import resolve_device
+    with announced(loading_line(arguments.run, locate_model(arguments.run)), sys.stdout):
+        from cucafera.device import resolve_device
 
-    device = resolve_device(arguments.device, os.environ)  # first: CUDA gives its warning only once
+        device = resolve_device(arguments.device, os.environ)  # first: CUDA gives its warning only once
 
-    from cucafera.evaluation.evaluated_model import load_evaluated_model
+        from cucafera.evaluation.evaluated_model import load_evaluated_model
 
-    evaluated = load_evaluated_model(arguments.run, device)
+        evaluated = load_evaluated_model(arguments.run, device)
     print(f"{arguments.run}: {evaluated.facts}; on {device.type}, in fp32")
     for note in evaluated.notes:
         print(f"{note}.")
@@ -81,15 +93,19 @@ def _measure(
     evaluated: "EvaluatedModel",
     measurements: "list[Callable[[argparse.Namespace, EvaluatedModel], Iterator[Result]]]",
 ) -> None:
-    """Run measurements one after another; each result is saved at once, so that an interruption loses only one."""
+    """Run measurements one after another; each result is saved at once, so that an interruption loses only one.
+
+    What a measurement refuses at its call, before its first result, is refused before anything is measured.
+    """
     from cucafera.evaluation.results import ResultFile, as_table
 
     raise_on_interrupt()
     file = None if evaluated.run is None else ResultFile(evaluated.run)
     results = []
+    prepared = [measurement(arguments, evaluated) for measurement in measurements]
     try:
-        for measurement in measurements:
-            for result in measurement(arguments, evaluated):
+        for measurement in prepared:
+            for result in measurement:
                 results.append(result)
                 if file is not None:
                     assert evaluated.step is not None
@@ -103,12 +119,13 @@ def _measure(
 
 def _evaluate_gguf(arguments: argparse.Namespace) -> None:
     """Measure --text with llama.cpp, the only measurement of a .gguf file."""
-    from cucafera.evaluation.perplexity import measure_files
-    from cucafera.evaluation.results import as_table
-    from cucafera.interop.llama_cpp import LlamaCpp
+    with announced(loading_line(arguments.run, locate_model(arguments.run)), sys.stdout):
+        from cucafera.evaluation.perplexity import measure_files
+        from cucafera.evaluation.results import as_table
+        from cucafera.interop.llama_cpp import LlamaCpp
 
-    llama = LlamaCpp(Path(arguments.run).expanduser(), arguments.device)
-    print(f"{arguments.run}: {llama.parameters:,} parameters, computed by llama.cpp")
+        llama = LlamaCpp(Path(arguments.run).expanduser(), arguments.device)
+    print(f"{arguments.run}: {number_of(llama.parameters, 'parameter')}, computed by llama.cpp")
     for note in llama.notes:
         print(f"{note}.")
     column = arguments.column or DEFAULT_COLUMN
@@ -134,21 +151,25 @@ def _measure_choices(arguments: argparse.Namespace, evaluated: "EvaluatedModel")
     from cucafera.evaluation.likelihood import DecoderScorer
     from cucafera.evaluation.multiple_choice import measure_questions, read_questions
 
+    scorer, asked = DecoderScorer(evaluated.model), arguments.apply_chat_template
+    as_chat = evaluated.chats if asked is None else asked
     for path in arguments.choices:
-        yield measure_questions(path, read_questions(path), DecoderScorer(evaluated.model), evaluated.tokenizer)
+        yield measure_questions(path, read_questions(path), scorer, evaluated.tokenizer, as_chat)
 
 
 def _measure_tasks(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
-    from cucafera.evaluation.harness import run_tasks
+    from cucafera.evaluation.harness import TaskSettings, run_tasks
+    from cucafera.evaluation.tasks import load_tasks
 
-    yield from run_tasks(
-        evaluated,
-        _names(arguments.tasks),
-        arguments.include_path,
+    tasks = load_tasks(_names(arguments.tasks), arguments.include_path)
+    settings = TaskSettings(
         arguments.num_fewshot,
         arguments.limit,
-        arguments.apply_chat_template,
+        bool(arguments.apply_chat_template),
+        arguments.system_instruction,
+        arguments.fewshot_as_multiturn is not False,
     )
+    return run_tasks(evaluated, tasks, settings)
 
 
 def _show_samples(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> Path:
@@ -177,7 +198,7 @@ class Mode(NamedTuple, Generic[T]):
 
     Attributes:
         run: Gets the arguments and the model; a measurement yields results, a view returns the path of its file.
-        details: Options that have no effect without this one.
+        details: Options that have no effect without this one, or another that has them too.
         package: A package that it needs, and the extra of this package that installs it.
     """
 
@@ -188,10 +209,17 @@ class Mode(NamedTuple, Generic[T]):
 
 MEASUREMENTS: "dict[str, Mode[Iterator[Result]]]" = {
     "text": Mode(_measure_text, details=("column",)),
-    "choices": Mode(_measure_choices),
+    "choices": Mode(_measure_choices, details=("apply_chat_template",)),
     "tasks": Mode(
         _measure_tasks,
-        details=("include_path", "num_fewshot", "limit", "apply_chat_template"),
+        details=(
+            "include_path",
+            "num_fewshot",
+            "limit",
+            "apply_chat_template",
+            "system_instruction",
+            "fewshot_as_multiturn",
+        ),
         package=("lm_eval", "eval"),
     ),
 }
@@ -216,11 +244,15 @@ def check_values(arguments: argparse.Namespace) -> None:
         if value is not None and not value.strip(" ,"):
             raise UserError(f"{_option(name)} is empty")
     modes: dict[str, Mode[Any]] = {**MEASUREMENTS, **VIEWS}
+    for name in {name for mode in modes.values() for name in mode.details}:
+        owners = [option for option, mode in modes.items() if name in mode.details]
+        is_given = getattr(arguments, name) != parser.get_default(name)
+        if is_given and not any(getattr(arguments, option) for option in owners):
+            raise UserError(f"{_option(name)} has no effect without {' or '.join(map(_option, owners))}")
+    if arguments.fewshot_as_multiturn is not None and not arguments.apply_chat_template:
+        raise UserError("--fewshot-as-multiturn has no effect without --apply-chat-template")
     for main_option, mode in modes.items():
         asked = bool(getattr(arguments, main_option))
-        for name in mode.details:
-            if not asked and getattr(arguments, name) != parser.get_default(name):
-                raise UserError(f"{_option(name)} has no effect without {_option(main_option)}")
         if asked and mode.package and importlib.util.find_spec(mode.package[0]) is None:
             raise UserError(f"{_option(main_option)} needs {mode.package[0]}: pip install '.[{mode.package[1]}]'")
     sampling_of(arguments)
@@ -230,7 +262,7 @@ def check_values(arguments: argparse.Namespace) -> None:
         raise UserError("--out needs either --samples or --attention: it is the path of that page or picture")
     if arguments.out and arguments.attention and Path(arguments.out).suffix != ".png":
         raise UserError(f"--out {arguments.out}: the picture must be a .png file")
-    if arguments.run.endswith(".gguf") and (
+    if is_gguf(arguments.run) and (
         not arguments.text or any(getattr(arguments, name) for name in modes if name != "text")
     ):
         raise UserError(f"{arguments.run}: a .gguf file can only be measured with --text; use its run for the rest")
@@ -238,8 +270,6 @@ def check_values(arguments: argparse.Namespace) -> None:
 
 def check_paths(arguments: argparse.Namespace) -> None:
     """Raise UserError for paths that do not exist and for data files that cannot be read, without importing torch."""
-    from cucafera.runs.locate import locate_model
-
     for source in (arguments.run, *arguments.compare):
         locate_model(source)
     if arguments.text:
@@ -305,11 +335,10 @@ def command_line_parser() -> argparse.ArgumentParser:
         "or of the answers of its held-out conversations. Results are printed, and saved to evaluation.json and "
         "TensorBoard in the run folder; a repeated measurement replaces the earlier result.",
     )
-    parser.add_argument(
-        "run",
-        metavar="RUN",
-        help="a run folder (its best checkpoint), a checkpoint, or a Hugging Face folder or name; with --text also a "
-        ".gguf file",
+    add_run(
+        parser,
+        "a run folder (its best checkpoint), a checkpoint, or a Hugging Face folder or name; with --text also a .gguf "
+        "file",
     )
     add_device(parser)
     parser.add_argument("--out", metavar="FILE", help="output of --samples or --attention (default: in the run folder)")
@@ -327,18 +356,29 @@ def command_line_parser() -> argparse.ArgumentParser:
         "--choices", action="append", default=[], metavar="FILE",
         help="a .jsonl or .parquet file in the format of HellaSwag, ARC or COPA; may be repeated",
     )  # fmt: skip
+    choices.add_argument(
+        "--apply-chat-template", action=argparse.BooleanOptionalAction,
+        help="ask in a conversation, as in finetuning (default: --choices do for a chat model, --tasks do not)",
+    )  # fmt: skip
 
     tasks = parser.add_argument_group("tasks of lm-evaluation-harness; needs pip install '.[eval]'")
     tasks.add_argument("--tasks", metavar="A,B", help="names of tasks or groups, such as catalan_bench, or .yaml files")
     tasks.add_argument("--include-path", metavar="FOLDER", help="a folder with your own tasks")
     tasks.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     tasks.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task (default: all)")
-    tasks.add_argument("--apply-chat-template", action="store_true", help="ask in a conversation, as in finetuning")
+    tasks.add_argument(
+        "--system-instruction", metavar="TEXT",
+        help="with --apply-chat-template the system message, else a text before each question",
+    )  # fmt: skip
+    tasks.add_argument(
+        "--fewshot-as-multiturn", action=argparse.BooleanOptionalAction,
+        help="in a conversation, solved examples are turns of their own (default) or a part of the question",
+    )  # fmt: skip
 
     samples = parser.add_argument_group("generated texts of several models, side by side in an HTML page")
     samples.add_argument("--samples", action="store_true", help="generate a text after each prompt")
     samples.add_argument(
-        "--compare", action="append", default=[], metavar="RUN",
+        "--compare", action="append", default=[], metavar="RUN", type=run_named,
         help="another run, or a folder or hub name that transformers loads; may be repeated",
     )  # fmt: skip
     samples.add_argument("--prompts", metavar="FILE", help="one prompt per line (default: those of the run)")

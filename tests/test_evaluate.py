@@ -63,6 +63,26 @@ def test_text_and_choices_are_measured_and_saved(command, runs, tmp_path):
     assert answered["metrics"]["acc"]["stderr"] == 0.0
 
 
+def test_choices_are_answers_in_a_conversation_for_a_chat_model_unless_asked_otherwise(command, runs, tmp_path):
+    choices = tmp_path / "copa_ca.jsonl"
+    choices.write_text(json.dumps(QUESTION) + "\n")
+    for arguments, note in (
+        ([], "copa_ca: 1 question, in a conversation"),
+        (["--no-apply-chat-template"], "copa_ca: 1 question"),
+    ):
+        code, out, _ = command("outputs/chat", "--choices", str(choices), *arguments)
+        assert code == 0 and note in out.splitlines()
+        assert ("original" in out) == bool(arguments), "the published values are of plain text"
+    assert "copa_ca: 1 question, in a" in command("outputs/base", "--choices", str(choices), "--apply-chat-template")[1]
+
+
+def test_an_unknown_task_is_refused_before_anything_is_measured(command, runs):
+    pytest.importorskip("lm_eval")
+    code, out, err = command("outputs/base", "--text", "corpus.jsonl", "--tasks", "copa_cat")
+    assert code == 2 and "--tasks copa_cat: there is no such task; similar: " in err.splitlines()[-1]
+    assert "bpb" not in out
+
+
 def test_samples_and_attention_go_into_the_run_folder_or_to_out(command, runs, tmp_path):
     code, out, _ = command("outputs/base", "--samples", "--compare", "outputs/chat", "--max-new-tokens", "4")
     assert code == 0 and "outputs/base/samples.html" in out
@@ -80,7 +100,7 @@ def test_samples_and_attention_go_into_the_run_folder_or_to_out(command, runs, t
     [
         (["outputs/nowhere"], "outputs/nowhere: there is no such run folder or checkpoint"),
         ([""], "RUN is empty"),
-        ([], "the following arguments are required: RUN"),
+        ([], "RUN is missing: the newest run below outputs/ is outputs/chat. To take it: cucafera evaluate"),
         (["outputs/base", "--text", "nothing.jsonl"], "--text: there is no file nothing.jsonl"),
         (["outputs/base", "--text", ""], "--text is empty"),
         (["outputs/base", "--text", "corpus.jsonl", "--column", "words"], "no column 'words'; it has text"),
@@ -91,6 +111,12 @@ def test_samples_and_attention_go_into_the_run_folder_or_to_out(command, runs, t
         (["outputs/base", "--compare", "x"], "--compare has no effect without --samples"),
         (["outputs/base", "--num-fewshot", "0"], "--num-fewshot has no effect without --tasks"),
         (["outputs/base", "--tasks", ","], "--tasks is empty"),
+        (["outputs/base", "--apply-chat-template"], "--apply-chat-template has no effect without --choices or --tasks"),
+        (["outputs/base", "--system-instruction", "x"], "--system-instruction has no effect without --tasks"),
+        (
+            ["outputs/base", "--tasks", "a", "--no-fewshot-as-multiturn"],
+            "--fewshot-as-multiturn has no effect without --apply-chat-template",
+        ),
         (["outputs/base", "--tasks", "nothing.yaml"], "--tasks nothing.yaml: there is no such file"),
         (["outputs/base", "--tasks", "a", "--include-path", "no"], "--include-path no: there is no such folder"),
         (["outputs/base", "--samples", "--compare", "no"], "no: there is no such run folder or checkpoint"),

@@ -11,6 +11,7 @@ from cucafera.config.tokens import DOCUMENT_START_ID
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.evaluation.evaluated_model import EvaluatedModel
 from cucafera.model.attention_maps import attention_probabilities
+from cucafera.quantities import number_of
 
 MAX_TOKENS = 48
 """More labels cannot be read in a picture."""
@@ -39,13 +40,14 @@ def draw_attention(
     ids = [DOCUMENT_START_ID, *evaluated.tokenizer.encode(text)]
     limit = min(MAX_TOKENS, config.max_position_embeddings)
     if len(ids) > limit:
-        raise UserError(f"--attention: the text has {len(ids):,} tokens; the limit of a picture is {limit}")
+        raise UserError(f"--attention: the text has {number_of(len(ids), 'token')}; the limit of a picture is {limit}")
     last = config.num_hidden_layers - 1
     rows = _selected("layers", layers, sorted({0, last // 2, last}), config.num_hidden_layers)
     columns = _selected("heads", heads, list(range(min(4, config.num_attention_heads))), config.num_attention_heads)
     if len(rows) * len(columns) > MAX_PANELS:
         raise UserError(
-            f"{len(rows)} layers of {len(columns)} heads are {len(rows) * len(columns)} panels; at most {MAX_PANELS}"
+            f"{number_of(len(rows), 'layer')} of {number_of(len(columns), 'head')} are "
+            f"{number_of(len(rows) * len(columns), 'panel')}; at most {MAX_PANELS}"
         )
     device = evaluated.model.embed_tokens.weight.device
     maps = attention_probabilities(evaluated.model, torch.tensor(ids, device=device)).cpu()

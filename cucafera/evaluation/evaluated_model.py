@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cucafera.interop.trained import TrainedModel, load_trained
+from cucafera.quantities import number_of
 from cucafera.runs.checkpoints import read_checkpoint
 
 
@@ -24,8 +25,8 @@ class EvaluatedModel(TrainedModel):
     def facts(self) -> str:
         """One line for the terminal and for pages: parameters, checkpoint, steps."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        steps = "" if self.step is None else f", after {self.step:,} steps"
-        return f"{parameters:,} parameters; {self.checkpoint.name}{steps}"
+        steps = "" if self.step is None else f", after {number_of(self.step, 'step')}"
+        return f"{number_of(parameters, 'parameter')}; {self.checkpoint.name}{steps}"
 
     @property
     def sources(self) -> dict[str, str]:

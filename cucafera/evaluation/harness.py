@@ -5,40 +5,39 @@ for a model that was finetuned on conversations. That equals `add_bos_token=True
 harness's own backend for transformers. A conversation, which --apply-chat-template makes of a text, begins with
 <im_start> and gets none, as in finetuning.
 
-Conversations are rendered to ids by data/chatml.py, never by parsing control tokens out of text. The template up to its
-last line end is part of the context, never of what is scored.
+Conversations are rendered to ids by data/chatml.py, never by parsing control tokens out of text. The line end after the
+role of the answer is scored with the answer: the harness counts whitespace at the end of a context to what follows.
 """
 
 import contextlib
-import difflib
-import logging
 import math
-import sys
-import warnings
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID
-from cucafera.data.chatml import CHAT_TEMPLATE, STOP_IDS, Message, render_prompt, stripped
+from cucafera.data.chatml import CHAT_TEMPLATE, STOP_IDS, Message, stripped
 from cucafera.evaluation.evaluated_model import EvaluatedModel
 from cucafera.evaluation.likelihood import DecoderScorer
 from cucafera.evaluation.progress import progress_bar
-from cucafera.evaluation.requests import DOCUMENT_START, encode_pair
+from cucafera.evaluation.requests import DOCUMENT_START, AnswerOpening, encode_pair, open_answer
 from cucafera.evaluation.results import Metric, Result
+from cucafera.evaluation.tasks import quiet, reason_of
 from cucafera.generation.generate import generate
+from cucafera.quantities import number_of
 
 DEFAULT_NEW_TOKENS = 256
 """Longest answer of a task that sets no limit; the harness's own default."""
@@ -57,7 +56,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.evaluated = evaluated
         self.scorer = DecoderScorer(evaluated.model)
-        self._conversations: dict[str, list[int]] = {}
+        self._conversations: dict[str, AnswerOpening] = {}
 
     @property
     def eot_token_id(self) -> int:
@@ -83,7 +82,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """Return the ids of a conversation, or of a text after a document start; without prefix on False."""
         prefix, rest = self._split_prefix(string)
         if add_special_tokens is False:
-            prefix = []
+            prefix = ()
         return [*prefix, *self.evaluated.tokenizer.encode(rest)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -100,20 +99,15 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         """
         messages = [Message(message["role"], message["content"]) for message in chat_history]
         tokenizer = self.evaluated.tokenizer
-        if add_generation_prompt:
-            ids = render_prompt(messages, tokenizer)
-        else:
-            ids = render_prompt(messages[:-1], tokenizer) + tokenizer.encode(stripped(messages[-1].content))
-        text = tokenizer.decode(ids)
-        self._conversations[text] = ids
+        begun = "" if add_generation_prompt else stripped(messages.pop().content)
+        opening = open_answer(messages, tokenizer, begun)
+        text: str = tokenizer.decode(opening.prefix) + opening.text
+        self._conversations[text] = opening
         return text
 
-    def _split_prefix(self, text: str) -> tuple[list[int], str]:
-        """Return the ids of a text's prefix (a rendered conversation, or the document start), and the rest."""
-        for conversation in self._conversations if text.startswith("<im_start>") else ():
-            if text.startswith(conversation):
-                return self._conversations[conversation], text[len(conversation) :]
-        return list(DOCUMENT_START), text
+    def _split_prefix(self, text: str) -> tuple[Sequence[int], str]:
+        """Return the ids before a text: of its conversation up to the answer's role, or the document start."""
+        return self._conversations.get(text, (DOCUMENT_START, text))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         prefix, rest = self._split_prefix(context)
@@ -192,94 +186,87 @@ def _sampling(task_settings: dict[str, Any], max_new_tokens: int) -> SamplingCon
     return sampling
 
 
-def run_tasks(
-    evaluated: EvaluatedModel,
-    names: Sequence[str],
-    include_path: str | None,
-    num_fewshot: int | None,
-    limit: int | None,
-    as_chat: bool,
-) -> list[Result]:
-    """Run tasks and groups of tasks.
+@dataclass(frozen=True)
+class TaskSettings:
+    """Settings of the questions, with the meaning that they have in the harness.
 
-    Args:
-        evaluated: The model.
-        names: Names of tasks, groups or tags, or paths of .yaml files.
-        include_path: A folder with more tasks; None: only those of the harness.
+    Attributes:
         num_fewshot: Solved examples before each question; None: the task's own number.
         limit: Maximum number of questions per task; None: all.
         as_chat: Ask in a conversation.
+        system_instruction: Text before each question: the system message of a conversation, else the start of the text.
+        fewshot_as_multiturn: In a conversation, each solved example is a turn of its own, not a part of the question.
+    """
 
-    Returns:
+    num_fewshot: int | None = None
+    limit: int | None = None
+    as_chat: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+
+
+def run_tasks(evaluated: EvaluatedModel, loaded: dict[str, Any], settings: TaskSettings) -> Iterator[Result]:
+    """Run tasks and groups of tasks, at the first result.
+
+    What `lm_eval.simple_evaluate` adds to `lm_eval.evaluate` is the seeds and num_fewshot, set here, and a description
+    of the machine that takes seconds.
+
+    Args:
+        evaluated: The model.
+        loaded: As `tasks.load_tasks` returns it.
+        settings: How to ask.
+
+    Yields:
         One result per task, and per group that has metrics of its own.
 
     Raises:
-        UserError: a task is unknown, or its data cannot be loaded.
+        UserError: the harness cannot ask or score the questions.
     """
-    with _quiet():
-        manager = _task_manager(names, include_path)
-        output = lm_eval.simple_evaluate(
-            model=HarnessModel(evaluated),
-            tasks=_load(names, manager),
-            task_manager=manager,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            apply_chat_template=as_chat,
-            log_samples=False,
-        )
-    common = {"limit": limit, "chat_template": as_chat, "lm_eval": lm_eval.__version__}
-    results = []
+    with quiet():
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if settings.num_fewshot is not None and own != 0:  # a task that sets 0 has no examples
+                own = settings.num_fewshot
+            task.set_config("num_fewshot", own or 0)
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        try:
+            output = lm_eval.evaluate(
+                lm=HarnessModel(evaluated),
+                task_dict=loaded,
+                limit=settings.limit,
+                apply_chat_template=settings.as_chat,
+                system_instruction=settings.system_instruction,
+                fewshot_as_multiturn=settings.as_chat and settings.fewshot_as_multiturn,
+                log_samples=False,
+            )
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            ImportError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # From the prompts and metrics of a task; the model would raise RuntimeError.
+            names = ",".join(loaded["tasks"])
+            raise UserError(f"--tasks {names}: the harness cannot measure it: {reason_of(error)}") from error
+    asked: dict[str, Any] = {"limit": settings.limit, "chat_template": settings.as_chat, "lm_eval": lm_eval.__version__}
+    if settings.system_instruction is not None:
+        asked["system_instruction"] = settings.system_instruction
+    if settings.as_chat and not settings.fewshot_as_multiturn:
+        asked["fewshot_as_multiturn"] = False
     for task, values in output["results"].items():
         if metrics := _metrics(values):
             shots, version = output["n-shot"].get(task), output["versions"].get(task)
             used, total = (output["n-samples"].get(task, {}).get(name) for name in ("effective", "original"))
-            note = "" if used is None else f"{used:,} of {total:,} questions, {shots or 0}-shot"
-            settings = {"num_fewshot": shots, "version": None if version is None else str(version), **common}
-            results.append(Result("harness", task, metrics, settings, note))
-    return results
-
-
-def _load(names: Sequence[str], manager: TaskManager) -> list[Any]:
-    """Return the tasks and groups with their data; what a group contains is not repeated."""
-    try:
-        loaded = manager.load([str(Path(name).expanduser()) if _is_file_name(name) else name for name in names])
-    except Exception as error:  # data sets, the hub and metrics raise many classes
-        advice = ". pip install '.[eval]' brings compatible versions" if isinstance(error, ImportError) else ""
-        raise UserError(f"--tasks {','.join(names)}: a task cannot be loaded: {_first_line(error)}{advice}") from error
-    groups: dict[str, Any] = loaded["groups"]
-    within = {name for group in groups.values() for name in group.child_names}
-    within |= {task.task_name for group in groups.values() for task in group.get_all_tasks()}
-    return [item for part in (groups, loaded["tasks"]) for name, item in part.items() if name not in within]
-
-
-def _task_manager(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """Return a manager that knows all requested tasks.
-
-    Indexing all of the harness's thousands of task files takes long, so catalan_bench and include_path come first.
-    """
-    folders = [Path(lm_eval.__file__).parent / "tasks" / "catalan_bench"]
-    if include_path is not None:
-        folders.append(Path(include_path).expanduser())
-    requested = [name for name in names if not _is_file_name(name)]
-    for include_defaults in (False, True):
-        if include_defaults:
-            print("Searching all tasks of the harness, which takes a while", file=sys.stderr)
-        try:
-            manager = TaskManager(include_path=list(map(str, folders)), include_defaults=include_defaults)
-        except Exception as error:  # a yaml file may be wrong in any way
-            raise UserError(f"--include-path {include_path}: its tasks cannot be read: {_first_line(error)}") from error
-        unknown = [name for name in requested if name not in manager.all_tasks]
-        if not unknown:
-            return manager
-    similar = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
-    raise UserError(
-        f"--tasks {unknown[0]}: there is no such task{'; similar: ' + ', '.join(similar) if similar else ''}. "
-        "`lm_eval ls tasks` lists those of the harness; --include-path FOLDER adds your own"
-    )
-
-
-def _is_file_name(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+            framing = ", in a conversation" if settings.as_chat else ""
+            note = "" if used is None else f"{used:,} of {number_of(total, 'question')}, {shots or 0}-shot{framing}"
+            described = {"num_fewshot": shots, "version": None if version is None else str(version), **asked}
+            yield Result("harness", task, metrics, described, note)
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
@@ -294,25 +281,3 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
             error = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
             metrics[name if filter_name == "none" else f"{name},{filter_name}"] = Metric(float(value), error)
     return metrics
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence everything but errors of the harness and its data sets; restore torch's random state afterwards."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "httpx", "huggingface_hub")]
-    before = [logger.level for logger in loggers]
-    state = torch.random.get_rng_state()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            torch.random.set_rng_state(state)
-            for logger, level in zip(loggers, before, strict=True):
-                logger.setLevel(level)

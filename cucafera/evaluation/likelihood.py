@@ -16,6 +16,7 @@ from cucafera.evaluation.requests import ContinuationRequest, ContinuationScore,
 from cucafera.generation.cache import KeyValueCache
 from cucafera.model.loss import per_token_loss
 from cucafera.model.transformer import Decoder
+from cucafera.quantities import number_of
 
 MAX_BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 """B * T of one forward pass, padding included."""
@@ -74,7 +75,8 @@ class DecoderScorer:
             raise ValueError("a context and a continuation need at least one token each")
         if len(continuation) > self.context:
             raise UserError(
-                f"a continuation has {len(continuation):,} tokens, and the model's context holds {self.context:,}"
+                f"a continuation has {number_of(len(continuation), 'token')}, and the model's context holds "
+                f"{self.context:,}"
             )
         return context[max(0, len(context) + len(continuation) - self.context - 1) :], continuation
 

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from cucafera.config.errors import UserError
+from cucafera.data.chatml import Message
 from cucafera.data.sources import CorpusError, ReadContext, Row
 from cucafera.data.sources.files import FilesConfig, FilesSource
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.evaluation.requests import DOCUMENT_START, encode_pair
+from cucafera.evaluation.requests import DOCUMENT_START, ContinuationRequest, encode_pair, open_answer
 from cucafera.evaluation.results import Metric, Result
 from cucafera.evaluation.texts import task_name
+from cucafera.quantities import number_of
 
 if TYPE_CHECKING:
     from cucafera.evaluation.likelihood import DecoderScorer
@@ -65,7 +67,7 @@ def question_of_row(row: Row) -> Question:
         if columns <= row.keys():
             question = convert(row)
             if not 0 <= question.gold < len(question.choices):
-                raise UserError(f"the answer is number {question.gold} of {len(question.choices)} choices")
+                raise UserError(f"the answer is number {question.gold} of {number_of(len(question.choices), 'choice')}")
             if not all(question.choices):
                 raise UserError("a choice is empty")
             return question
@@ -76,15 +78,20 @@ def question_of_row(row: Row) -> Question:
 
 
 def measure_questions(
-    path: str, questions: Sequence[Question], scorer: "DecoderScorer", tokenizer: Tokenizer
+    path: str, questions: Sequence[Question], scorer: "DecoderScorer", tokenizer: Tokenizer, as_chat: bool
 ) -> Result:
     """Return the metrics of `answer_questions` on the questions of a file."""
-    settings = {"choices": path, "questions": len(questions)}
-    metrics = answer_questions(questions, scorer, tokenizer)
-    return Result("choices", task_name(path), metrics, settings, f"{len(questions):,} questions")
+    settings: dict[str, Any] = {"choices": path, "questions": len(questions)} | (
+        {"chat_template": True} if as_chat else {}
+    )
+    metrics = answer_questions(questions, scorer, tokenizer, as_chat)
+    note = number_of(len(questions), "question") + (", in a conversation" if as_chat else "")
+    return Result("choices", task_name(path), metrics, settings, note)
 
 
-def answer_questions(questions: Sequence[Question], scorer: "DecoderScorer", tokenizer: Tokenizer) -> dict[str, Metric]:
+def answer_questions(
+    questions: Sequence[Question], scorer: "DecoderScorer", tokenizer: Tokenizer, as_chat: bool = False
+) -> dict[str, Metric]:
     """Return the share of questions whose right choice gets the highest likelihood.
 
     acc compares log-likelihoods, acc_norm log-likelihoods per character; the first of equal choices wins. Both are the
@@ -92,14 +99,12 @@ def answer_questions(questions: Sequence[Question], scorer: "DecoderScorer", tok
 
     Args:
         questions: At least one.
-        scorer: The model; each context follows a document start token, as every text did in pretraining.
+        scorer: The model.
         tokenizer: Its tokenizer.
+        as_chat: Each question is the user's message and each choice the assistant's answer, as in the harness with
+            apply_chat_template; False: a question follows a document start token, as every text did in pretraining.
     """
-    requests = [
-        encode_pair(tokenizer, question.context, f" {choice}", DOCUMENT_START)
-        for question in questions
-        for choice in question.choices
-    ]
+    requests = [request for question in questions for request in _requests(question, tokenizer, as_chat)]
     scores = iter(scorer.score_continuations(requests))
     correct, correct_by_length = [], []
     for question in questions:
@@ -108,6 +113,13 @@ def answer_questions(questions: Sequence[Question], scorer: "DecoderScorer", tok
         correct.append(float(np.argmax(likelihoods) == question.gold))
         correct_by_length.append(float(np.argmax(likelihoods / lengths) == question.gold))
     return {"acc": mean_with_stderr(correct), "acc_norm": mean_with_stderr(correct_by_length)}
+
+
+def _requests(question: Question, tokenizer: Tokenizer, as_chat: bool) -> list[ContinuationRequest]:
+    if as_chat:
+        prefix, context = open_answer([Message("user", question.context)], tokenizer)
+        return [encode_pair(tokenizer, context, choice, prefix) for choice in question.choices]
+    return [encode_pair(tokenizer, question.context, f" {choice}", DOCUMENT_START) for choice in question.choices]
 
 
 def mean_with_stderr(values: Sequence[float]) -> Metric:

@@ -31,6 +31,7 @@ from cucafera.evaluation.progress import progress_bar
 from cucafera.evaluation.requests import Scorer, ScoringWindow
 from cucafera.evaluation.results import Metric, Result
 from cucafera.evaluation.texts import EncodedText, read_texts, task_name
+from cucafera.quantities import number_of
 
 TOKENS_AT_ONCE = 1 << 15
 """Tokens of the texts whose windows are scored together; the progress bar moves as often."""
@@ -106,14 +107,16 @@ def _measure(
 ) -> Result:
     stride = scorer.context // 2 if stride is None else stride
     if stride >= scorer.context:
-        raise UserError(f"--stride is {stride:,}; it must be below the model's context of {scorer.context:,} tokens")
+        raise UserError(
+            f"--stride is {stride:,}; it must be below the model's context of {number_of(scorer.context, 'token')}"
+        )
     sums = score_texts(scorer, texts, stride)
     if not sums.tokens or not sums.text_bytes:
         raise UserError(f"{task}: there is no text to measure; {ALTERNATIVES}")
-    unit = "conversations, answers only" if kind == "answers" else "documents, their ends not scored"
+    unit, left_out = ("conversation", "answers only") if kind == "answers" else ("document", "their ends not scored")
+    amounts = (number_of(sums.tokens, "token"), number_of(sums.text_bytes, "byte"), number_of(sums.texts, unit))
     note = (
-        f"{sums.tokens:,} tokens, {sums.text_bytes:,} bytes, {sums.texts:,} {unit}; sliding windows of "
-        f"{scorer.context:,} tokens, stride {stride:,}"
+        f"{', '.join(amounts)}, {left_out}; sliding windows of {number_of(scorer.context, 'token')}, stride {stride:,}"
     )
     return Result(kind, task, sums.metrics(), settings | {"stride": stride, "context": scorer.context}, note)
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.config.tokens import DOCUMENT_START_ID, IM_START_ID
+from cucafera.data.chatml import Message, render_prompt
 from cucafera.data.tokenizer import Tokenizer
 
 DOCUMENT_START = (DOCUMENT_START_ID,)
@@ -13,6 +14,31 @@ ScoringWindow = tuple[list[int], int]
 """Token ids, and the position of the first one to score: at least 1, since the first token has no context."""
 ContinuationRequest = tuple[list[int], list[int]]
 """Token ids of a context, at least one, and of its continuation."""
+
+
+class AnswerOpening(NamedTuple):
+    """The end of a conversation, where the assistant's answer begins.
+
+    Attributes:
+        prefix: Token ids up to the <im_start> of the answer.
+        text: What follows it before the answer: the role and a line end, then the beginning of the answer if given.
+    """
+
+    prefix: Sequence[int]
+    text: str
+
+
+def open_answer(messages: Sequence[Message], tokenizer: Tokenizer, begun: str = "") -> AnswerOpening:
+    """Return the context of an answer in a conversation, as finetuning frames it, for `encode_pair`.
+
+    Args:
+        messages: The messages before the answer.
+        tokenizer: The model's tokenizer.
+        begun: The beginning of the answer.
+    """
+    ids = render_prompt(messages, tokenizer)
+    start = len(ids) - ids[::-1].index(IM_START_ID)  # contents never hold control tokens
+    return AnswerOpening(ids[:start], tokenizer.decode(ids[start:]) + begun)
 
 
 class Scorer(Protocol):

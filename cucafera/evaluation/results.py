@@ -130,7 +130,9 @@ def as_table(results: Sequence[Result]) -> str:
     """Return a table for the terminal, with the published values of the original cucafera where there are any."""
     rows = [["task", "metric", "value", "original"]]
     for result in results:
-        reference = REFERENCE.get(result.task, {}) if result.kind in ("choices", "harness") else {}
+        # The published values are not of conversations.
+        is_comparable = result.kind in ("choices", "harness") and not result.settings.get("chat_template")
+        reference = REFERENCE.get(result.task, {}) if is_comparable else {}
         for number, (name, metric) in enumerate(result.metrics.items()):
             published = _formatted(Metric(*reference[name])) if name in reference else ""
             rows.append(["" if number else result.task, name, _formatted(metric), published])

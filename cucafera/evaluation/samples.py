@@ -14,6 +14,8 @@ from cucafera.evaluation.evaluated_model import EvaluatedModel, load_evaluated_m
 from cucafera.evaluation.progress import progress_bar
 from cucafera.evaluation.samples_page import GeneratedText, ModelColumn, samples_page
 from cucafera.generation.generate import generate
+from cucafera.interop.hf_spec import folder_of
+from cucafera.quantities import number_of
 from cucafera.runs.locate import is_hugging_face
 from cucafera.storage import write_text
 
@@ -78,7 +80,7 @@ class TransformersGenerator:
         self.model = model.to(device).eval()
         self.chats = bool(getattr(self.tokenizer, "chat_template", None))
         architecture, mode = type(self.model).__name__, "answers" if self.chats else "continues"
-        facts = f"{self.model.num_parameters():,} parameters; {architecture} of transformers; {mode}"
+        facts = f"{number_of(self.model.num_parameters(), 'parameter')}; {architecture} of transformers; {mode}"
         self.column = ModelColumn(name, facts)
 
     @torch.inference_mode()
@@ -138,9 +140,10 @@ def load_generator(source: str, device: torch.device) -> TextGenerator:
     try:
         return CucaferaGenerator(load_evaluated_model(source, device))
     except UserError:
-        if is_hugging_face(source):
-            return TransformersGenerator(source, device)
-        raise
+        if not is_hugging_face(source):
+            raise
+        folder_of(source, with_weights=False)  # raises for a name that is not there, before transformers is imported
+        return TransformersGenerator(source, device)
 
 
 def write_samples(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
 from cucafera.markup import html_text
+from cucafera.quantities import number_of
 
 DEFAULT_PROMPTS = ("Catalunya és", "La meva àvia sempre deia que", "Per fer pa amb tomàquet,", "El dia que va ploure,")
 """For a model whose run names no prompts."""
@@ -100,4 +101,5 @@ def _describe(sampling: SamplingConfig, seed: int) -> str:
         else f"temperature {sampling.temperature:g}, top_k {sampling.top_k}, top_p {sampling.top_p:g}, "
         f"min_p {sampling.min_p:g}, seed {seed} for each text"
     )
-    return f"{method}; repetition_penalty {sampling.repetition_penalty:g}; at most {sampling.max_new_tokens:,} tokens"
+    most = number_of(sampling.max_new_tokens, "token")
+    return f"{method}; repetition_penalty {sampling.repetition_penalty:g}; at most {most}"

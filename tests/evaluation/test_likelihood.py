@@ -113,7 +113,7 @@ def test_a_continuation_longer_than_the_context_is_refused(model):
 
 
 def test_pairs_are_split_at_the_end_of_the_context():
-    tokenizer = Tokenizer.train(WORDS * 20, 1000, show_progress=False)
+    tokenizer = Tokenizer.train(WORDS * 20, 1000)
     context, continuation = encode_pair(tokenizer, "la mar ", "i el bosc", DOCUMENT_START)
     assert context == [1, *tokenizer.encode("la mar")] and tokenizer.decode(continuation) == " i el bosc"
     assert encode_pair(tokenizer, "", "mar", DOCUMENT_START) == ([1], tokenizer.encode("mar"))

@@ -69,7 +69,7 @@ def test_curves_have_each_point_once_after_resuming_and_evaluating_again(runs, t
         shutil.copytree(runs / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "base"
-    curve = scalars(folder)["train/loss"]
+    curve = scalars(folder)["loss/train"]
     ResultFile(RunFolder(folder)).add(result(0.5), "step-00000012.ckpt", 12)
     assert scalars(folder)["evaluation/copa_ca/acc"] == [(12, 0.5)]
     longer = (
@@ -82,7 +82,7 @@ def test_curves_have_each_point_once_after_resuming_and_evaluating_again(runs, t
     ResultFile(RunFolder(folder)).add(result(0.625), "step-00000016.ckpt", 16)
     found = scalars(folder)
     assert found["evaluation/copa_ca/acc"] == [(12, 0.5), (16, 0.625)]
-    assert found["train/loss"][: len(curve)] == curve and [step for step, _ in found["train/loss"]][-1] == 16
+    assert found["loss/train"][: len(curve)] == curve and [step for step, _ in found["loss/train"]][-1] == 16
     assert len(list(folder.glob("events*.evaluation"))) == 1
 
 
