@@ -2,6 +2,7 @@
 
 import difflib
 import runpy
+import shlex
 import sys
 
 from cucafera import __version__
@@ -11,9 +12,10 @@ from cucafera.process import exit_on_interrupt
 
 COMMANDS = {
     "run": "train: pretraining, finetuning or a sweep, from a Hydra configuration",
+    "inspect": "show what a run is trained on: windows, masks, lengths, without training",
     "chat": "talk to a trained model in the terminal",
     "evaluate": "measure a trained model on text, multiple choice or lm-evaluation-harness tasks",
-    "export": "write a trained model for Hugging Face transformers or llama.cpp",
+    "export": "write a trained model for Hugging Face transformers, llama.cpp or PEFT",
     "compare": "compare the configurations and results of runs",
 }
 
@@ -54,7 +56,7 @@ def refusal(arguments: list[str]) -> str:
     """Return the message for arguments that do not begin with the name of a command."""
     first = arguments[0]
     if first.startswith(("+", "-", "~")) or "=" in first:
-        return f"{first} needs a command before it; to train: cucafera run {' '.join(arguments)}"
+        return f"{first} needs a command before it; to train: cucafera run {shlex.join(arguments)}"
     nearest = difflib.get_close_matches(first, COMMANDS, n=1)
     advice = f"Did you mean {nearest[0]}?" if nearest else f"The commands are {', '.join(COMMANDS)}"
     return f"cucafera has no command {first}. {advice}"

@@ -1,23 +1,40 @@
 """Command-line options that several commands share; imports nothing heavy."""
 
 import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import shlex
 import sys
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
 
 from cucafera import __version__
-from cucafera.config.check import sampling_problems
+from cucafera.config.check import build
 from cucafera.config.errors import UserError
-from cucafera.config.schema import SamplingConfig
+from cucafera.config.schema import ModelConfig, SamplingConfig
+from cucafera.model.flops import parameter_count
+from cucafera.output import is_terminal
+from cucafera.quantities import data_size, number_of
+from cucafera.runs.locate import OUTPUTS, ModelLocation, run_named, runs_below
+from cucafera.storage import read_small_file
+
+PUBLISHED_MODEL = "pauhidalgoo/cucafera-chat"
+"""The chat model of the original, on the Hugging Face hub."""
 
 
 def command_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
     """Return a parser that shows the command as it was started, with --version; the settings are those of argparse."""
-    module = f"cucafera.{name}"
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}" if module in sys.orig_argv else f"cucafera {name}", **settings
-    )
+    parser = argparse.ArgumentParser(prog=program_name(name), **settings)
     parser.add_argument("--version", action="version", version=f"cucafera {__version__}")
     return parser
+
+
+def program_name(name: str) -> str:
+    """Return a command as it was started: by its name, or with python -m."""
+    module = f"cucafera.{name}"
+    return f"python -m {module}" if module in sys.orig_argv else f"cucafera {name}"
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -25,40 +42,136 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if available")
 
 
+def add_run(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """Add RUN, which `choose_run` fills in if it is left out."""
+    parser.add_argument(
+        "run",
+        nargs="?",
+        type=run_named,
+        metavar="RUN",
+        help=f"{help_text}; NAME stands for outputs/NAME (default, in a terminal: the newest run below outputs/)",
+    )
+
+
+def choose_run(name: str, arguments: argparse.Namespace) -> None:
+    """Set arguments.run to the newest run below outputs/ if it is not given, and say so.
+
+    A script would use another model after the next training: without a terminal, the message gives the command.
+
+    Args:
+        name: Of the command.
+        arguments: The parsed command line.
+
+    Raises:
+        UserError: RUN is missing, and there is no run or no terminal.
+    """
+    if arguments.run is not None:
+        return
+    runs = runs_below(OUTPUTS)
+    if not runs:
+        raise UserError(
+            f"RUN is missing, and there is no run with a checkpoint below {OUTPUTS}/: train one with `cucafera run`, "
+            f"or try the published model: cucafera chat {PUBLISHED_MODEL}"
+        )
+    arguments.run = str(runs[0])
+    announce_choice(name, arguments.run, f"the newest run below {OUTPUTS}/")
+
+
+def announce_choice(name: str, chosen: str, reason: str) -> None:
+    """Print which RUN is taken because none is given; see `choose_run`."""
+    if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
+        command = shlex.join([*program_name(name).split(), chosen, *sys.argv[1:]])
+        raise UserError(f"RUN is missing: {reason} is {chosen}. To take it: {command}")
+    print(f"RUN is not given: {chosen}, {reason}", file=sys.stderr)
+
+
+def loading_line(source: str, location: ModelLocation) -> str:
+    """Return the line that says what is loaded: its size is known before anything heavy is imported."""
+    facts = ""
+    if location.path is None:
+        facts = " from the Hugging Face hub, or an earlier download"
+    elif location.kind == "gguf":
+        facts = f" ({data_size(location.path.stat().st_size)})"
+    elif (parameters := _parameters_in(location)) is not None:
+        facts = f" ({number_of(parameters, 'parameter')}, {data_size(4 * parameters)} in fp32)"
+    return f"Loading {source}{facts}"
+
+
+def _parameters_in(location: ModelLocation) -> int | None:
+    """Return the number of parameters by the model's configuration; None if it says none, which loading reports."""
+    import yaml
+
+    assert location.path is not None
+    try:
+        if location.kind == "hugging_face":
+            shape = json.loads(read_small_file(location.path / "config.json"))
+            shape = {"num_key_value_heads": shape["num_attention_heads"]} | shape
+        else:
+            run = location.path if location.kind == "run" else location.path.parent.parent
+            shape = yaml.load(read_small_file(run / "config.yaml"), yaml.SafeLoader)["model"]
+        return parameter_count(build(ModelConfig, shape, "", {}))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        return None
+
+
 def add_sampling(options: argparse._ActionsContainer, max_new_tokens: int) -> None:
-    """Add the sampling options.
+    """Add an option for each setting of SamplingConfig.
 
     Args:
         options: A parser or a group of one.
         max_new_tokens: Default of --max-new-tokens.
     """
-    default = SamplingConfig()
-    options.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=max_new_tokens,
-        metavar="N",
-        help="maximum length of a response, in tokens (default: %(default)s)",
-    )
-    for name, help_text in (
-        ("temperature", "0: greedy decoding"),
-        ("top-k", "sample from the K most probable tokens; 0: off"),
-        ("top-p", "nucleus sampling; 1: off"),
-        ("min-p", "minimum probability, relative to the most probable token; 0: off"),
-        ("repetition-penalty", "1: off"),
-    ):
-        value = getattr(default, name.replace("-", "_"))
-        options.add_argument(
-            f"--{name}", type=type(value), default=value, metavar="X", help=f"{help_text} (default: %(default)s)"
-        )
-    options.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times"
-    )
+    default = SamplingConfig(max_new_tokens=max_new_tokens)
+    for name, meaning in sampling_settings().items():
+        option = "--" + name.replace("_", "-")
+        if name == "stop":
+            options.add_argument(
+                option, action="append", metavar="TEXT", help=f"{meaning}; may be repeated", default=[]
+            )
+        else:
+            value = getattr(default, name)
+            options.add_argument(
+                option, type=number, default=value, metavar="X", help=f"{meaning} (default: %(default)s)"
+            )
+
+
+def sampling_settings() -> dict[str, str]:
+    """Return the meaning of each setting of SamplingConfig, for lists of options."""
+    meanings = {field.name: field.metadata["meaning"] for field in dataclasses.fields(SamplingConfig)}
+    return {name: meaning[0].lower() + meaning[1:].removesuffix(".") for name, meaning in meanings.items()}
+
+
+def number(text: str) -> int | float | str:
+    """Return the number in a text; a text that holds none as it is, for `checked_sampling` to refuse."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def checked_sampling(values: Mapping[str, Any]) -> SamplingConfig:
+    """Return the SamplingConfig of values by name. Raises UserError if one is out of bounds."""
+    problems: dict[str, str] = {}
+    sampling: SamplingConfig = build(SamplingConfig, values, "", problems)
+    if problems:
+        raise UserError("\n".join(problems.values()))
+    return sampling
 
 
 def sampling_of(arguments: argparse.Namespace) -> SamplingConfig:
     """Return the settings that the options of `add_sampling` give. Raises UserError if one is out of bounds."""
-    sampling = SamplingConfig(**{name: getattr(arguments, name) for name in vars(SamplingConfig())})
-    if problems := sampling_problems(sampling):
-        raise UserError("\n".join(problems))
-    return sampling
+    return checked_sampling({name: getattr(arguments, name) for name in vars(SamplingConfig())})
+
+
+@contextlib.contextmanager
+def shown_log(stream: TextIO) -> Iterator[None]:
+    """Print the package's log messages: loading or exporting a large model takes minutes."""
+    logger, handler = logging.getLogger("cucafera"), logging.StreamHandler(stream)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

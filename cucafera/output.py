@@ -13,6 +13,9 @@ import logging
 import os
 import re
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,6 +29,8 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud8
 """C0 but newline and tab, DEL, C1, line separators, bidirectional controls, and halves of surrogate pairs."""
 BAR_MOVES = re.compile(r"\r|(\x1b\[A)+\Z")
 """The cursor movements with which tqdm begins a write: to the start of the line, or some lines up."""
+SILENT_SECONDS = 5.0
+"""Longest time without a sign of life in a terminal."""
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
 """Errors of an output that does not come back; a disk that is full may have space again."""
 
@@ -173,6 +178,39 @@ def protect_output(is_required: bool = False) -> None:
             setattr(sys, name, stream)
         if name == "stdout":
             stream.is_required = is_required
+
+
+@contextlib.contextmanager
+def announced(what: str, stream: TextIO) -> Iterator[None]:
+    """Print at once what the block does, and how long it has lasted every few seconds, so that it is never silent.
+
+    Args:
+        what: A line without its end.
+        stream: Where it is printed; on one that is not a terminal, only the line.
+    """
+    print(f"{what} ...", file=stream, flush=True)
+    is_done = threading.Event()
+
+    def count() -> None:
+        start = time.monotonic()
+        while not is_done.wait(SILENT_SECONDS):
+            print(f"... {time.monotonic() - start:.0f} s", file=stream, flush=True)
+
+    thread = threading.Thread(target=count, daemon=True)
+    if is_terminal(stream):
+        thread.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """True for a stream of a terminal; a standard stream may be closed, or None."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # it was closed
+        return False
 
 
 def notify(message: str) -> None:

@@ -66,8 +66,9 @@ def test_a_command_started_by_name_is_what_python_m_starts(tmp_path):
     ("arguments", "message"),
     [
         (["chta", "RUN"], "cucafera has no command chta. Did you mean chat?"),
-        (["zzz"], "cucafera has no command zzz. The commands are run, chat, evaluate, export, compare"),
+        (["zzz"], "cucafera has no command zzz. The commands are run, inspect, chat, evaluate, export, compare"),
         (["+experiment=pretrain"], "+experiment=pretrain needs a command before it; to train: cucafera run +exper"),
+        (["name=dos mots"], "name=dos mots needs a command before it; to train: cucafera run 'name=dos mots'"),
         (["seed=1"], "seed=1 needs a command before it; to train: cucafera run seed=1"),
         (
             ["--multirun", "seed=1,2"],
@@ -90,7 +91,7 @@ def test_each_command_has_a_version(name):
     ("started", "shown"), [(["cucafera", "chat"], "cucafera chat"), (["cucafera.chat"], "python -m")]
 )
 def test_the_usage_of_a_command_is_the_one_that_was_typed(started, shown):
-    assert run("-m", *started).stderr.startswith(f"usage: {shown}")
+    assert run("-m", *started, "--nope").stderr.startswith(f"usage: {shown}")
 
 
 INTERRUPTED = """

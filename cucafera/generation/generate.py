@@ -18,6 +18,7 @@ from cucafera.data.tokenizer import Tokenizer
 from cucafera.generation.cache import KeyValueCache
 from cucafera.generation.sampling import TokenPresence, sample_tokens
 from cucafera.model.transformer import Decoder
+from cucafera.quantities import number_of
 
 
 class ContextFullError(UserError):
@@ -324,7 +325,8 @@ def decode_steps(
         raise ValueError("a prompt needs at least one token")
     if max(lengths) >= backend.context:
         raise ContextFullError(
-            f"the prompt has {max(lengths):,} tokens and the model's context {backend.context:,}: no space is left for "
+            f"the prompt has {number_of(max(lengths), 'token')} and the model's context {backend.context:,}: "
+            "no space is left for "
             "a response. Shorten the prompt"
         )
     steps = max(min(sampling.max_new_tokens, backend.context - length) for length in lengths)

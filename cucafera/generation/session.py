@@ -14,6 +14,7 @@ from cucafera.config.tokens import DOCUMENT_START_ID
 from cucafera.data.chatml import STOP_IDS, Message, render_prompt
 from cucafera.data.tokenizer import Tokenizer
 from cucafera.generation.generate import ContextFullError, DecodingBackend, GenerationEvent, TextDelta, stream
+from cucafera.quantities import number_of
 
 
 def answer_messages(
@@ -101,6 +102,20 @@ class ChatSession:
         else:
             raise UserError("There is no answer to redo.")
 
+    def undo(self) -> str:
+        """Remove the last message, with its answer if it has one, and return it.
+
+        Raises:
+            UserError: there is no message.
+        """
+        if self._unanswered is not None:
+            text, self._unanswered = self._unanswered, None
+        elif self.history:
+            text, self.history = self.history[-2].content, self.history[:-2]
+        else:
+            raise UserError("There is no message to remove.")
+        return text
+
     def complete(self, text: str) -> Iterator[GenerationEvent]:
         """Continue a text without the history, as a base model does.
 
@@ -147,7 +162,8 @@ class ChatSession:
             if len(messages) == 1:
                 system = " and the system message (/system - removes it)" if self.system else ""
                 raise ContextFullError(
-                    f"this message has {size:,} tokens with its ChatML framing{system}; the model's context of "
+                    f"this message has {number_of(size, 'token')} with its ChatML framing{system}; the "
+                    "model's context of "
                     f"{context:,} leaves room for {limit:,} before the answer. Shorten it"
                 )
             messages = messages[2:]

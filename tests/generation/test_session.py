@@ -164,6 +164,16 @@ def test_an_answer_ends_with_a_turn_a_new_turn_or_a_document(tokenizer, stop):
     assert session.history == [Message("user", "Hola"), Message("assistant", "la mar")]
 
 
+def test_the_last_message_is_removed_with_its_answer(session):
+    session.history = [*TURNS]
+    assert session.undo() == "c" and session.history == TURNS[:2]
+    session._unanswered = "e"  # its response was empty
+    assert session.undo() == "e" and session.history == TURNS[:2]
+    assert session.undo() == "a" and session.history == []
+    with pytest.raises(UserError, match="There is no message to remove"):
+        session.undo()
+
+
 def test_a_reset_forgets_the_question_without_an_answer(tokenizer):
     session = ChatSession(Scripted([IM_END_ID]), tokenizer, SamplingConfig(temperature=0), torch.Generator())
     session.system = "mar"
