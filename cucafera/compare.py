@@ -6,11 +6,14 @@ if __name__ == "__main__":  # before the other imports
     exit_on_interrupt()
 
 import sys
+import textwrap
 from pathlib import Path
 
 from cucafera.config.errors import UserError
-from cucafera.options import command_parser
+from cucafera.options import announce_choice, command_parser
 from cucafera.output import protect_output
+from cucafera.runs.locate import OUTPUTS, run_named
+from cucafera.terminal_table import terminal_width
 
 
 def main() -> None:
@@ -20,10 +23,20 @@ def main() -> None:
         "compare",
         description="Shows runs side by side: the differences of their configurations, and their results.",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a folder of runs, such as a sweep")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=run_named,
+        metavar="RUN",
+        help="a run folder, or a folder of runs, such as a sweep; NAME stands for outputs/NAME (default, in a "
+        "terminal: all runs below outputs/)",
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the validation curves into FILE.png and FILE.pdf")
     arguments = parser.parse_args()
     try:
+        if not arguments.runs:
+            arguments.runs = [str(OUTPUTS)]
+            announce_choice("compare", str(OUTPUTS), "the folder of all runs")
         print(compare([Path(run) for run in arguments.runs], Path(arguments.plot) if arguments.plot else None))
     except UserError as error:
         print(error, file=sys.stderr)
@@ -64,12 +77,15 @@ def compare(folders: list[Path], plot: Path | None) -> str:
         ["run", *result_columns(metrics)],
         *([record.name, *in_figures(results_of(record, metrics))] for record in records),
     ]
+    heading = f"Results ({units_of(metrics)}):"
+    if width := terminal_width():
+        heading = textwrap.fill(heading, width)
     lines = (
         ["Differences of the configurations:", as_text(different)]
         if len(different) > 1 and len(different[0]) > 1
         else ["The configurations are equal."]
     )
-    lines += ["", f"Results ({units_of(metrics)}):", as_text(results)]
+    lines += ["", heading, as_text(results)]
     if plot is not None:
         plot = plot.with_suffix("") if plot.suffix.removeprefix(".") in FORMATS else plot
         try:

@@ -7,6 +7,7 @@ special. Hydra's launchers decide where and when jobs run; this module is what t
 import ctypes
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -27,14 +28,15 @@ from filelock import FileLock, Timeout
 from cucafera.config.errors import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_USER_ERROR, UserError
 from cucafera.config.fields import flat
 from cucafera.config.folders import folder_problem
-from cucafera.config.quoting import quoted
+from cucafera.config.quoting import quoted, unescaped
 from cucafera.config.schema import Config
 from cucafera.output import notify
 from cucafera.runs.compatibility import KEYS_WITHOUT_EFFECT, matches_key
 from cucafera.runs.folder import RunFolder
 from cucafera.runs.shape import shape_problem
 from cucafera.storage import ChecksumError, open_to_append, read_json_with_checksum, write_json_with_checksum
-from cucafera.sweeps.metrics import primary_metric, to_minimize
+from cucafera.sweeps.metrics import primary_metric, shown_metrics, to_minimize
+from cucafera.sweeps.progress import OUTPUT_FILE, JobEvent, last_lines
 
 JOB_FILE = "job.json"
 """The record of a job, in its folder."""
@@ -45,8 +47,8 @@ JOB: dict[str, Any] = {
     "identity": (str, type(None)),
 }
 """Shape of the record of a job."""
-OUTPUT_FILE = "job.out"
-"""The output of a job that has no terminal."""
+MESSAGE_LINES = 5
+"""Lines at the end of the output of a job that failed, which the sweep shows."""
 LOCAL_LAUNCHERS = ("joblib", "parallel")
 """Launchers whose processes end with the sweep; the jobs of a cluster's launcher continue."""
 PR_SET_PDEATHSIG = 1
@@ -106,20 +108,42 @@ def identity_of(config: Config) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def run_job(
-    config: Config | None, overrides: Sequence[str], folder: Path, arguments: Sequence[str], launcher: str
-) -> float:
-    """Run a job to its end, unless it has ended before.
+@dataclasses.dataclass(frozen=True)
+class SweepJob:
+    """A job as a launcher starts it.
+
+    Attributes:
+        number: Its place in the sweep, from 0.
+        label: What is swept, with its values, for the user.
+        overrides: Its command line.
+        arguments: Overrides of Hydra's own settings that the job needs too.
+        folder: Its run folder.
+        sweep: The sweep folder.
+        launcher: The name of Hydra's launcher.
+    """
+
+    number: int
+    label: str
+    overrides: Sequence[str]
+    arguments: Sequence[str]
+    folder: Path
+    sweep: Path
+    launcher: str
+
+    def report(self, **state: Any) -> None:
+        """Report its start or its end to the sweep."""
+        JobEvent(self.number, self.label, str(self.folder), time.time(), **state).append(self.sweep)
+
+
+def run_job(config: Config | None, job: SweepJob) -> float:
+    """Run a job to its end, unless it has ended before, and report that to the sweep.
 
     A folder that holds a job with another configuration is left as it is, with a message: that run would resume with
     the wrong settings, or be refused.
 
     Args:
         config: Its configuration; None if that is invalid, which the job's own process reports.
-        overrides: Its command line.
-        folder: Its run folder.
-        arguments: Overrides of Hydra's own settings that the job needs too.
-        launcher: The name of Hydra's launcher. With `basic` the job has the terminal; else its output goes to a file.
+        job: What to run. Its output goes to a file in its folder.
 
     Returns:
         Its last value of the primary metric, negated if higher is better, since Hydra's sweepers minimize; infinite if
@@ -128,44 +152,66 @@ def run_job(
     Raises:
         SystemExit: a signal to this process stopped the job, and with it the sweep.
     """
+    folder = job.folder
     if problem := folder_problem(folder):
-        print(problem, file=sys.stderr)
+        job.report(status="not run", message=problem)
         return math.inf
     identity = None if config is None else identity_of(config)
+    note = ""
     try:
         before = JobRecord.read(folder)
         result = _result(before, config, folder) if before is not None else math.inf
     except UserError as error:  # a run that is complete writes its results again
-        print(f"{error}. The job is run again", file=sys.stderr)
+        note = f"{error}. The job is run again"
         before = None
     if before is not None and config is not None and config.resume != "overwrite":
         if before.identity not in (identity, None):
-            print(
-                f"{folder} holds a job with another configuration: choose another name=... for this sweep, or run "
-                "all of its jobs again with resume=overwrite",
-                file=sys.stderr,
+            job.report(
+                status="not run",
+                message=f"{folder} holds a job with another configuration: choose another name=... for this sweep, or "
+                "run all of its jobs again with resume=overwrite",
             )
             return math.inf
         if before.status in ("finished", "diverged"):
+            job.report(status=before.status, **_results(before, config, folder))
             return result
-    JobRecord("started", None, list(overrides), identity).write(folder)
-    if launcher in LOCAL_LAUNCHERS:
+    JobRecord("started", None, list(job.overrides), identity).write(folder)
+    if job.launcher in LOCAL_LAUNCHERS:
         _end_with_parent()  # this process is the launcher's
     run_dir = f"run_dir={quoted(os.path.relpath(folder))}"
-    command = [sys.executable, "-m", "cucafera.run", *overrides, run_dir, *arguments]
+    command = [sys.executable, "-m", "cucafera.run", *map(unescaped, job.overrides), run_dir, *job.arguments]
+    started = time.monotonic()
     with ExitStack() as stack:
-        environment = os.environ | stack.enter_context(_own_gpus(config, folder.parent))
-        output = (
-            None if launcher == "basic" else stack.enter_context(os.fdopen(open_to_append(folder / OUTPUT_FILE), "ab"))
-        )
+        environment = os.environ | stack.enter_context(_own_gpus(config, job.sweep))
+        output = stack.enter_context(os.fdopen(open_to_append(folder / OUTPUT_FILE), "ab"))
+        written = output.seek(0, os.SEEK_END)
+        job.report()
         signalled, exit_code = _run_forwarding_signals(command, environment, output)
+    record = JobRecord(_status(exit_code, config, folder), exit_code, list(job.overrides), identity)
+    message = "" if record.status == "finished" else last_lines(folder / OUTPUT_FILE, written, MESSAGE_LINES)
+    job.report(
+        status="stopped" if signalled else record.status,
+        seconds=time.monotonic() - started,
+        message="\n".join(filter(None, [note, message])),
+        **_results(record, config, folder),
+    )
     if signalled is not None:
-        if launcher in LOCAL_LAUNCHERS:
+        if job.launcher in LOCAL_LAUNCHERS:
             os._exit(128 + signalled)  # an exception would reach the sweep, and this process would wait for more work
         sys.exit(128 + signalled)
-    job = JobRecord(_status(exit_code, config, folder), exit_code, list(overrides), identity)
-    job.write(folder)
-    return _result(job, config, folder)
+    record.write(folder)
+    return _result(record, config, folder)
+
+
+def _results(job: JobRecord, config: Config | None, folder: Path) -> dict[str, Any]:
+    """Return the results of a job as those of a `JobEvent`; none unless it finished."""
+    if job.status != "finished":
+        return {}
+    settings = {} if config is None else dict(flat(dataclasses.asdict(config)))
+    metrics = RunFolder(folder).read_metrics()
+    last = metrics["validation"][-1] if metrics else {}
+    words = [f"{metric.name} {last[metric.name]:{metric.format}}" for metric in shown_metrics([settings])]
+    return {"results": "  ".join(words), "cost": _result(job, config, folder)}
 
 
 def _status(exit_code: int, config: Config | None, folder: Path) -> str:
@@ -234,7 +280,7 @@ def _run_forwarding_signals(command: list[str], environment: dict[str, str], out
             command,
             env=environment,
             stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
@@ -304,10 +350,13 @@ def _release(held: dict[str, FileLock]) -> None:
 
 
 def _visible_gpus() -> list[str]:
-    """Return the names by which CUDA knows the GPUs that this process may use."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
+    """Return the names by which CUDA knows the GPUs that this process may use.
+
+    CUDA ends the list of CUDA_VISIBLE_DEVICES at the first name that is none of a GPU, such as -1, none or NoDevFiles.
+    """
     import torch
 
-    return [str(index) for index in range(torch.cuda.device_count())]  # asks the driver, without initializing a GPU
+    count = torch.cuda.device_count()  # asks the driver, without initializing a GPU
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if named is None else map(str.strip, named.split(","))
+    return list(itertools.islice(names, count))

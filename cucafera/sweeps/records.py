@@ -11,13 +11,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cucafera.config.errors import UserError
 from cucafera.config.fields import flat, format_value
+from cucafera.config.folders import rounded
+from cucafera.config.quoting import parse
 from cucafera.markup import markdown_table
 from cucafera.objectives import MetricSpec
 from cucafera.runs.compatibility import KEYS_WITHOUT_EFFECT, matches_key
 from cucafera.runs.folder import RunFolder
 from cucafera.storage import list_folder
+from cucafera.sweeps import NOT_GIVEN
 from cucafera.sweeps.jobs import JOB_FILE, JobRecord
 from cucafera.sweeps.metrics import objective_of_run, primary_metric, shown_metrics, to_minimize
+from cucafera.terminal_table import terminal_table, terminal_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,12 @@ class RunRecord:
     def settings(self) -> dict[str, str]:
         """The values that the command line of a job set."""
         return settings_of(self.job.overrides if self.job else [])
+
+    def shown(self, key: str) -> str:
+        """Return the value of a swept key for the user: rounded, without quotes."""
+        value = self.settings.get(key, NOT_GIVEN)
+        override = parse(f"key={value}")
+        return rounded(str(override.value()) if override and isinstance(override.value(), str) else value)
 
     def result(self, metric: MetricSpec) -> float | None:
         """Return the last value of a metric; None if the run has none, or has not finished."""
@@ -134,9 +144,10 @@ def _curve_of_events(path: Path, config: dict[str, Any]) -> list[dict[str, float
     events.Reload()
     values: dict[int, dict[str, float]] = {}
     names = {metric.name for metric in shown_metrics([config])}
+    objective = objective_of_run(config)
     for name in names:
-        if f"val/{name}" in events.Tags()["scalars"]:
-            for event in events.Scalars(f"val/{name}"):
+        if (curve := objective.curve(name)) in events.Tags()["scalars"]:
+            for event in events.Scalars(curve):
                 values.setdefault(event.step, {})[name] = event.value
     batch_tokens = int(config.get("batch_tokens", 0))
     return [
@@ -196,7 +207,7 @@ def in_figures(values: Sequence[float | str | None]) -> list[str]:
         elif isinstance(value, int):
             texts.append(f"{value:,}")
         else:
-            texts.append(f"{value:,.0f}" if value > 1000 else f"{value:.3f}")
+            texts.append(f"{value:,.0f}" if value >= 100 else f"{value:.3f}")
     return texts
 
 
@@ -211,22 +222,5 @@ def as_markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table for the terminal; the first row is its head, and columns of numbers are aligned to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    is_numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_numeric, strict=True)
-        )
-        for row in rows
-    ]
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell.replace(",", "") or 0)
-    except ValueError:
-        return False
-    return True
+    """Return a table for the terminal; the first row is its head, and the first column has the names of the rows."""
+    return terminal_table(rows, terminal_width())

@@ -11,17 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from cucafera.config.command_line import (
     check_command_line,
     command_line_problems,
     composed_config,
+    default_config,
     parse_command_line,
     sweep_arguments,
     with_search_path,
 )
 from cucafera.config.compose import hydra_session
-from cucafera.config.folders import folder_problem
+from cucafera.config.folders import folder_problem, job_folder_name, job_label, rounded
 from cucafera.config.launch import start_sweep
 from cucafera.config.quoting import quoted, readable
 from cucafera.config.schema import Config
@@ -29,7 +31,8 @@ from cucafera.objectives import MetricSpec
 from cucafera.run import job
 from cucafera.runs.folder import RunFolder
 from cucafera.sweeps import jobs
-from cucafera.sweeps.jobs import JobRecord
+from cucafera.sweeps.jobs import JobRecord, SweepJob
+from cucafera.sweeps.progress import PROGRESS_FILE, JobEvent
 from cucafera.sweeps.summary import SweepSummaryCallback
 from tests.support import assert_equal, wait_for, weights, write_metrics
 
@@ -52,7 +55,7 @@ def ended(folder: Path) -> dict[str, tuple[str, int | None]]:
 def test_a_sweep_keeps_finished_jobs_and_a_job_equals_the_run_alone(command, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    sweep = tmp_path / "outputs" / "files-sweep"
     overrides = ("--multirun", "optimizer.lr=1e9,0.5,2e-3", "budget_tokens=2048", HORIZON)
     code, output = command.run(*overrides)
     assert code == 1, output  # for the crash
@@ -70,7 +73,7 @@ def test_a_sweep_keeps_finished_jobs_and_a_job_equals_the_run_alone(command, tmp
     code, output = command.run(*overrides)
     assert code == 0, output
     assert ended(sweep)["optimizer.lr=0.5"] == ("finished", 0)
-    assert output.count("Run     ") == 1  # only the one that had crashed ran again
+    assert output.count("  before  ") == 2  # only the one that had crashed ran again
     assert (
         len((sweep / "optimizer.lr=0.002" / "history.jsonl").read_text().splitlines()) == 3
     )  # start, first checkpoint, end
@@ -78,7 +81,7 @@ def test_a_sweep_keeps_finished_jobs_and_a_job_equals_the_run_alone(command, tmp
 
 @pytest.mark.slow
 def test_a_killed_sweep_resumes_with_the_job_that_was_running(command, tmp_path):
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    sweep = tmp_path / "outputs" / "files-sweep"
     first, second = RunFolder(sweep / "seed=1"), RunFolder(sweep / "seed=2")
     overrides = ("--multirun", "seed=1,2", "budget_tokens=25_600", "callbacks.checkpoint_every_steps=20")
     process = command.start(*overrides)
@@ -103,7 +106,7 @@ def test_a_killed_sweep_resumes_with_the_job_that_was_running(command, tmp_path)
 
 @pytest.mark.slow
 def test_a_signal_stops_the_job_and_the_sweep(command, tmp_path):
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    sweep = tmp_path / "outputs" / "files-sweep"
     process = command.start(
         "--multirun", "seed=1,2", "budget_tokens=51_200", "callbacks.checkpoint_every_steps=20", "trainer.devices=2"
     )
@@ -158,7 +161,7 @@ def test_simultaneous_signals_let_a_job_save(tmp_path, signals, code):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])  # to all, as a terminal does; to the first alone
 def test_jobs_side_by_side_are_saved_when_the_sweep_is_stopped_or_killed(command, tmp_path, number):
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    sweep = tmp_path / "outputs" / "files-sweep"
     process = command.start(
         "--multirun", "hydra/launcher=parallel", "hydra.launcher.n_jobs=2", "seed=1,2", "budget_tokens=256_000",
         "callbacks.checkpoint_every_steps=20", "callbacks.keep_last=100", new_group=True,
@@ -185,7 +188,7 @@ def test_other_launchers_run_the_same_jobs(command, tmp_path, launcher):
         "--multirun", launcher, settings[launcher.partition("=")[2]], "seed=1,2", "budget_tokens=1024", HORIZON
     )
     assert code == 0, output
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
+    sweep = tmp_path / "outputs" / "files-sweep"
     assert ended(sweep) == {"seed=1": ("finished", 0), "seed=2": ("finished", 0)}
     assert "Validation bpb" in (sweep / "seed=1" / "job.out").read_text()
     assert "The best is seed=" in output
@@ -208,12 +211,18 @@ def test_optuna_minimizes_and_resumes_its_search(command, tmp_path):
 
 
 def test_a_refused_job_does_not_stop_the_others(command, tmp_path):
-    code, output = command.run("--multirun", "tokenizer.path=nowhere.json,null", "budget_tokens=1024", HORIZON)
+    (tmp_path / "broken.json").write_text("{}")
+    code, output = command.run("--multirun", "tokenizer.path=broken.json,null", "budget_tokens=1024", HORIZON)
     assert code == 2, output
-    assert "nowhere.json" in output and "Traceback" not in output
-    assert "Refused (see the message above, or job.out in its folder): tokenizer.path=nowhere.json." in output
-    sweep = tmp_path / "outputs" / "quickstart-sweep"
-    assert ended(sweep) == {"tokenizer.path=nowhere.json": ("refused", 2), "tokenizer.path=null": ("finished", 0)}
+    assert "    | broken.json is not a tokenizer.json" in output and "Traceback" not in output
+    assert "Refused (see job.out in its folder): tokenizer.path=broken.json." in output
+    assert "Sweep of 2 jobs in outputs/files-sweep" in output and "Validation bpb" not in output
+    assert "Sweep: 2 of 2 done, 1 failed, best so far tokenizer.path=null (loss " in output
+    assert "\r" not in output and "[HYDRA]" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("2/2")]
+    assert line.split()[:2] == ["2/2", "tokenizer.path=null"] and line.endswith("finished")
+    sweep = tmp_path / "outputs" / "files-sweep"
+    assert ended(sweep) == {"tokenizer.path=broken.json": ("refused", 2), "tokenizer.path=null": ("finished", 0)}
 
 
 def arguments_of(*overrides: str) -> list[str]:
@@ -225,7 +234,7 @@ def arguments_of(*overrides: str) -> list[str]:
 
 
 def test_jobs_are_named_by_what_is_swept_and_the_command_line_outdoes_the_experiment():
-    arguments = arguments_of("+experiment=lr_sweep", "model=tiny,small", "budget_tokens=1e6", "batch_tokens=1024")
+    arguments = arguments_of("+experiment=lr_sweep", "model=tiny,small", "budget_tokens=3e6", "batch_tokens=1024")
     assert "hydra.job.config.override_dirname.exclude_keys=[experiment,budget_tokens,batch_tokens]" in arguments
     (rates,) = [text for text in arguments if text.startswith("optimizer.lr=")]
     assert rates.count(",") >= 5
@@ -305,6 +314,20 @@ def test_jobs_get_folders_of_their_own_whatever_the_values(tmp_path, monkeypatch
     assert len({folder for folder, _ in found}) == len(values)
 
 
+def test_names_of_jobs_are_rounded_and_still_unique():
+    def name(*overrides: str) -> str:
+        return job_folder_name(["+experiment=search", *overrides], ["experiment"])
+
+    one, other = "optimizer.lr=0.0021684759391728", "optimizer.lr=0.0021684759391729"
+    assert name(one, "schedule.warmup_steps=20").startswith("optimizer.lr=0.002168,schedule.warmup_steps=20-")
+    assert name(one) == name(one) != name(other)
+    assert name("optimizer.lr=2.5e-4", "seed=123456") == "optimizer.lr=0.00025,seed=123456"
+    assert name("optimizer.lr=1e9", "optimizer.betas=[0.9,0.95]").startswith("optimizer.betas=[0.9,0.95],optimizer.lr")
+    assert name("optimizer.betas=[0.9123456,0.95]").startswith("optimizer.betas=[0.9123,0.95]-")
+    assert job_label([one, "seed=3", "name=a"], ["name"]) == "optimizer.lr=0.002168  seed=3"
+    assert rounded("v1.23456") == "v1.23456"
+
+
 def test_texts_of_a_sweep_reach_the_job_as_they_were_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = jobs_of("callbacks.prompts=[El preu és 5\\${x}],[L'avi, 1e3]", "tokenizer.path=${name}", "name=2026_11")
@@ -348,7 +371,9 @@ def test_a_path_that_leads_to_no_folder_is_refused(tmp_path, is_sweep):
             assert str(tmp_path / name) in folder_problem(path, is_sweep)
 
 
-def test_a_job_that_ended_with_another_configuration_is_kept_and_reported(tmp_path, monkeypatch, capsys):
+def test_a_job_that_ended_with_another_configuration_is_kept_and_reported(tmp_path, monkeypatch):
+    sweep, tmp_path = tmp_path, tmp_path / "job"
+    tmp_path.mkdir()
     started = []
     monkeypatch.setattr(jobs, "_run_forwarding_signals", lambda command, *rest: started.append(command) or (None, 2))
     config = composed_config(["optimizer.lr=1e-3"])
@@ -357,8 +382,10 @@ def test_a_job_that_ended_with_another_configuration_is_kept_and_reported(tmp_pa
     write_metrics(tmp_path, [{"bpb": 2.5}])
     assert run(config, tmp_path) == 2.5
     assert run(composed_config(["optimizer.lr=1e-3", "max_time=01:00:00", "trainer.num_workers=2"]), tmp_path) == 2.5
-    assert run(composed_config(["optimizer.lr=1e-3", "budget_tokens=1e6"]), tmp_path) == math.inf
-    assert "holds a job with another configuration: choose another name=... for this sweep" in capsys.readouterr().err
+    assert run(composed_config(["optimizer.lr=1e-3", "budget_tokens=3e6"]), tmp_path) == math.inf
+    event = reported(sweep)
+    assert event.status == "not run" and event.cost is None
+    assert "holds a job with another configuration: choose another name=... for this sweep" in event.message
     assert JobRecord.read(tmp_path) == JobRecord(*job) and not started
     assert run(composed_config(["optimizer.lr=1e-3", "resume=overwrite"]), tmp_path) == math.inf
     assert len(started) == 1 and JobRecord.read(tmp_path).status == "refused"
@@ -374,7 +401,9 @@ def test_a_sweeper_gets_the_negated_metric_where_higher_is_better(tmp_path, monk
     assert jobs._status(0, config, tmp_path) == "finished"
 
 
-def test_a_job_whose_results_were_edited_is_run_again(tmp_path, monkeypatch, capsys):
+def test_a_job_whose_results_were_edited_is_run_again(tmp_path, monkeypatch):
+    sweep, tmp_path = tmp_path, tmp_path / "job"
+    tmp_path.mkdir()
     started = []
     monkeypatch.setattr(jobs, "_run_forwarding_signals", lambda command, *rest: started.append(command) or (None, 2))
     config = composed_config(["optimizer.lr=1e-3"])
@@ -383,7 +412,7 @@ def test_a_job_whose_results_were_edited_is_run_again(tmp_path, monkeypatch, cap
         write_metrics(tmp_path, [{"bpb": 2.5}])
         (tmp_path / name).write_text((tmp_path / name).read_text().replace("1", "2"))
         assert run(config, tmp_path) == math.inf
-        assert len(started) == number and f"{name} " in capsys.readouterr().err
+        assert len(started) == number and f"{name} " in reported(sweep).message
 
 
 @pytest.mark.parametrize(
@@ -423,12 +452,18 @@ def test_the_identity_of_a_job_is_what_decides_its_result():
     identity = jobs.identity_of(composed_config([]))
     for same in ("name=b", "trainer.num_workers=2", "max_time=1:00:00:00", "logger.tensorboard=false"):
         assert jobs.identity_of(composed_config([same])) == identity
-    for other in ("seed=2", "optimizer.lr=1e-4", "budget_tokens=1e6", "data.sources.embedded.weight=2"):
+    for other in ("seed=2", "optimizer.lr=1e-4", "budget_tokens=3e6", "data.sources.embedded.weight=2"):
         assert jobs.identity_of(composed_config([other])) != identity
 
 
 def run(config: Config, folder: Path) -> float:
-    return jobs.run_job(config, ["optimizer.lr=1e-3"], folder, [], "basic")
+    place = {"folder": folder, "sweep": folder.parent, "launcher": "basic"}
+    return jobs.run_job(config, SweepJob(0, "optimizer.lr=0.001", ["optimizer.lr=1e-3"], [], **place))
+
+
+def reported(sweep: Path) -> JobEvent:
+    """The last event of a sweep."""
+    return JobEvent(**json.loads((sweep / PROGRESS_FILE).read_text().splitlines()[-1]))
 
 
 def test_a_job_can_be_given_as_init_from(tmp_path, monkeypatch):
@@ -442,10 +477,30 @@ def test_a_job_can_be_given_as_init_from(tmp_path, monkeypatch):
     assert composed_config([f"tokenizer.path={quoted('it' + chr(39) + 's=a')}"]).tokenizer.path == "it's=a"
 
 
+@pytest.mark.parametrize(
+    ("named", "count", "gpus"),
+    [
+        *((none, 0, []) for none in ("", " ", "-1", "none", "NoDevFiles", "void", "-1,0")),
+        (None, 2, ["0", "1"]), ("0, 3", 2, ["0", "3"]), ("GPU-6d0a,MIG-1f", 2, ["GPU-6d0a", "MIG-1f"]),
+        ("2,-1,3", 1, ["2"]),
+    ],
+)  # fmt: skip
+def test_only_gpus_that_cuda_shows_are_shared_among_jobs(monkeypatch, tmp_path, named, count, gpus):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert jobs._visible_gpus() == gpus
+    with jobs._own_gpus(default_config(), tmp_path) as environment:
+        assert environment == ({"CUDA_VISIBLE_DEVICES": gpus[0]} if gpus else {})
+
+
 def test_a_job_waits_for_free_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,5")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: pytest.fail("there are enough"))
-    one, two, four, every = (composed_config([f"trainer.devices={devices}"]) for devices in (1, 2, 4, "auto"))
+    configs = [composed_config([f"trainer.devices={count}", "batch_tokens=1024"]) for count in (1, 2, 4, "auto")]
+    one, two, four, every = configs
     with jobs._own_gpus(two, tmp_path) as environment:
         assert environment == {"CUDA_VISIBLE_DEVICES": "0,3"}
         with jobs._own_gpus(one, tmp_path) as environment:
