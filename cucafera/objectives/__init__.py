@@ -28,7 +28,7 @@ class MetricSpec(NamedTuple):
     """One measure of a validation.
 
     Attributes:
-        name: Its key in metrics.json and in the curves, as val/NAME.
+        name: Its key in metrics.json; `Objective.curve` gives the name of its curve.
         label: Its name in a sentence.
         unit: For reports; empty if the label says it.
         direction: `lower` or `higher`: which values are better.
@@ -118,6 +118,10 @@ class Objective(ABC):
     def comparison_metrics(self) -> list[str]:
         """Names of the metrics to compare runs by: the validation loss, if there is one, and the primary metric."""
         return [metric.name for metric in self.metrics if metric.name in ("loss", self.primary)]
+
+    def curve(self, name: str) -> str:
+        """Name of a metric's curve. TensorBoard sorts curves: those to compare runs by stand before all others."""
+        return f"{name}/val" if name in self.comparison_metrics else f"val/{name}"
 
     @property
     def primary_metric(self) -> MetricSpec:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from cucafera.config.errors import UserError
+from cucafera.quantities import data_size, number_of
 from cucafera.runs.shape import NUMBER, shape_problem
 from cucafera.storage import (
     PARTIAL,
@@ -308,9 +309,11 @@ def verify(path: Path) -> None:
             raise DamagedCheckpointError(f"{path} is damaged: it is not a regular file")
         size = status.st_size
         if size != marker.size:
-            raise DamagedCheckpointError(f"{path} is damaged: it has {size:,} bytes instead of {marker.size:,}")
+            raise DamagedCheckpointError(
+                f"{path} is damaged: it has {number_of(size, 'byte')} instead of {marker.size:,}"
+            )
         if size > ANNOUNCED_BYTES:
-            log.info("Verifying %s (%.1f GB)", path, size / 1e9)
+            log.info("Verifying %s (%s)", path, data_size(size))
         if file_sha256(path) != marker.sha256:
             raise DamagedCheckpointError(f"{path} is damaged: checksum mismatch (SHA-256)")
     except FileNotFoundError as error:

@@ -9,6 +9,7 @@ from cucafera.config.registry import OBJECTIVES
 from cucafera.data.left_out import LeftOut
 from cucafera.markup import markdown, markdown_code, markdown_table
 from cucafera.objectives import Objective
+from cucafera.quantities import duration, number_of, rounded
 from cucafera.runs.folder import RunFolder
 from cucafera.runs.results import write_metrics
 from cucafera.storage import write_text
@@ -18,16 +19,16 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     """Return the lines of the report: label and value."""
     objective: Objective = OBJECTIVES.get(metrics["objective"])
     first, last = metrics["validation"][0], metrics["validation"][-1]
-    speed = f"{count(metrics['tokens_per_second'])} tokens/s on {metrics['device']}, {metrics['precision']}"
+    speed = f"{rounded(metrics['tokens_per_second'])} tokens/s on {metrics['device']}, {metrics['precision']}"
     if metrics["devices"] > 1:
-        speed += f", {metrics['devices']} devices"
-    mfu = "unknown: the peak of this device is not in the table"
-    if metrics["mfu"] is not None:
-        mfu = f"{metrics['mfu']:.1%} (full-attention convention, dense bf16 peak)"
+        speed += f", {number_of(metrics['devices'], 'device')}"
+    mfu = []
+    if metrics["mfu"] is not None:  # of a device whose peak is known
+        mfu = [("MFU", f"{metrics['mfu']:.1%} (full-attention convention, dense bf16 peak)")]
     parameters = f"{metrics['parameters']:,}"
     if metrics["adapter_parameters"]:
         parameters += f"; {metrics['adapter_parameters']:,} of adapters were trained"
-    trained = f"{metrics['tokens']:,} tokens in {metrics['steps']:,} steps"
+    trained = f"{number_of(metrics['tokens'], 'token')} in {number_of(metrics['steps'], 'step')}"
     if metrics["skipped_updates"]:
         trained += f"; not finite, and so not applied: {metrics['skipped_updates']:,} of the steps"
     if metrics["skipped_batches"]:
@@ -41,7 +42,7 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         ("Trained on", trained),
         ("Time", f"{duration(metrics['training_seconds'])} of training"),
         ("Speed", speed),
-        ("MFU", mfu),
+        *mfu,
         ("Waiting for data", f"{metrics['data_wait']:.2%} of the time"),
         ("Train loss", train_loss),
     ]
@@ -120,18 +121,3 @@ def next_commands(folder: RunFolder) -> list[tuple[str, str]]:
 def continuation_of(sample: dict[str, str]) -> str:
     """Return the generated text; an ellipsis marks one that was cut at the length limit."""
     return sample["continuation"] + ("" if sample["finish_reason"] == "stop" else " …")
-
-
-def count(number: float) -> str:
-    """Return a large number in three digits and a letter: 1.64M, 45.2k."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Return hours, minutes and seconds, short enough for a line."""
-    minutes, seconds = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

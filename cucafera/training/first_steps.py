@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from cucafera.quantities import number_of
 from cucafera.training.sharding import full_tensor
 
 WATCHED_STEPS = 3
@@ -57,12 +58,18 @@ class FirstSteps:
         untrained = [name for name, zero in zip(self.names, self._always_zero.tolist(), strict=True) if zero]
         if untrained:
             others = f" and {len(untrained) - 1} others" if len(untrained) > 1 else ""
-            return f"the gradient of {untrained[0]}{others} was exactly zero in each of the first {self.watched} steps"
+            return (
+                f"the gradient of {untrained[0]}{others} was exactly zero in each of the first "
+                f"{number_of(self.watched, 'step')}"
+            )
         changed = torch.stack(
             [(_sample(weight) != before).any() for weight, before in zip(self.parameters, self._before, strict=True)]
         )
         if self._learning_rate >= MIN_LEARNING_RATE and not changed.any():
-            return f"no weight has changed in the first {self.watched} steps, although every update was applied"
+            return (
+                f"no weight has changed in the first {number_of(self.watched, 'step')}, although every update was "
+                "applied"
+            )
         return None
 
 

@@ -13,14 +13,18 @@ from cucafera.config.schema import Config
 from cucafera.device import find_gpu, is_mig_slice, memory_used_by_others
 from cucafera.model.attention import MIN_FLEX_HEAD_DIM, fastest_document_attention
 from cucafera.model.flops import peak_flops
+from cucafera.process import RANK_VARIABLES, is_first_process
+from cucafera.quantities import data_size, number_of
 from cucafera.training.memory import StepMemory
 
 log = logging.getLogger(__name__)
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-"""Of torchrun, Lightning and SLURM; the first that is set counts, as for Lightning."""
 MICRO_BATCH_TOKENS_CPU = 4096
 """Tokens of a micro-batch on a CPU; more are not faster."""
+
+
+class NoGpuError(UserError):
+    """The settings require a GPU that the machine lacks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +90,17 @@ def decide_hardware(config: Config, environment: Mapping[str, str] | None = None
                 f"The environment variable {variable} is {environment[variable]!r}, not a number: unset it, or "
                 "start the processes with torchrun or srun"
             )
-    warn = log.warning if _is_first_process(environment) else log.debug
+    warn = log.warning if is_first_process(environment) else log.debug
     accelerator = _accelerator(config, environment, warn)
     on_gpu = accelerator == "cuda"
-    name = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} cores in use)"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU ({number_of(torch.get_num_threads(), 'core')} in use)"
     devices = _device_count(config, accelerator, name)
     world_size = devices * trainer.num_nodes
     if config.windows_per_step % world_size:
         raise UserError(
-            f"a step has {config.windows_per_step} windows (batch_tokens / sequence_length); they cannot be shared "
-            f"evenly among {world_size} devices: set trainer.devices to a number that divides them"
+            f"a step has {number_of(config.windows_per_step, 'window')} (batch_tokens / sequence_length); "
+            "they cannot be shared "
+            f"evenly among {number_of(world_size, 'device')}: set trainer.devices to a number that divides them"
         )
     precision = _precision(config, accelerator, name, warn)
     residual_precision = _residual_precision(config, accelerator, precision)
@@ -138,21 +143,10 @@ def _accelerator(config: Config, environment: Mapping[str, str], warn: Callable[
         required = f"{config.name} is set to train on a CUDA GPU (trainer.accelerator=cuda), and "
         if gpu.problem:
             raise UserError(f"{required}PyTorch cannot use one: {gpu.problem}")
-        raise UserError(
-            f"{required}this machine has none that PyTorch can use.\n"
-            "To try the same pipeline small, on the CPU and the embedded corpus:\n"
-            "  python -m cucafera.run +experiment=pretrain name=pretrain-small trainer=cpu model=tiny data=embedded "
-            "budget_tokens=400_000 batch_tokens=4096 schedule.warmup_steps=10 callbacks=default"
-        )
+        raise NoGpuError(f"{required}this machine has none that PyTorch can use")
     if gpu.problem:
         warn("Training on the CPU (trainer.accelerator=auto): %s", gpu.problem)
     return "cpu"
-
-
-def _is_first_process(environment: Mapping[str, str]) -> bool:
-    """Return True in the process of a job that writes messages."""
-    rank = next((environment[name] for name in RANK_VARIABLES if name in environment), "0")
-    return rank == "0" and environment.get("NODE_RANK", "0") == "0"
 
 
 def _local_rank(environment: Mapping[str, str]) -> int:
@@ -237,8 +231,8 @@ def _gpu_memory(
     counts = world_size == 1
     if used:
         warn(
-            "Other processes use %.1f of the %.1f GB of GPU %d (%s): %s.",
-            used / 1e9, torch.cuda.get_device_properties(device).total_memory / 1e9, device, name,
+            "Other processes use %s of the %s of GPU %d (%s): %s.",
+            data_size(used), data_size(torch.cuda.get_device_properties(device).total_memory), device, name,
             "the micro-batch is chosen for the rest"
             if counts and config.trainer.micro_batch_windows == "auto"
             else "training may run out of memory",

@@ -1,6 +1,5 @@
 """A training job: resume or start, fit, and what follows a rollback, a full GPU, a signal or the end."""
 
-import contextlib
 import dataclasses
 import gc
 import logging
@@ -23,9 +22,9 @@ from cucafera.data.run_data import RunData
 from cucafera.data.sources import source_notes
 from cucafera.interop.trained import InitialWeights, initial_tokenizer, load_initial_weights
 from cucafera.objectives import objective_of
+from cucafera.quantities import number_of
 from cucafera.runs.compatibility import matches_key
 from cucafera.runs.folder import ResumedCheckpoint, RunFolder
-from cucafera.runs.lock import run_lock
 from cucafera.runs.report import terminal_report, write_report
 from cucafera.training.callbacks.checkpoints import is_lost_connection
 from cucafera.training.callbacks.guards import GuardsError, RollbackRequest
@@ -75,7 +74,7 @@ class Job:
         self._has_trained = False
 
     def run(self) -> float:
-        """Train to the end of the budget, alone in the run folder.
+        """Train to the end of the budget. The run folder is locked by the caller.
 
         Returns:
             The last validation's primary metric.
@@ -89,8 +88,7 @@ class Job:
             if smaller is None:
                 break
             self.hardware = smaller
-        lock = run_lock(self.folder.lock) if self.is_first_process else contextlib.nullcontext()
-        with lock, self.interruption.restore_signal_handlers():
+        with self.interruption.restore_signal_handlers():
             while True:
                 try:
                     return self._fit()
@@ -289,7 +287,7 @@ class Job:
         if self.is_first_process:
             self.folder.note_out_of_memory(config, dataclasses.asdict(hardware))
         smaller = hardware.with_less_memory(config)
-        windows = f"{hardware.micro_batch_windows} window{'s' if hardware.micro_batch_windows > 1 else ''} at a time"
+        windows = f"{number_of(hardware.micro_batch_windows, 'window')} at a time"
         if smaller is None:
             advice = (
                 "set trainer.micro_batch_windows=auto or to less"
@@ -357,7 +355,8 @@ def budget_of_epochs(config: Config, data: RunData[Any]) -> int:
     steps = data.steps_of(config.epochs)
     if config.schedule.warmup_steps > (config.schedule.horizon_steps or steps):
         raise UserError(
-            f"epochs={config.epochs:g} give {steps:,} steps of {config.batch_tokens:,} tokens, fewer than "
+            f"epochs={config.epochs:g} give {number_of(steps, 'step')} of "
+            f"{number_of(config.batch_tokens, 'token')}, fewer than "
             f"schedule.warmup_steps={config.schedule.warmup_steps}: lower it or batch_tokens, or train for more epochs"
         )
     return steps * config.batch_tokens
@@ -369,7 +368,7 @@ def warn_of_changed_horizon(config: Config, before: Mapping[str, Any]) -> None:
     follows_budget = config.schedule.horizon_steps is None and config.schedule.name != "constant"
     if follows_budget and steps_before != config.total_steps:
         log.warning(
-            "The budget was %s steps and is %s now, and the learning rate follows it: it jumps to the value that it "
+            "The budget was %s and is %s now, and the learning rate follows it: it jumps to the value that it "
             "would have had if this budget had been given from the start. schedule.horizon_steps=%s keeps the old one.",
-            f"{steps_before:,}", f"{config.total_steps:,}", steps_before,
+            number_of(steps_before, "step"), f"{config.total_steps:,}", steps_before,
         )  # fmt: skip

@@ -16,7 +16,7 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
     guards, throughput, validation = callbacks.guards, callbacks.throughput, callbacks.validation
     steps_done, tokens = int(validation.history[-1]["step"]), int(validation.history[-1]["tokens"])
     seconds = throughput.training_seconds
-    loss = throughput.latest["train/loss"]
+    loss = throughput.latest["loss/train"]
     tokens_per_second = tokens / seconds if seconds else None
     flops_per_token = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     mfu = None

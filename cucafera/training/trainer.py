@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from cucafera.config.errors import UserError
 from cucafera.config.schema import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
+from cucafera.quantities import data_size, flops, number_of
 from cucafera.runs.folder import RunFolder
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.dashboard_layout import DashboardLayout
@@ -113,7 +114,7 @@ def build_callbacks(
         guards=guards,
         throughput=throughput,
         validation=validation,
-        dashboard=_dashboard(config, hardware, overrides, changes, guards, throughput, validation),
+        dashboard=_dashboard(config, hardware, overrides, changes, guards, validation),
         samples=Samples(config, validation),
         checkpoints=Checkpoints(config, folder, writer, interruption, validation),
         progress=Progress(config, throughput, validation),
@@ -126,7 +127,6 @@ def _dashboard(
     overrides: Sequence[str],
     changes: Mapping[str, tuple[Any, Any]],
     guards: Guards,
-    throughput: Throughput,
     validation: Validation,
 ) -> tuple[pl.Callback, ...]:
     if not config.logger.tensorboard:
@@ -134,9 +134,9 @@ def _dashboard(
     settings = config.callbacks
     always = (
         DashboardLayout(hardware),
-        System(hardware, overrides, changes),
+        System(config, hardware, overrides, changes),
         Layers(config, guards, validation),
-        Hyperparameters(config, overrides, throughput, validation),
+        Hyperparameters(config, overrides),
     )
     reference = (ReferenceCurve(config),) if settings.reference_curve else ()
     return (*always, *reference)
@@ -205,8 +205,8 @@ def _started_by(devices: int, num_nodes: int) -> ClusterEnvironment | None:
         environment.validate_settings(devices, num_nodes)
         if environment.world_size() != devices * num_nodes or environment.global_rank() >= environment.world_size():
             raise ValueError(
-                f"This is process {environment.global_rank()} of {environment.world_size()}, for {devices * num_nodes} "
-                f"device{'s' if devices * num_nodes > 1 else ''}."
+                f"This is process {environment.global_rank()} of {environment.world_size()}, for "
+                f"{number_of(devices * num_nodes, 'device')}."
             )
     except (ValueError, RuntimeError, KeyError) as error:
         problem = f"The environment variable {error} is missing." if isinstance(error, KeyError) else str(error)
@@ -234,8 +234,9 @@ def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> st
     if at_once * size - existing <= free:
         return None
     return (
-        f"THE DISK MAY BECOME FULL: {at_once} checkpoints of {size / 1e9:.2g} GB need {at_once * size / 1e9:.2g} GB in "
-        f"{folder.path}, and {(free + existing) / 1e9:.2g} GB are free for them. Lower callbacks.keep_last"
+        f"THE DISK MAY BECOME FULL: {number_of(at_once, 'checkpoint')} of {data_size(size)}, "
+        f"{data_size(at_once * size)} in all, will be in {folder.path}, and {data_size(free + existing)} are free for "
+        "them. Lower callbacks.keep_last"
         + (", raise callbacks.keep_every_steps" if for_good else "")
         + " or set run_dir to a folder on a larger disk"
     )
@@ -245,7 +246,7 @@ def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
     """Return the plan of a run in figures, for the terminal."""
     windows = config.windows_per_step // hardware.world_size
     micro_batches = math.ceil(windows / hardware.micro_batch_windows)
-    flops = training_flops_per_token(config.model, config.sequence_length, config.adapter)
+    flops_per_token = training_flops_per_token(config.model, config.sequence_length, config.adapter)
     adapters = adapter_parameter_count(config.model, config.adapter)
     compiled = ", compiled" if hardware.compile else ""
     recomputed = ", activation checkpointing" if hardware.activation_checkpointing else ""
@@ -255,12 +256,15 @@ def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
         sharing = f"; {config.trainer.strategy}: each has {SHARES[config.trainer.strategy]}"
     lines = [
         f"Run     {config.run_dir}" + (f", resuming after step {first_step:,}" if first_step else ""),
-        f"Model   {parameter_count(config.model):,} parameters, context {config.model.max_position_embeddings:,}, "
-        f"{flops / 1e9:.3g} GFLOP per token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
+        f"Model   {number_of(parameter_count(config.model), 'parameter')}, context "
+        f"{config.model.max_position_embeddings:,}, "
+        f"{flops(flops_per_token)} per token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),
         f"Device  {devices}{hardware.name}, {hardware.precision}{compiled}{recomputed}{sharing}",
-        f"Budget  {config.total_steps * config.batch_tokens:,} tokens = {config.total_steps:,} steps x "
-        f"{config.batch_tokens:,} tokens",
-        f"Step    {config.windows_per_step} windows of {config.sequence_length:,} tokens; on each device "
-        f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} of {hardware.micro_batch_windows}",
+        f"Budget  {number_of(config.total_steps * config.batch_tokens, 'token')} = "
+        f"{number_of(config.total_steps, 'step')} x "
+        f"{number_of(config.batch_tokens, 'token')}",
+        f"Step    {number_of(config.windows_per_step, 'window')} of {number_of(config.sequence_length, 'token')}, "
+        f"{'on each device ' if hardware.world_size > 1 else ''}in {number_of(micro_batches, 'micro-batch')} of "
+        f"{hardware.micro_batch_windows:,}",
     ]
     return "\n".join(lines)

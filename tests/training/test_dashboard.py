@@ -39,7 +39,7 @@ from cucafera.runs.folder import EVENTS, RunFolder
 from cucafera.training.callbacks import layers
 from cucafera.training.callbacks.hyperparameters import overridden_values
 from cucafera.training.callbacks.reference import PUBLISHED, PublishedLoss
-from cucafera.training.callbacks.system import source_revision, system_page
+from cucafera.training.callbacks.system import changes_page, source_revision, system_page
 from cucafera.training.hardware import decide_hardware
 from cucafera.training.module import LanguageModel
 from cucafera.training.schedules import lr_ratio
@@ -130,14 +130,14 @@ def test_each_point_is_unique_after_a_kill_in_every_reader(small_run, monkeypatc
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)) == [step for step, _ in killed[tag]] == [step for step, _ in served[tag]]
         assert steps == [event.step for event in slowly.Tensors(tag)]
-        if not tag.startswith(("speed/", "memory/", "hp/tokens_per_second")):
+        if not tag.startswith(("speed/", "memory/")):
             assert points == killed[tag] == served[tag]
     tokens = [0, 1024, 2048, 3072]
     assert (
-        [step for step, _ in whole["by_tokens/val_bpb"]] == [step for step, _ in whole["by_tokens/val_loss"]] == tokens
+        [step for step, _ in whole["bpb/val_by_tokens"]] == [step for step, _ in whole["loss/val_by_tokens"]] == tokens
     )
-    assert [value for _, value in whole["by_tokens/val_loss"]] == [value for _, value in whole["val/loss"]]
-    assert whole["original/train_loss"] == [(3, 5.0), (9, 4.0), (10, pytest.approx(3.9))]
+    assert [value for _, value in whole["loss/val_by_tokens"]] == [value for _, value in whole["loss/val"]]
+    assert whole["loss/original"] == [(3, 5.0), (9, 4.0), (10, pytest.approx(3.9))]
 
 
 def test_the_layout_names_existing_curves(small_run):
@@ -153,7 +153,7 @@ def test_the_layout_names_existing_curves(small_run):
     assert len({chart.title for chart in charts}) == len(charts) == 10
     for chart in charts:
         empty = {wanted for wanted in chart.multiline.tag if not any(re.match(wanted, tag) for tag in tags)}
-        assert empty <= {"original/train_loss$"}
+        assert empty <= {"loss/original$"}
         assert len(empty) < len(chart.multiline.tag)
 
 
@@ -181,8 +181,7 @@ def test_runs_are_rows_of_one_table_also_after_a_resume(small_run, monkeypatch):
     before = DataServer("outputs/sweep", runs=3).table()
     assert before.keys() == {"lr-0.001", "stopped", "failed"}
     assert before["failed"]["status"] == "STATUS_FAILURE"
-    missing = {"hp/train_loss", "hp/tokens_per_second"}
-    assert not before["failed"].keys() & missing  # no placeholder for a missing metric
+    assert not before["failed"].keys() & {"loss/train", "speed/mfu"}  # no placeholder for a missing metric
     assert before["stopped"]["status"] not in ("STATUS_FAILURE", "STATUS_SUCCESS")
     assert before["stopped"]["budget_tokens"] == 2048
 
@@ -194,15 +193,14 @@ def test_runs_are_rows_of_one_table_also_after_a_resume(small_run, monkeypatch):
     assert not {"logger", "name", "run_dir"} & row.keys()
     metrics = json.loads(Path("outputs/sweep/lr-0.001/metrics.json").read_text())
     assert row["parameters"] == metrics["parameters"]
-    assert row["hp/val_bpb"] == pytest.approx(metrics["validation"][-1]["bpb"])
-    assert row["hp/train_loss"] == pytest.approx(metrics["train_loss"])
-    assert row["hp/tokens_per_second"] == pytest.approx(metrics["tokens_per_second"])
+    assert row["bpb/val"] == pytest.approx(metrics["validation"][-1]["bpb"])
+    assert row["loss/train"] == pytest.approx(metrics["train_loss"])
 
     train(small_run(*stopped), [])
     after = DataServer("outputs/sweep", runs=3).table()
     assert after.keys() == before.keys()
     assert (after["stopped"]["budget_tokens"], after["stopped"]["status"]) == (3072, "STATUS_SUCCESS")
-    assert after["stopped"]["hp/val_loss"] == pytest.approx(scalars("outputs/sweep/stopped", "val/loss")[-1][1])
+    assert after["stopped"]["loss/val"] == pytest.approx(scalars("outputs/sweep/stopped", "loss/val")[-1][1])
 
 
 def test_hyperparameters_are_numbers_and_strings_fixed_for_a_run():
@@ -249,10 +247,10 @@ def test_layer_statistics_do_not_change_the_run(small_run, monkeypatch):
     log_steps = [3, 4, 6, 8, 9, 12]
     assert len(asked) == len(log_steps)
     for name in ("embedding", "00", "01"):
-        norms = curves[f"layers/gradient_norm/{name}"]
+        norms = curves[f"per_layer/gradient_norm/{name}"]
         assert [step for step, _ in norms] == log_steps
         assert all(value == pytest.approx(by_hand[step - 1][name], rel=1e-4) for step, value in norms)
-        assert [step for step, _ in curves[f"layers/activation_rms/{name}"]] == [0, 4, 8, 12]
+        assert [step for step, _ in curves[f"per_layer/activation_rms/{name}"]] == [0, 4, 8, 12]
 
 
 def test_frozen_weights_have_no_gradient_norm():
@@ -285,11 +283,12 @@ def test_activation_rms_equals_the_forward_pass_compiled_or_not():
     assert activation_rms(model, ids, None)["01"] != scales["01"]
 
 
-def test_the_system_page_describes_the_run(small_run):
+def test_the_pages_describe_the_run(small_run):
     overrides = ["name=run", "seed=7", "model.hidden_act=silu"]
     config = small_run(*overrides)
     changes = changed_keys(config, dataclasses.asdict(default_config()))
-    html = unescape(plugin_util.markdown_to_safe_html(system_page(decide_hardware(config), overrides, changes)))
+    pages = (changes_page(overrides, changes), system_page(decide_hardware(config)))
+    html = "".join(unescape(plugin_util.markdown_to_safe_html(page)) for page in pages)
     for row in (("torch", torch.__version__), ("seed", "1337", "7"), ("model.hidden_act", "gelu_pytorch_tanh", "silu")):
         assert "<tr>\n" + "\n".join(f"<td>{cell}</td>" for cell in row) + "\n</tr>" in html
     assert "python -m cucafera.run name=run seed=7 model.hidden_act=silu" in html

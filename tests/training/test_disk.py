@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cucafera.config.command_line import composed_config
+from cucafera.quantities import number_of
 from cucafera.runs.folder import RunFolder
 from cucafera.training.trainer import disk_problem
 
@@ -17,7 +18,7 @@ SIZE = 12 * TRAINED + 4 * FROZEN
 
 def warning(tmp_path, monkeypatch, free: int, existing: int = 0, **settings: int) -> str | None:
     """Return the warning for a run of 20 steps."""
-    config = composed_config(["budget_tokens=40_960", "schedule.warmup_steps=0"])
+    config = composed_config(["batch_tokens=2048", "budget_tokens=40_960", "schedule.warmup_steps=0"])
     for name, value in settings.items():
         assert hasattr(config.callbacks, name)
         setattr(config.callbacks, name, value)
@@ -44,7 +45,7 @@ def warning(tmp_path, monkeypatch, free: int, existing: int = 0, **settings: int
 def test_a_warning_comes_exactly_when_the_checkpoints_do_not_fit_at_once(tmp_path, monkeypatch, settings, at_once):
     assert warning(tmp_path, monkeypatch, at_once * SIZE, **settings) is None
     message = warning(tmp_path, monkeypatch, at_once * SIZE - 1, **settings)
-    assert message is not None and f"THE DISK MAY BECOME FULL: {at_once} checkpoints of" in message
+    assert message is not None and f"THE DISK MAY BECOME FULL: {number_of(at_once, 'checkpoint')} of" in message
     assert ("keep_every_steps" in message) == ("keep_every_steps" in settings)
 
 

@@ -67,7 +67,7 @@ def test_a_nonfinite_update_is_not_applied(small_run, inject, caplog, factor):
     assert not torch.equal(skipped["state_dict"]["model.norm.weight"], after["state_dict"]["model.norm.weight"])
     assert all(value.isfinite().all() for value in states[-1]["state_dict"].values())
     assert "Step 6: loss" in caplog.text and "the update was not applied" in caplog.text
-    assert [value for _, value in scalars("outputs/run", "guards/skipped_updates")] == [0] * 5 + [1] * 7
+    assert [value for _, value in scalars("outputs/run", "train/skipped_updates")] == [1] * 7
     metrics = json.loads(Path("outputs/run/metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["skipped_updates"] == 1
     assert "not applied: 1 of the steps" in Path("outputs/run/report.md").read_text()
@@ -85,7 +85,7 @@ def test_steps_between_two_log_steps_are_checked_too(small_run, inject, caplog):
     inject({4, 6}, math.nan)
     train(small_run("name=run", "callbacks.log_every_steps=4"), [])
     assert "Step 5: loss nan" in caplog.text and "Step 7: loss nan" in caplog.text
-    assert scalars("outputs/run", "guards/skipped_updates") == [(4, 0), (8, 2), (12, 2)]
+    assert scalars("outputs/run", "train/skipped_updates") == [(8, 2), (12, 2)]
 
 
 def test_too_many_consecutive_nonfinite_updates_stop_the_run(small_run, inject):
@@ -139,7 +139,7 @@ def test_a_rollback_skips_the_batch_as_if_it_had_never_existed(small_run, inject
     inject({number}, math.nan)
     train(small_run("name=run", ROLLBACK), [])
     assert_equal(weights("outputs/without"), weights("outputs/run"))
-    for tag in ("train/loss", "val/loss"):
+    for tag in ("loss/train", "loss/val"):
         assert scalars("outputs/without", tag) == scalars("outputs/run", tag)
     back = 4 if number == 5 else 0
     assert (
@@ -155,11 +155,10 @@ def test_each_point_of_the_curves_is_unique_after_a_rollback(small_run, inject):
     inject({9}, math.nan)
     train(small_run("name=run", ROLLBACK), [])
     for tag, steps in (
-        ("train/loss", range(1, 13)),
-        ("layers/gradient_norm/00", range(1, 13)),
-        ("val/loss", range(0, 13, 4)),
-        ("hp/val_loss", range(0, 13, 4)),
-        ("by_tokens/val_loss", range(0, 3073, 1024)),
+        ("loss/train", range(1, 13)),
+        ("per_layer/gradient_norm/00", range(1, 13)),
+        ("loss/val", range(0, 13, 4)),
+        ("loss/val_by_tokens", range(0, 3073, 1024)),
     ):
         assert [step for step, _ in scalars("outputs/run", tag)] == list(steps), tag
 
@@ -231,7 +230,7 @@ def test_resume_overwrite_erases_once_and_not_again_at_a_rollback(small_run, inj
     foreign.touch()
     inject({number}, math.nan)
     train(small_run("name=run", ROLLBACK, "resume=overwrite"), [])
-    assert scalars("outputs/run", "train/loss")[-1][0] == 12
+    assert scalars("outputs/run", "loss/train")[-1][0] == 12
     assert foreign.exists()
 
 
@@ -250,7 +249,7 @@ def test_a_loss_spike_can_be_rolled_back(small_run, inject, caplog):
     train(small_run("name=run", *SPIKES, "callbacks.guards.loss_spike=rollback"), [])
     assert "Found a loss spike, " in caplog.text
     assert "at step 10: rolling back to step 8, skipping batch 9" in caplog.text
-    assert max(value for _, value in scalars("outputs/run", "train/loss")) < 6
+    assert max(value for _, value in scalars("outputs/run", "loss/train")) < 6
 
 
 def test_a_loss_spike_can_be_ignored(small_run, inject, caplog):

@@ -136,7 +136,7 @@ def test_a_machine_without_a_gpu_trains_on_the_cpu_silently(machine, caplog, set
     assert decided(environment=hidden).accelerator == "cpu"
     assert resolve_device("auto", hidden) == torch.device("cpu")
     assert not caplog.records
-    with pytest.raises(UserError, match=r"this machine has none that PyTorch can use\.\n.*\n.*trainer=cpu"):
+    with pytest.raises(UserError, match=r"this machine has none that PyTorch can use$"):
         decided("trainer.accelerator=cuda", environment=hidden)
     with pytest.raises(UserError, match="--device cuda: this machine has no CUDA GPU that PyTorch can use"):
         resolve_device("cuda", hidden)
@@ -223,7 +223,7 @@ def test_a_gpu_that_others_use_gets_a_micro_batch_for_its_free_memory(card, capl
     shared = decided("+experiment=pretrain", "trainer=small_gpu")
     (record,) = caplog.records
     assert record.getMessage() == (
-        "Other processes use 56.0 of the 80.0 GB of GPU 0 (NVIDIA A100-SXM4-80GB): the micro-batch is chosen "
+        "Other processes use 56.0 GB of the 80.0 GB of GPU 0 (NVIDIA A100-SXM4-80GB): the micro-batch is chosen "
         "for the rest."
     )
     caplog.clear()

@@ -22,7 +22,8 @@ from tests.support import CUCAFERA, ROOT, assert_equal, history_of, load_script,
 
 SHALLOW = [
     "model.vocab_size=4096", "model.hidden_size=256", "model.intermediate_size=704", "model.num_hidden_layers=4",
-    "model.num_attention_heads=4", "model.max_position_embeddings=2048", "tokenizer.vocab_size=1024",
+    "model.num_attention_heads=4", "model.max_position_embeddings=2048", "batch_tokens=2048",
+    "tokenizer.vocab_size=1024",
 ]  # fmt: skip
 ADAMW = OPTIMIZERS.get("adamw").state_bytes_per_parameter
 
@@ -70,7 +71,7 @@ def test_fsdp_shards_weights_and_optimizer_state_in_the_memory_formula():
 
 
 def test_the_optimizer_says_how_many_bytes_of_state_a_parameter_has():
-    config = composed_config(["model=cucafera"])
+    config = composed_config(["model=cucafera", "batch_tokens=2048"])
     two_moments, one_moment = (StepMemory(config, "fp32", state_bytes) for state_bytes in (8, 4))
     assert two_moments.fixed_bytes - one_moment.fixed_bytes == 4 * parameter_count(config.model)
 
@@ -84,7 +85,7 @@ def test_the_optimizer_says_how_many_bytes_of_state_a_parameter_has():
     ],
 )
 def test_the_memory_formula_agrees_with_what_a_compiled_layer_keeps(precision, residual_precision):
-    config = composed_config(["model=cucafera"])
+    config = composed_config(["model=cucafera", "batch_tokens=2048"])
     kept = load_script("memory").kept_by_compiled_layer(config, 1, precision, residual_precision)
     step = StepMemory(config, precision, ADAMW, residual_precision, compiled=True)
     estimate = step.bytes_per_token(checkpointing=False) / (config.model.num_hidden_layers * config.model.hidden_size)
@@ -183,7 +184,7 @@ def test_out_of_memory_under_ddp_says_nothing_about_fsdp(tmp_path):
 )  # fmt: skip
 def test_out_of_memory_says_nothing_about_a_step_that_needs_another_amount(tmp_path, other):
     def facts(*overrides: str):
-        config = composed_config(["trainer=cpu", "trainer.micro_batch_windows=4", *overrides])
+        config = composed_config(["trainer=cpu", "batch_tokens=2048", "trainer.micro_batch_windows=4", *overrides])
         return config, dataclasses.asdict(decide_hardware(config))
 
     folder = RunFolder(tmp_path)
@@ -195,8 +196,8 @@ def test_out_of_memory_says_nothing_about_a_step_that_needs_another_amount(tmp_p
 
 
 def test_next_to_adapters_weights_have_no_gradient_and_no_state():
-    config = composed_config(["model=cucafera", "adapter.rank=8", "init_from=x"])
-    full = composed_config(["model=cucafera"])
+    config = composed_config(["model=cucafera", "batch_tokens=2048", "adapter.rank=8", "init_from=x"])
+    full = composed_config(["model=cucafera", "batch_tokens=2048"])
     parameters, head = parameter_count(full.model), 65_536 * 768
     adapters = adapter_parameter_count(config.model, config.adapter)
     alone, adapted = (StepMemory(each, "fp32", ADAMW).fixed_bytes for each in (full, config))

@@ -90,7 +90,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_devices(session):
 
 def test_the_other_curves_are_those_of_the_step(session):
     step, values = session.logged[1]
-    assert values["train/loss"] == pytest.approx(5.0 - step / 10)
+    assert values["loss/train"] == pytest.approx(5.0 - step / 10)
     assert (values["train/tokens"], values["train/epoch"]) == (8 * BATCH, 8 / 5)
     assert (values["train/lr/matrices"], values["train/lr/1"]) == (0.25, 0.5)
 

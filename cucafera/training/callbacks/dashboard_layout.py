@@ -9,9 +9,9 @@ from cucafera.training.module import LanguageModel
 
 CHARTS: dict[str, dict[str, list[str]]] = {
     "Learning": {
-        "Loss, nats per token: training, validation, reference": ["train/loss", "val/loss", "original/train_loss"],
-        "Validation, bits per byte": ["val/bpb"],
-        "Validation, bits per byte, against tokens": ["by_tokens/val_bpb"],
+        "Loss, nats per token: training, validation, reference": ["loss/train", "loss/val", "loss/original"],
+        "Validation, bits per byte": ["bpb/val"],
+        "Validation, bits per byte, against tokens": ["bpb/val_by_tokens"],
         "Learning rate": ["train/lr/.*"],
         "Gradient norm before clipping": ["train/gradient_norm"],
     },
@@ -21,8 +21,8 @@ CHARTS: dict[str, dict[str, list[str]]] = {
         "Peak memory, GiB": ["memory/peak_gib"],
     },
     "Layers": {
-        "Gradient norm of each layer": ["layers/gradient_norm/.*"],
-        "Root mean square after each layer": ["layers/activation_rms/.*"],
+        "Gradient norm of each layer": ["per_layer/gradient_norm/.*"],
+        "Root mean square after each layer": ["per_layer/activation_rms/.*"],
     },
 }
 """Categories, charts, and the regular expressions of the curves in them.

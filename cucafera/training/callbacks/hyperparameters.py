@@ -2,26 +2,22 @@
 
 import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName, Status
+from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from cucafera.config.fields import format_value
 from cucafera.config.schema import Config, value_of
 from cucafera.model.flops import parameter_count
-from cucafera.objectives import Objective
 from cucafera.runs.compatibility import RESUMABLE_KEYS, matches_key
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.guards import RollbackRequest
-from cucafera.training.callbacks.throughput import Throughput
-from cucafera.training.callbacks.validation import Validation
 from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel
 
@@ -33,36 +29,22 @@ SHOWN = (
 
 
 class Hyperparameters(Callback):
-    """Declare the hyperparameters of a session and how it ended, and write the metrics to compare runs by.
+    """Declare the hyperparameters of a session, and how it ended; emits no curve.
 
-    Emits, against steps, at each validation:
-        hp/val_NAME             the objective's primary metric (bpb), and the validation loss, if it has one
-        hp/train_loss           of the last log step, nats; not before the first step
-        hp/tokens_per_second    over the run so far; not before the first step
+    TensorBoard takes the columns from the runs that it shows: it selects the hyperparameters in which they differ, and
+    the first of the curves, whose last values stand in the table.
     """
 
-    def __init__(
-        self, config: Config, overrides: Sequence[str], throughput: Throughput, validation: Validation
-    ) -> None:
+    def __init__(self, config: Config, overrides: Sequence[str]) -> None:
         self.config = config
         self.overrides = overrides
-        self.throughput = throughput
-        self.validation = validation
         self._is_declared = False
 
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        """Declare the columns of the table and this run's values; no metric has a value yet."""
+        """Declare this run's values."""
         if logger := event_logger(trainer):
-            given = overridden_values(self.config, self.overrides)
-            values = common_values(self.config) | given
-            logger.declare(columns(values, given, measures_of(module.objective)), session_start(values))
+            logger.declare(session_start(common_values(self.config) | overridden_values(self.config, self.overrides)))
             self._is_declared = True
-            if module.steps_done == 0:
-                self._write(trainer, module.objective, 0)
-
-    def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        """Write the metrics after a validation."""
-        self._write(trainer, module.objective, module.steps_done)
 
     def on_session_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Declare success if the run is complete: a stopped run may be resumed."""
@@ -74,22 +56,6 @@ class Hyperparameters(Callback):
         failed = isinstance(exception, Exception) and not isinstance(exception, RollbackRequest)
         if failed and self._is_declared and (logger := event_logger(trainer)):
             logger.declare(session_end(Status.STATUS_FAILURE))
-
-    def _write(self, trainer: pl.Trainer, objective: Objective, step: int) -> None:
-        record, logger = self.validation.done_at(step), event_logger(trainer)
-        if record is None or logger is None:
-            return
-        metrics = {f"hp/val_{name}": record[name] for name in objective.comparison_metrics}
-        if step:
-            metrics["hp/train_loss"] = self.throughput.latest["train/loss"]
-            metrics["hp/tokens_per_second"] = record["tokens"] / self.throughput.training_seconds
-        finite = {tag: value for tag, value in metrics.items() if math.isfinite(value)}  # the table shows no others
-        logger.log_metrics(finite, step=step)
-
-
-def measures_of(objective: Objective) -> list[str]:
-    """Return the tags of the measures of a run."""
-    return [*(f"hp/val_{name}" for name in objective.comparison_metrics), "hp/train_loss", "hp/tokens_per_second"]
 
 
 Cell = int | float | str
@@ -121,28 +87,6 @@ def _as_cell(value: Any) -> Cell | None:
     if isinstance(value, bool):
         return format_value(value)
     return value if isinstance(value, int | float | str) else None
-
-
-def columns(values: Mapping[str, Cell], given: Container[str], measures: Sequence[str]) -> Summary:
-    """Return the event that declares the columns of the table.
-
-    Args:
-        values: The hyperparameters of this run.
-        given: Keys that the command line overrides. TensorBoard marks them as differing between runs and shows them
-            first.
-        measures: Tags of the measures to compare by.
-    """
-    infos = [
-        HParamInfo(
-            name=key,
-            type=DataType.DATA_TYPE_STRING if isinstance(value, str) else DataType.DATA_TYPE_FLOAT64,
-            differs=key in given,
-        )
-        for key, value in values.items()
-    ]
-    metrics = [MetricInfo(name=MetricName(tag=tag)) for tag in measures]
-    experiment = Experiment(hparam_infos=infos, metric_infos=metrics)
-    return _event(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=experiment))
 
 
 def session_start(values: Mapping[str, Cell]) -> Summary:

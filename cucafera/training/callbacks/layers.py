@@ -24,9 +24,9 @@ class Layers(Callback):
     Both are read on steps that wait for the device anyway, and change nothing that training depends on.
 
     Emits, against steps, for each layer NN from 00 on and for the `embedding`:
-        layers/gradient_norm/NN     norm of its gradient before clipping; not for steps whose update was not applied,
+        per_layer/gradient_norm/NN  norm of its gradient before clipping; not for steps whose update was not applied,
                                     nor for layers that are not trained
-        layers/activation_rms/NN    root mean square of the residual stream after it, on one held-out window
+        per_layer/activation_rms/NN root mean square of the residual stream after it, on one held-out window
     """
 
     def __init__(self, config: Config, guards: Guards, validation: Validation) -> None:
@@ -79,5 +79,7 @@ class Layers(Callback):
     def _write(self, trainer: pl.Trainer, name: str, by_layer: Mapping[str, Tensor], factor: float, step: int) -> None:
         if (logger := event_logger(trainer)) and by_layer:
             values = torch.stack(list(by_layer.values())).tolist()
-            curves = {f"layers/{name}/{layer}": factor * value for layer, value in zip(by_layer, values, strict=True)}
+            curves = {
+                f"per_layer/{name}/{layer}": factor * value for layer, value in zip(by_layer, values, strict=True)
+            }
             logger.log_metrics(curves, step=step)

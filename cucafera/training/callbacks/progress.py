@@ -10,7 +10,7 @@ from tqdm import tqdm
 from cucafera.config.schema import Config
 from cucafera.objectives import Objective
 from cucafera.output import bar_output
-from cucafera.runs.report import count, duration
+from cucafera.quantities import duration, rounded
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.throughput import Throughput
 from cucafera.training.callbacks.validation import Validation
@@ -40,7 +40,7 @@ class Progress(Callback):
                 unit="step",
                 file=bar_output(sys.stdout),
                 dynamic_ncols=True,
-                bar_format="{desc}{percentage:3.0f}%|{bar}| step {n}/{total} [{elapsed}, {remaining} left]{postfix}",
+                bar_format="{percentage:3.0f}%|{bar}| step {n:,}/{total:,}{postfix}",
             )
 
     def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
@@ -52,14 +52,16 @@ class Progress(Callback):
             self._bar.update(step - self._bar.n)
         if self.config.is_log_step(step):
             latest = self.throughput.latest
-            speed = f"{count(latest['train/tokens'])} tokens  loss {latest['train/loss']:.3f}  "
-            speed += f"{count(latest['speed/tokens_per_second'])} tokens/s"
+            figures = [f"loss {latest['loss/train']:.3f}"]  # first what matters: a narrow terminal cuts the rest
+            if tokens_left := (self.config.total_steps - step) * self.config.batch_tokens:
+                figures.append(f"{duration(tokens_left / latest['speed/tokens_per_second'])} left")
+            figures.append(f"{rounded(latest['speed/tokens_per_second'])} tokens/s")
             if "speed/mfu" in latest:
-                speed += f"  MFU {latest['speed/mfu']:.1%}"
+                figures.append(f"MFU {latest['speed/mfu']:.1%}")
+            figures.append(f"{rounded(latest['train/tokens'])} tokens")
             if self._bar is not None:
-                self._bar.set_postfix_str(speed)
-            left = (self.config.budget_tokens - latest["train/tokens"]) / latest["speed/tokens_per_second"]
-            self._line(f"step {step:>6,}/{self.config.total_steps:,}  {speed}  {duration(left)} left")
+                self._bar.set_postfix_str(", ".join(figures))
+            self._line("  ".join([f"step {step:>6,}/{self.config.total_steps:,}", *figures]))
             self._show_validation(step, module.objective)
 
     def _show_validation(self, step: int, objective: Objective) -> None:

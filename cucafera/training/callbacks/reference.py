@@ -47,7 +47,7 @@ class ReferenceCurve(Callback):
 
     A resumed run writes it from its step on, since TensorBoard drops later points of earlier sessions.
 
-    Emits, against the steps of this run at the same number of tokens: NAME/train_loss, such as original/train_loss.
+    Emits, against the steps of this run at the same number of tokens: loss/NAME, such as loss/original.
     """
 
     def __init__(self, config: Config) -> None:
@@ -60,4 +60,4 @@ class ReferenceCurve(Callback):
             return
         for step, loss in PUBLISHED[name].against_steps(self.config.batch_tokens).items():
             if module.steps_done < step <= self.config.total_steps:
-                logger.log_metrics({f"{name}/train_loss": loss}, step=step)
+                logger.log_metrics({f"loss/{name}": loss}, step=step)

@@ -1,5 +1,6 @@
-"""A page that describes a session: source revision, versions, device, command, and changed settings."""
+"""Pages that describe a session: command, settings, source revision, versions, device."""
 
+import dataclasses
 import platform
 import shlex
 import subprocess
@@ -10,10 +11,12 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
+from omegaconf import OmegaConf
 
 import cucafera
 from cucafera.config.fields import format_value
-from cucafera.markup import markdown, markdown_table
+from cucafera.config.schema import Config
+from cucafera.markup import markdown, markdown_code, markdown_table
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.events import event_logger
 from cucafera.training.hardware import Hardware
@@ -21,31 +24,54 @@ from cucafera.training.module import LanguageModel
 
 
 class System(Callback):
-    """Write the page at the start of each session.
+    """Write the pages at the start of each session.
 
-    Emits the text `system`: revision of the source tree, versions, device, command line, and the settings that differ
-    from the defaults. The host name is omitted for privacy.
+    Emits, in the order in which TensorBoard shows them after the samples, the texts
+        settings/changed    the command line, and the settings that differ from the defaults
+        settings/full       the complete configuration
+        system              revision of the source tree, versions, device; not the host name, for privacy
 
     Args:
+        config: The run.
         hardware: The device.
         overrides: The command line.
         changes: Keys that differ from the defaults, with the default and the value of the run.
     """
 
-    def __init__(self, hardware: Hardware, overrides: Sequence[str], changes: Mapping[str, tuple[Any, Any]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hardware: Hardware,
+        overrides: Sequence[str],
+        changes: Mapping[str, tuple[Any, Any]],
+    ) -> None:
+        self.config = config
         self.hardware = hardware
         self.overrides = overrides
         self.changes = changes
 
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        """Write the page."""
+        """Write the pages."""
         if logger := event_logger(trainer):
-            page = system_page(self.hardware, self.overrides, self.changes)
-            logger.experiment.add_text("system", page, module.steps_done)
+            pages = {
+                "settings/changed": changes_page(self.overrides, self.changes),
+                "settings/full": markdown_code(OmegaConf.to_yaml(dataclasses.asdict(self.config))),
+                "system": system_page(self.hardware),
+            }
+            for name, page in pages.items():
+                logger.experiment.add_text(name, page, module.steps_done)
 
 
-def system_page(hardware: Hardware, overrides: Sequence[str], changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return the page as Markdown. Arguments as for `System`."""
+def changes_page(overrides: Sequence[str], changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the command line and the changed settings as Markdown. Arguments as for `System`."""
+    rows = [(key, format_value(default), format_value(value)) for key, (default, value) in changes.items()]
+    lines = [markdown(f"python -m cucafera.run {shlex.join(overrides)}"), ""]
+    lines += markdown_table([("setting", "default", "this run"), *rows]) if rows else ["All settings have defaults."]
+    return "\n".join(lines)
+
+
+def system_page(hardware: Hardware) -> str:
+    """Return source revision, versions and device as Markdown."""
     compiled = ", compiled" if hardware.compile else ""
     facts = {
         "source": source_revision(Path(cucafera.__file__).parents[1]),
@@ -55,12 +81,8 @@ def system_page(hardware: Hardware, overrides: Sequence[str], changes: Mapping[s
         "lightning": lightning.__version__,
         "device": f"{hardware.world_size} x {hardware.name}, {hardware.precision}{compiled}",
     }
-    rows = [(key, format_value(default), format_value(value)) for key, (default, value) in changes.items()]
-    lines = [markdown(f"python -m cucafera.run {shlex.join(overrides)}"), ""]
-    lines += [*markdown_table([("property", "value"), *((name, value) for name, value in facts.items() if value)]), ""]
-    lines += ["### Settings that differ from the defaults", ""]
-    lines += markdown_table([("key", "default", "this run"), *rows]) if rows else ["None."]
-    return "\n".join(lines)
+    rows = [(name, value) for name, value in facts.items() if value]
+    return "\n".join(markdown_table([("property", "value"), *rows]))
 
 
 def source_revision(root: Path) -> str | None:

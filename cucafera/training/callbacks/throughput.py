@@ -9,11 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import OmegaConf
 
 from cucafera.config.schema import Config
-from cucafera.markup import markdown_code
 from cucafera.model.flops import training_flops_per_token
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.guards import Guards
@@ -27,8 +24,8 @@ log = logging.getLogger(__name__)
 class Throughput(Callback):
     """Log the training curves on log steps, which wait for the device anyway (see `Config.is_log_step`).
 
-    Emits the configuration as the text `config`, and against steps:
-        train/loss                  mean over all targets of the step, nats
+    Emits, against steps:
+        loss/train                  mean over all targets of the step, nats
         train/gradient_norm         global norm before clipping
         train/lr/GROUP              learning rate of each parameter group
         train/tokens                tokens seen by the run, including padding
@@ -37,7 +34,7 @@ class Throughput(Callback):
         speed/mfu                   against the dense bf16 peak, full-attention convention; only for known GPUs
         speed/data_wait             share of that time spent waiting for data
         memory/peak_gib             peak since the start: of the GPU, or of the process on a CPU
-        guards/skipped_updates      updates of the run that were not applied
+        train/skipped_updates       updates of the run that were not applied; none as long as there is no such update
     """
 
     def __init__(self, config: Config, hardware: Hardware, guards: Guards) -> None:
@@ -82,10 +79,6 @@ class Throughput(Callback):
                     log.warning("WARNING %s", entry)
                 else:
                     log.info("        %s", entry)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                text = markdown_code(OmegaConf.to_yaml(dataclasses.asdict(self.config)))
-                logger.experiment.add_text("config", text, module.steps_done)
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
         self._log_step = module.steps_done
@@ -112,15 +105,16 @@ class Throughput(Callback):
         self.waiting_seconds += self._waited
         data = data_of(trainer)
         self.latest = {
-            "train/loss": record.loss,
+            "loss/train": record.loss,
             "train/gradient_norm": record.gradient_norm,
             "train/tokens": step * self.config.batch_tokens,
             "train/epoch": data.epochs_at(step),
             "speed/tokens_per_second": tokens_per_second,
             "speed/data_wait": self._waited / seconds,
             "memory/peak_gib": peak_memory_bytes(module.device) / 2**30,
-            "guards/skipped_updates": self.guards.skipped_updates,
         }
+        if self.guards.skipped_updates:  # a curve that is zero throughout would only be in the way
+            self.latest["train/skipped_updates"] = self.guards.skipped_updates
         for number, group in enumerate(trainer.optimizers[0].param_groups):
             self.latest[f"train/lr/{group.get('name', number)}"] = group["lr"]
         if self.hardware.peak_flops is not None:

@@ -18,9 +18,12 @@ class Validation(Callback):
     and it validates neither before the first step nor after the last. This callback validates in the step's hooks,
     before samples and checkpoints.
 
-    Emits, against steps, val/NAME for each metric of the objective: for next-token objectives val/loss (nats per
-    token), val/perplexity, val/accuracy (top-1) and val/bpb (bits per UTF-8 byte). And against tokens seen, so that
-    runs with other batch sizes can be compared, by_tokens/val_NAME for the loss and the primary metric.
+    Emits, against steps, the metrics of the objective (see `Objective.curve`): for next-token objectives
+        bpb/val                 bits per UTF-8 byte
+        loss/val                nats per token
+        val/accuracy            top-1
+        val/perplexity
+    and against tokens seen, to compare runs with other batch sizes, NAME/val_by_tokens for the first two.
 
     Attributes:
         history: One record per validation: step, tokens, and each metric.
@@ -54,7 +57,7 @@ class Validation(Callback):
 
     def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Validate if it is due."""
-        every = self.config.callbacks.validate_every_steps
+        every = self.config.validation_steps
         step = module.steps_done
         if step == self.config.total_steps or (every and step % every == 0):
             self._validate(trainer, module)
@@ -71,10 +74,10 @@ class Validation(Callback):
         metrics = {name: float(value) for name, value in module.validation_metrics.compute().items()}
         self.history.append({"step": step, "tokens": step * self.config.batch_tokens, **metrics})
         for logger in trainer.loggers:
-            logger.log_metrics({f"val/{name}": value for name, value in metrics.items()}, step=step)
+            logger.log_metrics({module.objective.curve(name): value for name, value in metrics.items()}, step=step)
         self._write_by_tokens(trainer, module, self.history[-1])
 
     def _write_by_tokens(self, trainer: pl.Trainer, module: LanguageModel, record: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            curves = {f"by_tokens/val_{name}": record[name] for name in module.objective.comparison_metrics}
+            curves = {f"{name}/val_by_tokens": record[name] for name in module.objective.comparison_metrics}
             logger.log_metrics(curves, step=int(record["tokens"]))
