@@ -51,6 +51,7 @@ from cucafera.data.sources.embedded import EmbeddedConfig
 from cucafera.data.sources.files import FilesConfig
 from cucafera.data.tokenize import tokenize_source
 from cucafera.data.tokenizer import Tokenizer
+from cucafera.quantities import number_of
 
 if TYPE_CHECKING:  # the tokenizing processes import this file, and do not need torch
     from cucafera.data.packed import StreamWindows
@@ -84,7 +85,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
                     found = measured_apart(work, corpus, path, cores)
                     rounds.setdefault((cores, work), []).append(found)
                     speed = found["megabytes"] / found["seconds"]
-                    print(f"round {number + 1}: {cores} cores, {work:20}{speed:8.2f} MB/s", flush=True)
+                    print(f"round {number + 1}: {number_of(cores, 'core')}, {work:20}{speed:8.2f} MB/s", flush=True)
     if len({found["tokens"] for results in rounds.values() for found in results}) > 1:
         raise SystemExit("the library and the shards have different numbers of tokens")
     print()
@@ -95,7 +96,8 @@ def tokenize_table(rounds: dict[tuple[int, str], list[dict[str, float]]]) -> str
     """Return a table of medians over rounds, and of ratios within a round."""
     first, *more = next(iter(rounds.values()))
     lines = [
-        f"{first['megabytes']:.1f} MB of text, {first['tokens']:,.0f} tokens; medians of {1 + len(more)} rounds",
+        f"{first['megabytes']:.1f} MB of text, {number_of(round(first['tokens']), 'token')}; medians of "
+        f"{1 + len(more)} rounds",
         "",
         f"{'cores':>5}  {'':20}{'MB/s':>8}{'tokens/s':>12}{'CPU seconds':>13}{'of the library':>16}",
     ]
@@ -195,7 +197,7 @@ def trained_tokenizer(corpus: str, path: Path) -> Path:
             if left <= 0:
                 return
 
-    Tokenizer.train(texts(), 65_536, show_progress=False).save(path)
+    Tokenizer.train(texts(), 65_536).save(path)
     return path
 
 
@@ -304,7 +306,10 @@ def ten_billion(arguments: argparse.Namespace) -> None:
         write_zeros(folder, arguments.tokens)
         sizes = [path.stat() for path in folder.iterdir()]
         on_disk = 512 * sum(size.st_blocks for size in sizes) / 1e6
-        print(f"{sum(size.st_size for size in sizes) / 1e9:.1f} GB in {len(sizes)} files, {on_disk:.1f} MB of the disk")
+        print(
+            f"{sum(size.st_size for size in sizes) / 1e9:.1f} GB in {number_of(len(sizes), 'file')}, "
+            f"{on_disk:.1f} MB of the disk"
+        )
         read_before = bytes_read()
         started = time.perf_counter()
         stream = TokenStream.open(folder, "benchmark", config.model.vocab_size)
@@ -312,7 +317,10 @@ def ten_billion(arguments: argparse.Namespace) -> None:
         print(f"opened in {1000 * opened:.1f} ms, with {(bytes_read() - read_before) / 1e6:.2f} MB read")
         batches = iter(loader(config, StreamWindows(stream, config.sequence_length), workers=0))
         next(batches)
-        print(f"first batch, of {config.windows_per_step} windows, after {time.perf_counter() - started:.3f} s\n")
+        print(
+            f"first batch, of {number_of(config.windows_per_step, 'window')}, after "
+            f"{time.perf_counter() - started:.3f} s\n"
+        )
         first = memory_in_use()
         read_all(batches, config, read_before)
         resident, used = memory()["VmRSS"] - first, memory_in_use() - first

@@ -38,6 +38,7 @@ from cucafera.config.tokens import PAD_ID
 from cucafera.generation.generate import decode_steps
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
+from cucafera.quantities import number_of
 
 OURS = "cucafera"
 PROMPTS = (128, 512, 1024, 2048)
@@ -131,7 +132,9 @@ def llama_cpp(gguf: Path | None, config: ModelConfig, device: torch.device) -> G
         n_threads_batch=torch.get_num_threads(), n_gpu_layers=-1 if device.type == "cuda" else 0, verbose=False,
     )  # fmt: skip
     if (model.n_vocab(), model.n_embd()) != (config.vocab_size, config.hidden_size):
-        raise MissingPeerError(f"{gguf} has {model.n_vocab():,} entries of width {model.n_embd():,}: another model")
+        raise MissingPeerError(
+            f"{gguf} has {number_of(model.n_vocab(), 'entry')} of width {model.n_embd():,}: another model"
+        )
 
     def write(prompts: list[list[int]], tokens: int) -> Generated:
         if len(prompts) > 1:
@@ -269,7 +272,8 @@ def main() -> None:
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"a CPU with {torch.get_num_threads()} threads"
     print(
-        f"{arguments.model}: {parameter_count(config):,} parameters, fp32, on {name}; {arguments.tokens} tokens "
+        f"{arguments.model}: {number_of(parameter_count(config), 'parameter')}, fp32, on {name}; "
+        f"{number_of(arguments.tokens, 'token')} "
         f"generated, medians of {arguments.rounds} rounds\n"
     )
     max_prompt = config.max_position_embeddings - arguments.tokens

@@ -43,6 +43,7 @@ from cucafera.interop.llama_cpp import LlamaCpp
 from cucafera.interop.real_text import documents
 from cucafera.interop.trained import load_trained
 from cucafera.model.flops import parameter_count
+from cucafera.quantities import number_of
 
 OURS = "fp32"
 
@@ -162,9 +163,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     starts = range(0, len(stream) - length, max((len(stream) - length) // (arguments.rounds + 1), 1))
     prompts = [stream[start : start + length] for start in starts][: arguments.rounds + 1]
     print(
-        f"{arguments.run}: {parameter_count(config):,} parameters, a CPU with {torch.get_num_threads()} threads; "
-        f"{arguments.tokens} tokens after {length}, medians of {len(prompts) - 1} rounds; bpb of {len(stream):,} "
-        f"tokens in {len(texts):,} documents of {arguments.text or 'the embedded corpus'}\n"
+        f"{arguments.run}: {number_of(parameter_count(config), 'parameter')}, a CPU with "
+        f"{torch.get_num_threads()} threads; "
+        f"{number_of(arguments.tokens, 'token')} after {length}, medians of {len(prompts) - 1} rounds; bpb of "
+        f"{len(stream):,} "
+        f"tokens in {number_of(len(texts), 'document')} of {arguments.text or 'the embedded corpus'}\n"
     )
     print(table(sides, compared(sides, texts, prompts, arguments.tokens), arguments.tokens))
 

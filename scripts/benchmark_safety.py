@@ -26,6 +26,7 @@ from cucafera.config.schema import Config
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 from cucafera.optimizers import build_optimizer
+from cucafera.quantities import number_of
 from cucafera.runs.checkpoints import CheckpointFolder
 from cucafera.training.callbacks.guards import LossMonitor
 from cucafera.training.checkpoint_writer import CheckpointWriter
@@ -108,14 +109,15 @@ def checkpoint(arguments: argparse.Namespace) -> None:
         (size,) = {found.size for found in CheckpointFolder(Path(directory)).complete()}
     stall, lost = statistics.median(stalls), statistics.median(slowdowns)
     print(
-        f"{parameter_count(config.model):,} parameters, {size / 1e9:.2f} GB, "
+        f"{number_of(parameter_count(config.model), 'parameter')}, {size / 1e9:.2f} GB, "
         f"written in {statistics.median(writing):.1f} s"
     )
     print(f"a checkpoint costs {stall + lost:.2f} s: {stall:.2f} s stopped, {lost:.2f} s of slower steps (medians)")
     print(f"a synchronous one costs {statistics.median(waiting):.2f} s")
     between = arguments.every_steps * arguments.step_seconds
     print(
-        f"every {arguments.every_steps} steps of {arguments.step_seconds} s: {(stall + lost) / between:.3%} of the time"
+        f"every {number_of(arguments.every_steps, 'step')} of {arguments.step_seconds} s: "
+        f"{(stall + lost) / between:.3%} of the time"
     )
     print(f"more than 2% if a step takes less than {50 * (stall + lost) / arguments.every_steps:.2f} s")
 
@@ -148,7 +150,10 @@ def guards(arguments: argparse.Namespace) -> None:
         guarded += [pair[1] for pair in pairs]
         ratios.append(statistics.median(guarded[-arguments.repeat :]) / statistics.median(plain[-arguments.repeat :]))
     median = statistics.median(plain)
-    print(f"{parameter_count(config.model):,} parameters, {steps.ids[:, 1:].numel():,} tokens per step")
+    print(
+        f"{number_of(parameter_count(config.model), 'parameter')}, "
+        f"{number_of(steps.ids[:, 1:].numel(), 'token')} per step"
+    )
     print(f"the guards take {1e6 * alone:.0f} microseconds of a step of {1e3 * median:.1f} ms: {alone / median:.3%}")
     print(
         f"step with guards / without: {statistics.median(ratios):.4f} (rounds: {min(ratios):.4f} to {max(ratios):.4f})"

@@ -56,6 +56,7 @@ from cucafera.data.packed import DocumentData, open_documents
 from cucafera.data.windows import Batch
 from cucafera.model.flops import parameter_count, peak_flops, training_flops_per_token
 from cucafera.process import keep_freed_memory, let_threads_wait_briefly
+from cucafera.quantities import number_of
 from cucafera.storage import write_text
 from cucafera.training.hardware import Hardware, decide_hardware
 
@@ -476,14 +477,15 @@ class Results:
         """Return the tables."""
         setup = self.setup
         lines = [
-            f"{setup['model']}: {setup['parameters']:,} parameters, on {setup['device']}; matrix products reach "
+            f"{setup['model']}: {number_of(setup['parameters'], 'parameter')}, on {setup['device']}; matrix "
+            "products reach "
             f"{setup['matrix_flops'] / 1e12:.2f} TFLOP/s"
         ]
         for setting, facts in self.settings.items():
             if not self.measurements[setting]:
                 continue
             masked = "; not masked: full windows, by a peer without document masking" if setting == "documents" else ""
-            lines += ["", f"{setting}: {facts['batch_tokens']:,} tokens per step{masked}", ""]
+            lines += ["", f"{setting}: {number_of(facts['batch_tokens'], 'token')} per step{masked}", ""]
             lines += [
                 f"{'':32}{'tokens/s':>10}{'quartiles':>21}{'ratio':>7}{'MFU':>8}{'causal':>8}{'memory':>11}{'above':>11}"
                 f"{'first':>9}"

@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a rented machine may have the sources only
 
 from cucafera.process import let_threads_wait_briefly  # noqa: E402
+from cucafera.quantities import number_of  # noqa: E402
 from cucafera.storage import write_text  # noqa: E402
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def environment(bench: Bench) -> None:
         bench.record("GPU memory", f"{memory / 2**30:.1f} GiB", memory_bytes=memory)
         bench.record("driver, CUDA", f"{driver()}, {torch.version.cuda}", driver=driver(), cuda=torch.version.cuda)
     else:
-        card = f"CPU ({torch.get_num_threads()} cores in use)"
+        card = f"CPU ({number_of(torch.get_num_threads(), 'core')} in use)"
     bench.record("device", card, card=card)
     bench.record("versions", ", ".join(f"{name} {version}" for name, version in versions.items()), versions=versions)
     missing = [name for name in PACKAGES if name not in versions]
@@ -201,7 +202,8 @@ def gradients(bench: Bench) -> None:
             worst = max(errors, key=lambda name: errors[name])
             bench.record(
                 f"gradients in {case}",
-                f"{len(far)} of {len(errors)} parameters wrong; largest error {errors[worst]:.2g} ({worst})",
+                f"{len(far)} of {number_of(len(errors), 'parameter')} wrong; largest error "
+                f"{errors[worst]:.2g} ({worst})",
                 goal=f"error at most {tolerance:g}, cosine above {MIN_COSINE}, none zero",
                 **{case: {name: error if math.isfinite(error) else None for name, error in errors.items()}},
             )
@@ -350,7 +352,7 @@ def training(bench: Bench) -> None:
     metrics, points = json.loads((run / "metrics.json").read_text(encoding="utf-8")), curves(run)
     hardware = sessions(run)[-1]["hardware"]
     config = composed_config(command[3:])
-    loss = points["train/loss"]
+    loss = points["loss/train"]
     end = statistics.mean(list(loss.values())[-3:])
     bench.record(
         "loss of the first step, and mean of the last three", f"{loss[1]:.3f}, {end:.3f}", loss=list(loss.values())
@@ -360,7 +362,7 @@ def training(bench: Bench) -> None:
 
     speed = statistics.median(points["speed/tokens_per_second"][step] for step in STEADY_STEPS)
     seconds = config.batch_tokens / speed
-    shape = f"{hardware['micro_batch_windows']} windows per micro-batch, {hardware['precision']}"
+    shape = f"{number_of(hardware['micro_batch_windows'], 'window')} per micro-batch, {hardware['precision']}"
     shape += ", compiled" if hardware["compile"] else ""
     bench.record("tokens per second", f"{speed:,.0f} ({seconds:.3g} s per step; {shape})",
                tokens_per_second=speed, step_seconds=seconds, hardware=hardware)  # fmt: skip
@@ -463,7 +465,7 @@ def resume(bench: Bench) -> None:
     bench.record("killed after the checkpoint of step", str(saved), saved_step=saved)
     called(bench, command)
     begun = sessions(run)[-1]
-    loss = curves(run)["train/loss"]
+    loss = curves(run)["loss/train"]
     bench.record("resumed after step", str(begun["step"]), resumed_step=begun["step"], loss=list(loss.values()))
     if begun["event"] != "resumed" or begun["step"] != saved:
         raise FailureError(f"it should have resumed after step {saved}, and {begun['event']} at {begun['step']}")
@@ -491,7 +493,9 @@ def generation(bench: Bench) -> None:
     chat = [sys.executable, "-m", "cucafera.chat", str(run), "--prompt", "La mar", "--max-new-tokens", "16"]
     chat += ["--device", device_of(bench).type]
     reply = called(bench, chat, stdout=subprocess.PIPE).stdout.strip()
-    bench.record("the chat command", "empty response" if not reply else f"{len(reply)} characters", reply=reply)
+    bench.record(
+        "the chat command", "empty response" if not reply else f"{number_of(len(reply), 'character')}", reply=reply
+    )
     if not reply:
         raise FailureError("the chat command gave an empty response")
     trained = load_trained(str(run))
@@ -509,7 +513,7 @@ def generation(bench: Bench) -> None:
         speed = batch * count / rest
         bench.record(
             f"generating {batch} text{'s' if batch > 1 else ''} in fp32",
-            f"{speed:,.0f} tokens per second, first token after {1000 * first:.1f} ms",
+            f"{number_of(round(speed), 'token')} per second, first token after {1000 * first:.1f} ms",
             **{f"generation_{batch}": {"tokens_per_second": speed, "first_token_seconds": first}},
         )
 
@@ -560,7 +564,9 @@ def checkpoint(bench: Bench) -> None:
     every = composed_config(["+experiment=pretrain"]).callbacks.checkpoint_every_steps
     if step := bench.before.get("training", {}).get("step_seconds"):
         share = waited / (every * step)
-        bench.record(f"of the training time, with one every {every} steps", f"{share:.3%}", checkpoint_share=share)
+        bench.record(
+            f"of the training time, with one every {number_of(every, 'step')}", f"{share:.3%}", checkpoint_share=share
+        )
 
 
 def benchmark(bench: Bench) -> None:
@@ -586,7 +592,9 @@ def benchmark(bench: Bench) -> None:
     bench.figures["benchmark"] = found
     for setting, facts in found["settings"].items():
         for row in facts["rows"]:
-            bench.record(f"{row['name']}, {setting}", f"{row['tokens_per_second']:,.0f} tokens per second")
+            bench.record(
+                f"{row['name']}, {setting}", f"{number_of(round(row['tokens_per_second']), 'token')} per second"
+            )
         compare(bench, setting, {row["name"]: row["tokens_per_second"] for row in facts["rows"]})
     if found["skipped"]:
         bench.record("not measured (time limit)", f"{len(found['skipped'])} of {2 * len(peers)}")

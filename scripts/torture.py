@@ -50,6 +50,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cucafera.quantities import number_of
+
 PRELOADED = [
     "cucafera.run",
     "cucafera.data.packed",
@@ -77,7 +79,7 @@ SETTINGS = [
 ]
 TOKENS_OF_STEP = 128
 VARYING_METRICS = ("training_seconds", "tokens_per_second", "data_wait", "peak_memory_gib", "name", "crc32")
-VARYING_CURVES = ("speed/", "memory/", "hp/tokens_per_second")
+VARYING_CURVES = ("speed/", "memory/")
 KILLS = ("kill", "kill in save")
 LONGEST_START_SECONDS = 120
 LONGEST_TRIAL_SECONDS = 120
@@ -381,7 +383,7 @@ def damage(path: Path, rng: random.Random) -> str:
         return f"a bit of byte {position} flipped"
     length = rng.randrange(len(content))
     path.write_bytes(content[:length])
-    return f"truncated to {length} bytes"
+    return f"truncated to {number_of(length, 'byte')}"
 
 
 def check(ended: Ended, expected: set[int], what: str) -> None:
@@ -482,13 +484,15 @@ def output_trials(folder: Path, trials: int, seed: int, kinds: list[str]) -> Non
             print(f"{name}: {outcome}, status {status}, {fault}", flush=True)
         else:
             shutil.rmtree(folder / "outputs" / name)
-    print(f"seed {seed}: {trials} runs of {steps} steps, {time.monotonic() - started:.0f} s\n")
+    print(
+        f"seed {seed}: {number_of(trials, 'run')} of {number_of(steps, 'step')}, {time.monotonic() - started:.0f} s\n"
+    )
     columns = ("ended by itself", "stopped, resumed", "lost", "hanging")
     print(f"{'':14}" + "".join(f"{column:>18}" for column in ("trials", *columns)))
     for kind, counts in outcomes.items():
         print(f"{kind:14}{counts.total():>18}" + "".join(f"{counts[column]:>18}" for column in columns))
     failed = sum(counts["lost"] + counts["hanging"] for counts in outcomes.values())
-    report([f"{failed} trials"] if failed else [])
+    report([f"{number_of(failed, 'trial')}"] if failed else [])
 
 
 def flattened(value: Any, key: str = "") -> Any:
@@ -520,7 +524,7 @@ def series(folder: Path, kills: int, steps: int, seed: int) -> None:
     )
     started = time.monotonic()
     check(bench.start("undisturbed", Fault("none")), {0}, "the undisturbed run")
-    print(f"undisturbed: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"undisturbed: {number_of(steps, 'step')} in {time.monotonic() - started:.0f} s", flush=True)
     counts: Counter[str] = Counter()
     run = folder / "outputs" / "disturbed"
     while sum(counts[name] for name in KILLS) < kills:
@@ -549,7 +553,10 @@ def series(folder: Path, kills: int, steps: int, seed: int) -> None:
     ended = bench.start("disturbed", Fault("none"))
     check(ended, {0}, "the last start")
     found = differences(folder / "outputs" / "undisturbed", run)
-    print(f"seed {seed}: {sum(counts.values())} faults in one run of {steps} steps, {time.monotonic() - started:.0f} s")
+    print(
+        f"seed {seed}: {sum(counts.values())} faults in one run of {number_of(steps, 'step')}, "
+        f"{time.monotonic() - started:.0f} s"
+    )
     for name, count in sorted(counts.items()):
         print(f"  {name:14}{count:5}")
     report(found)

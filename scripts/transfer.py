@@ -40,6 +40,7 @@ from cucafera.data.packed import open_documents
 from cucafera.model.transformer import Decoder
 from cucafera.optimizers import build_optimizer
 from cucafera.optimizers.adamw import AdamWConfig
+from cucafera.quantities import number_of
 from cucafera.run import train
 from cucafera.runs.folder import RunFolder
 from cucafera.sweeps.optimum import Optimum, find_optimum
@@ -131,13 +132,15 @@ def coordinates(arguments: argparse.Namespace) -> None:
         model = composed_config([*SETTINGS, *model_overrides(width, base if scaled else None)]).model
         rows = [changes(model, batches, 2.0**arguments.exponent, seed) for seed in range(arguments.seeds)]
         measured[scaled][width] = {name: math.fsum(row[name] for row in rows) / len(rows) for name in ACTIVATIONS}
-    print(f"RMS change after {arguments.steps} steps at 2^{arguments.exponent}, base width {base}\n")
+    print(f"RMS change after {number_of(arguments.steps, 'step')} at 2^{arguments.exponent}, base width {base}\n")
     print(f"{'':12}{'width':>8}" + "".join(f"{name:>18}" for name in ACTIVATIONS))
     for scaled, row_of in measured.items():
         for width, row in row_of.items():
             print(f"{PARAMETRIZATIONS[scaled]:12}{width:>8}" + "".join(f"{row[name]:>18.4f}" for name in ACTIVATIONS))
         print(f"{'':12}{'slope':>8}" + "".join(f"{slope:>18.2f}" for slope in slopes(row_of).values()) + "\n")
-    draw_coordinates(measured, f"RMS change after {arguments.steps} steps", arguments.folder / "coordinates.png")
+    draw_coordinates(
+        measured, f"RMS change after {number_of(arguments.steps, 'step')}", arguments.folder / "coordinates.png"
+    )
 
 
 class Run(NamedTuple):

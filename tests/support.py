@@ -1,11 +1,14 @@
 """Shared by the tests: the small run and its corpus, commands as processes, comparisons, small models."""
 
+import codecs
 import contextlib
 import copy
+import fcntl
 import functools
 import importlib.util
 import json
 import os
+import pty
 import random
 import select
 import signal
@@ -13,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -66,6 +70,7 @@ SMALL_RUN = [
     "batch_tokens=256",
     "budget_tokens=3072",
     "schedule.warmup_steps=2",
+    "optimizer.lr=3e-3",
     "callbacks.log_every_steps=1",
     "callbacks.validate_every_steps=4",
     "callbacks.checkpoint_every_steps=4",
@@ -234,6 +239,45 @@ def run_command(
     return subprocess.CompletedProcess(process.args, process.wait(0), output, error)
 
 
+def _become_controlling_terminal() -> None:
+    """Make the input of the new process its terminal, so that Ctrl-C reaches it as from a shell."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background ignore it
+
+
+class PseudoTerminal:
+    """A program in its own terminal."""
+
+    def __init__(self, arguments: Sequence[str], folder: Path, **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=folder, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=_become_controlling_terminal, env=os.environ | {"TERM": "xterm"} | environment,
+        )  # fmt: skip
+        os.close(slave)
+        self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Read until a text has come after what was waited for before; return what came in between."""
+        end = time.monotonic() + seconds
+        while text not in self.text:
+            assert time.monotonic() < end, self.text
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.text += self._decoder.decode(os.read(self.master, 4096))
+        before, self.text = self.text.split(text, 1)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def exit_code(self) -> int:
+        code = self.process.wait(timeout=30)
+        os.close(self.master)
+        return code
+
+
 class Command:
     """`python -m cucafera.run` on the small run, in the test's own folder."""
 
@@ -258,7 +302,9 @@ class Command:
         """
         flags = [override for override in overrides if override.startswith("-")]
         values = [override for override in overrides if not override.startswith("-")]
-        arguments = [*program, *flags, *self.arguments, *values]
+        given = {override.partition("=")[0] for override in values}  # a sweep refuses a key that is given twice
+        small = [argument for argument in self.arguments if argument.partition("=")[0] not in given]
+        arguments = [*program, *flags, *small, *values]
         if is_forked:
             return Process(arguments, self.folder, new_group)
         return subprocess.Popen(

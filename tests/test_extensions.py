@@ -14,6 +14,7 @@ import torch
 
 from cucafera.config.command_line import command_line_problems
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS
+from cucafera.config.schema import SamplingConfig
 from cucafera.interop.model_card import read_lineage
 from cucafera.interop.trained import load_trained
 from cucafera.run import train
@@ -54,7 +55,7 @@ def test_toys_train_report_and_resume_to_the_same_weights(toys, small_run, caplo
     for text in ("Share of hits", "of the tokens (best", "Direction  ", "backwards"):
         assert text in caplog.text
     assert "| step | tokens | hits |" in Path("outputs/whole/report.md").read_text()
-    assert scalars("outputs/whole", "val/hits")[-1][1] == pytest.approx(score)
+    assert scalars("outputs/whole", "hits/val")[-1][1] == pytest.approx(score)
     best = RunFolder(Path("outputs/whole")).checkpoints.best()
     assert best.score.metric == "hits" and best.score.value == metrics["best_hits"]
 
@@ -70,7 +71,8 @@ def test_toys_export_and_stand_in_the_model_card(toys, small_run):
     assert not trained.chats and trained.step == 12
     from cucafera.interop.model_card import model_card
 
-    card = model_card(trained, read_lineage(RunFolder(Path("outputs/run"))), "toy", None, "Compared", False)
+    lineage = read_lineage(RunFolder(Path("outputs/run")))
+    card = model_card(trained, lineage, "toy", None, "Compared", False, SamplingConfig())
     assert "SGD, momentum 0.9" in card and "of the tokens on held-out text" in card
 
 

@@ -103,7 +103,7 @@ def test_changing_one_conversation_changes_no_logit_of_another(base, small_chat)
 def test_micro_batches_and_workers_do_not_change_the_trajectory(base, small_chat, other):
     train(small_chat("name=first", FINETUNE), [])
     train(small_chat("name=second", FINETUNE, f"trainer.{other}"), [])
-    assert_same_curve("outputs/first", "outputs/second", "train/loss")
+    assert_same_curve("outputs/first", "outputs/second", "loss/train")
     assert_close(weights("outputs/first"), weights("outputs/second"))
 
 
@@ -114,7 +114,7 @@ def test_a_run_in_two_parts_ends_bit_equal_to_one(base, small_chat, adapter):
     train(small_chat("name=parts", *settings, "budget_tokens=3072"), [])
     train(small_chat("name=parts", *settings), [])
     assert_equal(weights("outputs/whole"), weights("outputs/parts"))
-    assert scalars("outputs/whole", "train/loss") == scalars("outputs/parts", "train/loss")
+    assert scalars("outputs/whole", "loss/train") == scalars("outputs/parts", "loss/train")
 
 
 def test_epochs_are_turned_into_whole_steps(base, small_chat):

@@ -53,7 +53,7 @@ def test_a_killed_run_resumes_and_ends_bit_equal_to_an_undisturbed_one(command, 
     assert code == 0, output
     assert "resuming after step" in output
     assert_equal(weights(undisturbed), weights(killed))
-    for tag in ("train/loss", "val/loss", "by_tokens/val_loss", "layers/activation_rms/01"):
+    for tag in ("loss/train", "loss/val", "loss/val_by_tokens", "per_layer/activation_rms/01"):
         assert scalars(undisturbed, tag) == scalars(killed, tag)
 
 
@@ -107,9 +107,9 @@ def one_device(tmp_path_factory) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The same curves, texts and weights, and checkpoints of the same form."""
-    for tag in ("train/loss", "train/gradient_norm", "val/loss", "val/bpb", "val/accuracy"):
+    for tag in ("loss/train", "train/gradient_norm", "loss/val", "bpb/val", "val/accuracy"):
         assert_same_curve(one, other, tag)
-    for what in ("layers/gradient_norm", "layers/activation_rms"):
+    for what in ("per_layer/gradient_norm", "per_layer/activation_rms"):
         for layer in ("embedding", "01"):
             assert_same_curve(one, other, f"{what}/{layer}")
     assert_close(weights(one), weights(other))
@@ -188,7 +188,7 @@ def test_all_devices_agree_when_one_of_them_has_a_nonfinite_value(command, tmp_p
         assert process.returncode == 0, output
         assert ("rolling back to step 4, skipping batch 5" if policy == "rollback" else "was not applied") in output
     one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
-    assert scalars(two, "guards/skipped_updates")[-1] == (12, 1 if policy == "skip" else 0)
+    assert scalars(two, "train/skipped_updates")[-1] == (12, 1 if policy == "skip" else 0)
     assert_close(weights(one), weights(two))
 
 

@@ -66,7 +66,7 @@ def test_documented_refusals_are_what_is_printed():
 
 
 def test_the_output_of_the_quickstart_has_the_lines_that_a_report_has():
-    checkpoint = SimpleNamespace(path="outputs/quickstart/checkpoints/step-00000341.ckpt")
+    checkpoint = SimpleNamespace(path="outputs/quickstart/checkpoints/step-00001953.ckpt")
     path = Path("outputs/quickstart")
     folder = SimpleNamespace(
         path=path, report=path / "report.md", checkpoints=SimpleNamespace(complete=lambda: [checkpoint])
@@ -75,24 +75,24 @@ def test_the_output_of_the_quickstart_has_the_lines_that_a_report_has():
         "objective": "pretraining",
         "parameters": 1_771_200,
         "adapter_parameters": 0,
-        "tokens": 698_368,
-        "steps": 341,
+        "tokens": 999_936,
+        "steps": 1953,
         "skipped_updates": 0,
         "left_out": [],
         "skipped_batches": [],
-        "training_seconds": 87,
-        "tokens_per_second": 8060,
+        "training_seconds": 149,
+        "tokens_per_second": 6730,
         "device": "CPU (2 cores in use)",
         "devices": 1,
         "precision": "fp32",
         "mfu": None,
-        "data_wait": 0.0035,
-        "train_loss": 3.546,
+        "data_wait": 0.0101,
+        "train_loss": 2.436,
         "validation": [
-            {"loss": 6.954, "perplexity": 1047.1, "accuracy": 0.005, "bpb": 3.853},
-            {"loss": 3.969, "perplexity": 52.9, "accuracy": 0.206, "bpb": 2.199},
+            {"loss": 6.962, "perplexity": 1056.0, "accuracy": 0.005, "bpb": 3.863},
+            {"loss": 3.649, "perplexity": 38.5, "accuracy": 0.259, "bpb": 2.025},
         ],
-        "best_bpb": 2.199,
+        "best_bpb": 2.012,
         "samples": [],
     }
     report, _, _ = terminal_report(metrics, folder).strip("\n").partition("\n\n")

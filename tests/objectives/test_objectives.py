@@ -13,14 +13,14 @@ HIGHER = MetricSpec("accuracy", "accuracy", direction="higher", format=".1%")
 
 
 def test_a_base_model_continues_a_document_and_stops_at_the_next():
-    tokenizer = Tokenizer.train(["la mar i el bosc"] * 9, 280, show_progress=False)
+    tokenizer = Tokenizer.train(["la mar i el bosc"] * 9, 280)
     objective = OBJECTIVES.get("pretraining")
     assert objective.prompt_ids(tokenizer, "la mar") == [DOCUMENT_START_ID, *tokenizer.encode("la mar")]
     assert objective.stop_id == DOCUMENT_START_ID and not objective.chats
 
 
 def test_a_chat_model_answers_a_message_and_stops_at_its_end():
-    tokenizer = Tokenizer.train(["la mar i el bosc"] * 9, 280, show_progress=False)
+    tokenizer = Tokenizer.train(["la mar i el bosc"] * 9, 280)
     objective = OBJECTIVES.get("finetuning")
     assert objective.prompt_ids(tokenizer, "la mar") == render_prompt([Message("user", "la mar")], tokenizer)
     assert objective.stop_id == IM_END_ID and objective.chats
