@@ -101,7 +101,7 @@ def test_a_killed_sweep_resumes_with_the_job_that_was_running(command, tmp_path)
         "resumed",
         "completed",
     ]
-    assert "The best is seed=" in output
+    assert "mean and standard deviation of 2 seeds" in output
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_other_launchers_run_the_same_jobs(command, tmp_path, launcher):
     sweep = tmp_path / "outputs" / "files-sweep"
     assert ended(sweep) == {"seed=1": ("finished", 0), "seed=2": ("finished", 0)}
     assert "Validation bpb" in (sweep / "seed=1" / "job.out").read_text()
-    assert "The best is seed=" in output
+    assert "mean and standard deviation of 2 seeds" in output
 
 
 @pytest.mark.slow
