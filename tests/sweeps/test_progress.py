@@ -45,7 +45,7 @@ def test_on_a_terminal_one_line_changes_in_place(tmp_path, monkeypatch):
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", Output(terminal, "Standard output"))
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((60, 20)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *given, **named: os.terminal_size((60, 20)))
     progress = SweepProgress(tmp_path, 2)
     (tmp_path / "job.out").write_text("step 10/100  loss 6.2\n")
     progress.start()
