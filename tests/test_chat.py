@@ -307,7 +307,7 @@ cucafera.chat.main()
 def test_a_session_in_a_real_terminal(runs):
     terminal = PseudoTerminal(["-c", SLOW_MODEL, "chat"], runs)
     try:
-        terminal.wait_for("Loading outputs/chat (57,072 parameters, 0.2 MB in fp32) ...")
+        terminal.wait_for("Loading outputs/chat (57,072 parameters, 228 kB in fp32) ...")
         terminal.wait_for("parameters, after 12 steps")
         terminal.wait_for("\n/help lists the commands.")
         terminal.wait_for("> ")
