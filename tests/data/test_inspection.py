@@ -7,21 +7,9 @@ from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID, PA
 from cucafera.data.inspection import measure, pieces, text_of
 from cucafera.data.packed import StreamWindows
 from cucafera.data.windows import IGNORED, Window
+from tests.support import Stream
 
 LENGTH = 8
-
-
-class Stream:
-    """A stream of tokens in memory."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = np.array(tokens, dtype=np.uint16)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        return self.tokens[start : start + length]
 
 
 def window(inputs: list[int], targets: list[int], documents: list[int]) -> Window:
