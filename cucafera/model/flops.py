@@ -45,10 +45,14 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def block_matrix_parameter_count(config: ModelConfig) -> int:
+    """Return the number of parameters in the matrices of all blocks."""
+    return config.num_hidden_layers * sum(outputs * inputs for outputs, inputs in layer_shapes(config).values())
+
+
 def matrix_parameter_count(config: ModelConfig) -> int:
     """Return the number of parameters in matrix products: all but the gains; the tied embedding counts once."""
-    block = sum(outputs * inputs for outputs, inputs in layer_shapes(config).values())
-    return config.vocab_size * config.hidden_size + config.num_hidden_layers * block
+    return config.vocab_size * config.hidden_size + block_matrix_parameter_count(config)
 
 
 def adapter_parameter_count(config: ModelConfig, adapter: AdapterConfig) -> int:
@@ -61,6 +65,11 @@ def parameter_count(config: ModelConfig) -> int:
     """Return the number of parameters of the decoder; the tied embedding counts once."""
     gains = (2 * config.num_hidden_layers + 1) * config.hidden_size
     return matrix_parameter_count(config) + gains
+
+
+def trained_parameter_count(config: ModelConfig, adapter: AdapterConfig) -> int:
+    """Return the number of parameters that are trained: those of the adapters, or all if there are none."""
+    return adapter_parameter_count(config, adapter) or parameter_count(config)
 
 
 def training_flops_per_token(

@@ -15,10 +15,15 @@ multiplier is folded in that way, and the model stays a plain Llama.
 
 Attention logits are divided by the square root of the head dim, where the paper divides by the head dim: that is
 equivalent as long as the head dim is constant and the number of heads grows.
+
+The table is for AdamW. Muon's update of a matrix has a spectral norm that is its learning rate times
+sqrt(max(1, outputs / inputs)), which changes what a layer computes equally at every width (Yang et al., 2023, A
+Spectral Condition for Feature Learning): matrices that it trains have no 1 / m.
 """
 
 from cucafera.config.schema import ADAPTED_MODULES, ModelConfig
 
+EMBEDDING = "embed_tokens.weight"
 FINAL_GAIN = "norm.weight"
 BLOCK_MATRICES = tuple(f".{name}.weight" for name in ADAPTED_MODULES)
 
@@ -41,7 +46,7 @@ def initial_scale(name: str, config: ModelConfig) -> float:
 
 
 def learning_rate_ratio(name: str, config: ModelConfig) -> float:
-    """Return the learning rate of a parameter as a fraction of that of the embedding.
+    """Return the learning rate of a parameter that AdamW trains as a fraction of that of the embedding.
 
     Args:
         name: Its name in the Decoder.

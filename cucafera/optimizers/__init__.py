@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cucafera.config.registry import OPTIMIZERS, Judge
 from cucafera.config.schema import Config, OptimizerConfig
+from cucafera.model.flops import trained_parameter_count
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,7 @@ class OptimizerSpec(ABC):
     Attributes:
         name: The choice in the configuration.
         config: Dataclass of its settings.
+        learning_rates: Its settings that are peak learning rates.
         state_bytes_per_parameter: Bytes of state for each trained fp32 parameter, without weight and gradient.
         reads_found_inf: True if `step` of the built optimizer leaves weights and state untouched, on the device, where
             its attribute `found_inf` (a tensor) is 1, as the fused kernels of PyTorch do. Where it does not, training
@@ -31,12 +33,22 @@ class OptimizerSpec(ABC):
 
     name: str
     config: type[OptimizerConfig] = OptimizerConfig
+    learning_rates: tuple[str, ...] = ("lr",)
     state_bytes_per_parameter: int
     reads_found_inf: bool = False
+
+    @property
+    def learning_rate_keys(self) -> list[str]:
+        """The dotted keys of its peak learning rates."""
+        return [f"optimizer.{name}" for name in self.learning_rates]
 
     def problems(self, config: Config, judge: Judge) -> Iterator[str]:
         """Yield a sentence for each value that the optimizer cannot work with."""
         yield from ()
+
+    def state_bytes(self, config: Config) -> int:
+        """Return the bytes of state for all trained parameters of a run."""
+        return self.state_bytes_per_parameter * trained_parameter_count(config.model, config.adapter)
 
     @abstractmethod
     def build(self, model: "Decoder", config: Any) -> "torch.optim.Optimizer":

@@ -20,6 +20,15 @@ class AdamWConfig(OptimizerConfig):
     """AdamW."""
 
     name: str = "adamw"
+    weight_decay: float = setting(
+        1.0,
+        "Decoupled decay of matrices per step, times the learning rate; a long run wants less, as a weight is "
+        "forgotten within 1 / (lr * weight_decay) steps.",
+        at_least=0,
+    )
+    embedding_lr: float | None = setting(
+        None, "Peak learning rate of the embedding, which is tied with the head; null: the same as lr.", above=0
+    )
     betas: list[float] = setting(
         [0.9, 0.95],
         "Decay of the running mean and of the running square of the gradient.",
@@ -43,7 +52,8 @@ class AdamW(OptimizerSpec):
 
         from cucafera.model.parameter_groups import parameter_groups
 
-        groups = parameter_groups(model, config.weight_decay)
+        embedding_ratio = 1.0 if config.embedding_lr is None else config.embedding_lr / config.lr
+        groups = parameter_groups(model, config.weight_decay, embedding_ratio)
         first, second = config.betas
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=True)
         set_learning_rate(optimizer, config.lr)
@@ -51,4 +61,6 @@ class AdamW(OptimizerSpec):
 
     def describe(self, settings: Mapping[str, Any]) -> str:
         """Return the recipe in words."""
-        return f"AdamW, lr {settings['lr']:g}, weight decay {settings['weight_decay']:g}"
+        embedding = settings.get("embedding_lr")
+        rates = f"lr {settings['lr']:g}" + (f" (embedding {embedding:g})" if embedding else "")
+        return f"AdamW, {rates}, weight decay {settings['weight_decay']:g}"

@@ -109,7 +109,7 @@ def decide_hardware(config: Config, environment: Mapping[str, str] | None = None
     step = StepMemory(
         config,
         precision,
-        OPTIMIZERS.get(config.optimizer.name).state_bytes_per_parameter,
+        OPTIMIZERS.get(config.optimizer.name).state_bytes(config),
         residual_precision,
         compiled,
         world_size,

@@ -30,7 +30,7 @@ class StepMemory:
     Attributes:
         config: The run.
         precision: fp32 or bf16.
-        state_bytes_per_parameter: Of the optimizer, per trained parameter; 8 for the two fp32 moments of AdamW.
+        optimizer_state_bytes: Bytes of the optimizer's state for all trained parameters.
         residual_precision: Of the residual stream: fp32 or bf16.
         compiled: True if the model is compiled, which keeps less for the backward pass.
         world_size: Devices of the job.
@@ -38,7 +38,7 @@ class StepMemory:
 
     config: Config
     precision: str
-    state_bytes_per_parameter: int
+    optimizer_state_bytes: int
     residual_precision: str = "fp32"
     compiled: bool = False
     world_size: int = 1
@@ -52,7 +52,7 @@ class StepMemory:
         adapters = adapter_parameter_count(model, self.config.adapter)
         trained = adapters or parameters  # next to adapters, the weights are frozen
 
-        state = 4 * (parameters + adapters) + self.state_bytes_per_parameter * trained  # fp32 weights, optimizer state
+        state = 4 * (parameters + adapters) + self.optimizer_state_bytes  # the weights are fp32
         if sharded:
             # FSDP2 shards weights and optimizer state; the head (tied embedding) is gathered in full for the loss.
             state = state // self.world_size + 4 * head

@@ -19,7 +19,7 @@ from cucafera.config.errors import UserError
 from cucafera.config.schema import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.quantities import data_size, flops, number_of
-from cucafera.runs.folder import RunFolder
+from cucafera.runs.folder import RunFolder, StartingPoint
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.dashboard_layout import DashboardLayout
 from cucafera.training.callbacks.guards import Guards
@@ -38,6 +38,7 @@ from cucafera.training.events import EventLogger
 from cucafera.training.hardware import Hardware
 from cucafera.training.memory import free_memory_bytes
 from cucafera.training.module import LanguageModel
+from cucafera.training.schedules import lr_ratio
 from cucafera.training.sharding import FullySharded
 
 PRECISIONS: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -83,7 +84,7 @@ def build_callbacks(
     config: Config,
     hardware: Hardware,
     folder: RunFolder,
-    resumed: dict[str, Any] | None,
+    start: StartingPoint | None,
     skipped_batches: list[int],
     interruption: Interruption,
     overrides: Sequence[str],
@@ -95,7 +96,7 @@ def build_callbacks(
         config: The run.
         hardware: Where it trains.
         folder: Its folder.
-        resumed: The checkpoint that it resumes from, if any.
+        start: The checkpoint that it resumes from or begins with, if any.
         skipped_batches: Numbers of the batches that rollbacks skip.
         interruption: The signal handler.
         overrides: The command line.
@@ -106,7 +107,7 @@ def build_callbacks(
     validation = Validation(config)
     settings = config.callbacks
     writer = CheckpointWriter(
-        folder.checkpoints, resumed, settings.keep_last, settings.keep_every_steps, free_memory_bytes
+        folder.checkpoints, start, settings.keep_last, settings.keep_every_steps, free_memory_bytes
     )
     return Callbacks(
         profile=(Profile(hardware, folder.path, config.total_steps),) if config.trainer.profile else (),
@@ -222,11 +223,11 @@ def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> st
 
     A checkpoint holds each weight, and the optimizer's state of those that are trained.
     """
-    state_bytes = module.optimizer_spec.state_bytes_per_parameter
-    size = sum(weight.nbytes + weight.requires_grad * state_bytes * weight.numel() for weight in module.parameters())
+    size = sum(weight.nbytes for weight in module.parameters()) + module.optimizer_spec.state_bytes(config)
     settings = config.callbacks
-    saves = math.ceil(config.total_steps / (settings.checkpoint_every_steps or config.total_steps))
-    for_good = config.total_steps // settings.keep_every_steps if settings.keep_every_steps else 0
+    first, last, kept = config.schedule.cooldown_start_step or 0, config.total_steps, settings.keep_every_steps
+    saves = math.ceil((last - first) / (settings.checkpoint_every_steps or last))
+    for_good = last // kept - first // kept if kept else 0
     at_once = min(saves, settings.keep_last + for_good + 2)  # and two: the best, and the one that is being written
     existing = sum(checkpoint.size for checkpoint in folder.checkpoints.complete())
     parent = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
@@ -240,6 +241,16 @@ def disk_problem(config: Config, folder: RunFolder, module: LanguageModel) -> st
         + (", raise callbacks.keep_every_steps" if for_good else "")
         + " or set run_dir to a folder on a larger disk"
     )
+
+
+def describe_cooldown(config: Config) -> str | None:
+    """Return in words what a cooldown is of, and its learning rate; None for any other run."""
+    start = config.schedule.cooldown_start_step
+    if start is None:
+        return None
+    rate = config.optimizer.lr * lr_ratio(start, config.schedule, config.horizon_steps)
+    steps = number_of(config.total_steps - start, "step")
+    return f"cooldown of {config.init_from} after step {start:,}: {steps}, learning rate {rate:.3g} to 0"
 
 
 def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
@@ -256,6 +267,7 @@ def describe_plan(config: Config, hardware: Hardware, first_step: int) -> str:
         sharing = f"; {config.trainer.strategy}: each has {SHARES[config.trainer.strategy]}"
     lines = [
         f"Run     {config.run_dir}" + (f", resuming after step {first_step:,}" if first_step else ""),
+        *([f"Start   {cooldown}"] if (cooldown := describe_cooldown(config)) else []),
         f"Model   {number_of(parameter_count(config.model), 'parameter')}, context "
         f"{config.model.max_position_embeddings:,}, "
         f"{flops(flops_per_token)} per token" + (f"; {adapters:,} of adapters are trained" if adapters else ""),

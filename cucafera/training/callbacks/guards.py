@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 
 from cucafera.config.errors import EXIT_DIVERGED, UserError
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.config.schema import Config, GuardsConfig
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.interruption import Interruption
@@ -136,7 +137,7 @@ class Guards(Callback):
         nonfinite = [record for record in records if self._is_nonfinite(trainer, record)]
         spikes = [record for record in records if record.applied and self._is_spike(trainer, record)]
         if nonfinite and self.guards.non_finite == "stop":
-            raise GuardsError(_advice(f"found a non-finite update at step {nonfinite[0].step:,}"))
+            raise GuardsError(self._advice(f"found a non-finite update at step {nonfinite[0].step:,}"))
         offending = nonfinite if self.guards.non_finite == "rollback" else []
         offending += spikes if self.guards.loss_spike == "rollback" else []
         if offending:
@@ -168,7 +169,7 @@ class Guards(Callback):
                 f"{record.step:,}", f"{record.loss:g}", f"{record.gradient_norm:g}",
             )  # fmt: skip
         if self._consecutive_skips > self.guards.max_consecutive and self.guards.non_finite == "skip":
-            raise GuardsError(_advice(f"found {self._consecutive_skips} consecutive non-finite updates"))
+            raise GuardsError(self._advice(f"found {self._consecutive_skips} consecutive non-finite updates"))
         return True
 
     def _is_spike(self, trainer: pl.Trainer, record: StepRecord) -> bool:
@@ -193,14 +194,14 @@ class Guards(Callback):
         if not self._skipped_first and (fault := first_steps.fault()):
             raise GuardsError(_nothing_is_trained(fault))
 
-
-def _advice(problem: str) -> str:
-    return (
-        f"{problem}; none was applied, and training has stopped. Lower optimizer.lr, lengthen schedule.warmup_steps or "
-        "set optimizer.clip_norm, and resume from the last checkpoint with "
-        "'resume_allow_changed=[optimizer,schedule]' (or start again with resume=overwrite); "
-        "callbacks.guards.non_finite=rollback skips the batch"
-    )
+    def _advice(self, problem: str) -> str:
+        rates = " and ".join(OPTIMIZERS.get(self.config.optimizer.name).learning_rate_keys)
+        return (
+            f"{problem}; none was applied, and training has stopped. Lower {rates}, lengthen schedule.warmup_steps or "
+            "set optimizer.clip_norm, and resume from the last checkpoint with "
+            "'resume_allow_changed=[optimizer,schedule]' (or start again with resume=overwrite); "
+            "callbacks.guards.non_finite=rollback skips the batch"
+        )
 
 
 def _nothing_is_trained(problem: str) -> str:

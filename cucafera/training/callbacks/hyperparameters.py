@@ -13,6 +13,7 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 from cucafera.config.fields import format_value
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.config.schema import Config, value_of
 from cucafera.model.flops import parameter_count
 from cucafera.runs.compatibility import RESUMABLE_KEYS, matches_key
@@ -22,10 +23,10 @@ from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel
 
 SHOWN = (
-    "optimizer.lr", "optimizer.weight_decay", "batch_tokens", "budget_tokens", "schedule.name", "schedule.warmup_steps",
+    "optimizer.weight_decay", "batch_tokens", "budget_tokens", "schedule.name", "schedule.warmup_steps",
     "seed", "model.hidden_size", "model.num_hidden_layers",
 )  # fmt: skip
-"""Keys that every run shows."""
+"""Keys that every run shows, after its peak learning rates."""
 
 
 class Hyperparameters(Callback):
@@ -63,7 +64,8 @@ Cell = int | float | str
 
 def common_values(config: Config) -> dict[str, Cell]:
     """Return the values that every run shows, by key; those that a cell cannot show are left out."""
-    values = {key: _as_cell(value_of(config, key)) for key in SHOWN} | {"parameters": parameter_count(config.model)}
+    shown = (*OPTIMIZERS.get(config.optimizer.name).learning_rate_keys, *SHOWN)
+    values = {key: _as_cell(value_of(config, key)) for key in shown} | {"parameters": parameter_count(config.model)}
     return {key: value for key, value in values.items() if value is not None}
 
 
