@@ -30,7 +30,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cucafera.config.command_line import JOB_KEYS, check_command_line, parse_command_line, sweep_arguments
-from cucafera.config.compose import as_typed, check_composed, hydra_session, problem_list, register
+from cucafera.config.compose import as_typed, check_job, hydra_session, problem_list, register
 from cucafera.config.errors import EXIT_USER_ERROR, UserError
 from cucafera.config.folders import folder_problem, is_run, job_label
 from cucafera.config.help import help_text, shown_config
@@ -150,9 +150,8 @@ def job(composed: DictConfig) -> float:
     register(read_model_elsewhere)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    config, problems = check_composed(composed)
-    config.run_dir = os.path.relpath(folder)
     overrides = as_typed(hydra_config.overrides.task)
+    config, problems = check_job(composed, overrides, os.path.relpath(folder))
     swept = SweepJob(
         number=hydra_config.job.num,
         label=job_label(overrides, hydra_config.job.config.override_dirname.exclude_keys),

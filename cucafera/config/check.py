@@ -191,8 +191,22 @@ def _unknown_key(key: str, values: Mapping[str, Any]) -> str:
         return "the file of an experiment begins with the line # @package _global_"
     if general_key(key) in documented_fields():  # of another entry
         chosen = values.get("name") or next((kind for kind in source_kinds() if values.get(kind)), "this choice")
-        return f"{key} is not a setting of {chosen}"
+        return f"{key} is not a setting of {chosen}{choices_with(key)}"
     return f"there is no key {key!r}{suggestion(key, list(documented_fields()))}"
+
+
+def choices_with(key: str) -> str:
+    """Return "; it is one of optimizer=NAME" for a key of other choices of its group, or nothing."""
+    group, _, name = key.partition(".")
+    registry = next((registry for registry in REGISTRIES.values() if registry.kind == group), None)
+    if registry is None:
+        return ""
+    owners = [
+        f"{group}={choice}"
+        for choice in registry.names()
+        if name in {field.name for field in dataclasses.fields(registry.get(choice).config)}
+    ]
+    return f"; it is one of {' and '.join(owners)}" if owners else ""
 
 
 def general_key(key: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -22,9 +23,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cucafera.config.branch import branch_name, take_settings_of_parent
 from cucafera.config.check import (
     Unresolved,
     check_config,
+    choices_with,
     documented_fields,
     general_key,
     suggestion,
@@ -123,7 +126,8 @@ def compose(overrides: Sequence[Override], run_mode: RunMode = RunMode.RUN) -> C
     now = [override.input_line or "" for override in overrides if not _changes_source(override)]
     try:
         node = GlobalHydra.instance().config_loader().load_configuration(CONFIG_NAME, now, run_mode, from_shell=False)
-        problems = list(_apply_to_sources(node, [override for override in overrides if _changes_source(override)]))
+        problems = [] if run_mode == RunMode.MULTIRUN else take_settings_of_parent(node, overrides)
+        problems += _apply_to_sources(node, [override for override in overrides if _changes_source(override)])
     except (HydraException, OmegaConfBaseException) as error:
         return Composition(None, Config(), [_hydra_message(error, overrides)])
     except YAMLError as error:
@@ -155,6 +159,16 @@ def check_composed(
             node.model = dataclasses.asdict(ModelConfig())  # so that the other problems are found
     raw: Any = OmegaConf.to_container(node, resolve=False)
     return check_config(_plain(node), raw, {"init_from": inheritance} if inheritance else None, place_of)
+
+
+def check_job(node: DictConfig, overrides: Sequence[str], run_dir: str) -> tuple[Config, list[str]]:
+    """Return the Config of a job of a sweep, as Hydra composed it for its folder, and a sentence for each problem."""
+    with open_dict(node):
+        node.run_dir = run_dir
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    if problems := take_settings_of_parent(node, parsed):
+        return Config(), problems
+    return check_composed(node)
 
 
 def as_typed(overrides: Any) -> list[str]:
@@ -215,7 +229,8 @@ def _hydra_message(error: Exception, overrides: Sequence[Override]) -> str:
         return f"Hydra has no setting {key}" + (f"; add it with a plus: +{key}=..." if "env_set" in key else "")
     if refused := re.fullmatch(r"Could not override '((\w+)\..*)'\.?", first):
         chosen = [f"{refused[2]}={each.value()}" for each in overrides if each.key_or_group == refused[2]]
-        return f"{refused[1]} is not a setting of {(chosen or [f'the chosen {refused[2]}'])[-1]}"
+        choice = (chosen or [f"the chosen {refused[2]}"])[-1]
+        return f"{refused[1]} is not a setting of {choice}{choices_with(refused[1])}"
     if found := re.match(r"Could not append to config. An item is already at '(.+)'", first):
         return f"there is {found[1]} already; replace it, without the plus: {found[1]}=..."
     if found := re.match(r"In '([^']+)': (.*)", first):
@@ -268,6 +283,8 @@ def in_one_line(error: BaseException) -> str:
 
 def _run_name(_root_: DictConfig) -> str:
     """Return the name of a run that was given none: runs on other data do not meet in one folder."""
+    if name := branch_name(_root_):
+        return name
     sources = OmegaConf.select(_root_, "data.sources")
     first, *others = [str(name) for name in sources] if OmegaConf.is_dict(sources) and sources else ["embedded"]
     if first == "embedded" and not others:

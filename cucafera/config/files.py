@@ -1,5 +1,7 @@
 """The text of a configuration file, from a folder that may be another person's."""
 
+import re
+import zlib
 from pathlib import Path
 
 from yaml import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent, YAMLError, parse
@@ -8,6 +10,8 @@ from cucafera.quantities import number_of
 
 MAX_BYTES = 1 << 24
 MAX_DEPTH = 64
+CHECKSUM = re.compile(r"(?P<body>.*\n)# crc32: (?P<crc32>\d+)\n", re.DOTALL)
+"""The config.yaml of a run with its last line, a checksum."""
 
 
 def config_text(path: Path) -> str:
@@ -30,3 +34,14 @@ def config_text(path: Path) -> str:
         if isinstance(event, AliasEvent) or depth > MAX_DEPTH:
             raise YAMLError("it holds an alias" if isinstance(event, AliasEvent) else "it is nested too deeply")
     return text
+
+
+def with_checksum(body: str) -> str:
+    """Return the text of the config.yaml of a run with its last line, a checksum of the others."""
+    return f"{body}# crc32: {zlib.crc32(body.encode())}\n"
+
+
+def is_as_written(text: str) -> bool:
+    """True if the config.yaml of a run is as the run wrote it."""
+    match = CHECKSUM.fullmatch(text)
+    return match is not None and match["crc32"] == str(zlib.crc32(match["body"].encode()))

@@ -20,6 +20,7 @@ cucafera trains a small Catalan language model, from raw text to a chat model.
   python -m cucafera.run data=files data.sources.files.path='texts/*.txt'     your own text
   python -m cucafera.run +experiment=pretrain --cfg job   show the configuration, run nothing
   python -m cucafera.run +experiment=finetune init_from=outputs/pretrain      a chat model from it
+  python -m cucafera.run +experiment=cooldown init_from=outputs/pretrain      end a run early, from its last checkpoint
   python -m cucafera.chat outputs/finetune                chat with it
   python -m cucafera.run --multirun +experiment=lr_sweep  find the learning rate: one run per value
   python -m cucafera.compare outputs/one outputs/other    runs side by side

@@ -21,7 +21,9 @@ def rule_problems(config: Config, unusable: set[str]) -> Iterator[str]:
         """True if a rule that reads these keys can be judged."""
         return not any(f"{key}.".startswith(f"{bad}.") or bad.startswith(f"{key}.") for key in keys for bad in unusable)
 
-    for rules in (_folder_problems, _shape_problems, _budget_problems, _source_problems, _training_problems):
+    for rules in (
+        _folder_problems, _shape_problems, _budget_problems, _source_problems, _training_problems, _cooldown_problems,
+    ):  # fmt: skip
         yield from rules(config, usable)
     for registry, name in ((OBJECTIVES, config.objective.name), (OPTIMIZERS, config.optimizer.name)):
         if name in registry.names():
@@ -154,3 +156,28 @@ def _training_problems(config: Config, usable: Judge) -> Iterator[str]:
             f"adapter.rank is {config.adapter.rank}; adapters are added to trained weights: init_from=RUN, the "
             "folder or a checkpoint of a pretrained model"
         )
+
+
+def _cooldown_problems(config: Config, usable: Judge) -> Iterator[str]:
+    if usable("schedule", "budget_tokens", "batch_tokens") and (problem := cooldown_problem(config)):
+        yield problem
+
+
+def cooldown_problem(config: Config) -> str | None:
+    """Say why a run cannot be cooled down from where it is; None if it can, or is not to be."""
+    schedule, start = config.schedule, config.schedule.cooldown_start_step
+    if start is None:
+        return None
+    if schedule.cooldown_steps is None:
+        return "schedule.cooldown_start_step is of a cooldown, and schedule.cooldown_steps gives it no length"
+    if start < schedule.warmup_steps:
+        return (
+            f"init_from: at step {start:,}, the run is still in its warm-up of "
+            f"{number_of(schedule.warmup_steps, 'step')}: train it further, and cool it down then"
+        )
+    if schedule.name != "constant" and schedule.final_lr_ratio == 0 and start >= config.horizon_steps:
+        return (
+            f"init_from: at step {start:,}, the learning rate of the run is already 0: there is nothing to cool down. "
+            "An earlier checkpoint can be"
+        )
+    return None

@@ -189,13 +189,27 @@ class ObjectiveConfig:
 class ScheduleConfig:
     """The learning rate as a function of the step."""
 
-    name: str = setting("cosine", "Shape; wsd is warm-up, stable, linear decay.", choices=("cosine", "wsd", "constant"))
+    name: str = setting(
+        "cosine",
+        "Shape after the warm-up; linear decays all the way, wsd (warm-up, stable, decay) over the last part.",
+        choices=("cosine", "linear", "wsd", "constant"),
+    )
     warmup_steps: int = setting(20, "Steps of linear warm-up.", at_least=0)
     horizon_steps: int | None = setting(None, "Step at which the schedule ends; null: the last step.", at_least=1)
     final_lr_ratio: float = setting(
         0.1, "Learning rate at the horizon, as a fraction of the peak.", at_least=0, at_most=1
     )
     decay_fraction: float = setting(0.2, "Share of the horizon that wsd spends decaying.", at_least=0, at_most=1)
+    cooldown_steps: int | str | None = setting(
+        None,
+        "Continue the run of init_from, with its settings and its complete state, for these steps, in which the "
+        "learning rate goes in a line from what it was to zero; auto: a fifth of the steps done before.",
+        at_least=1,
+        choices=("auto",),
+    )
+    cooldown_start_step: int | None = setting(
+        None, "Step of the checkpoint that a cooldown begins with; null: the newest, or that of the file.", at_least=1
+    )
 
 
 @dataclass

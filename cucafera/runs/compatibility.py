@@ -1,10 +1,11 @@
-"""Configurations of a run before and now: which keys may change when it is resumed, and which may not."""
+"""Configurations before and now: which keys may change when a run is resumed or branched, and which may not."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cucafera.config.branch import config_as_recorded, cooldown_schedule
 from cucafera.config.errors import UserError
 from cucafera.config.fields import flat, format_value
 from cucafera.config.schema import Config
@@ -16,8 +17,9 @@ RESUMABLE_KEYS = (
 )  # fmt: skip
 """Keys that may change when a run is resumed: hardware, budget, logging, validation, and where files are. The tokenizer
 itself may not change, whatever path it is read from."""
-IMMUTABLE_KEYS = ("model", "adapter", "batch_tokens", "sequence_length", "data.kind")
-"""Keys that may not change even with `resume_allow_changed`: the step and the weights would lose their meaning."""
+IMMUTABLE_KEYS = ("model", "adapter", "optimizer.name", "batch_tokens", "sequence_length", "objective.name")
+"""Keys that may not change even with `resume_allow_changed`: the step, the weights or the state of the optimizer would
+lose their meaning."""
 KEYS_WITHOUT_EFFECT = (
     "name", "run_dir", "resume", "resume_allow_changed", "max_time", "logger", "data.prepared_dir", "data.processes",
 )  # fmt: skip
@@ -53,6 +55,40 @@ def check_config_compatible(config: Config, before: dict[str, Any], folder: Path
         + "\n".join(lines)
         + f"\n{advice}. Or restore the values, choose another name=..., or erase that run with resume=overwrite."
     )
+
+
+BRANCH_KEYS = (*RESUMABLE_KEYS, "init_from")
+"""Keys in which a branch may differ from its parent, as settings of the optimizer may that are given."""
+
+
+def check_branch_compatible(config: Config, before: Mapping[str, Any], parent: Path, given: Sequence[str]) -> None:
+    """Raise UserError, naming each key with both values, if a branch would not continue the run of its checkpoint.
+
+    Args:
+        config: The configuration of the branch.
+        before: That of its parent: of the checkpoint, or of config.yaml.
+        parent: The run folder of the parent, or its checkpoint.
+        given: Keys of the optimizer that may differ; its name never may.
+    """
+    then = config_as_recorded(before, str(parent))
+    schedule = config.schedule
+    assert schedule.cooldown_start_step is not None
+    then.schedule = cooldown_schedule(then, schedule.cooldown_start_step, schedule.cooldown_steps)
+    moved = [key for key in config.resume_allow_changed if key.startswith("data.sources.")]
+    changes = changed_keys(config, dataclasses.asdict(then))
+    refused = [
+        f"{key}: {format_value(now)} (requested) != {format_value(value)} ({parent.name})"
+        for key, (value, now) in changes.items()
+        if not matches_key(key, (*BRANCH_KEYS, *moved)) and (key == "optimizer.name" or not matches_key(key, given))
+    ]
+    if refused:
+        raise UserError(
+            f"init_from: this would be no cooldown of {parent}:\n"
+            + "\n".join(f"  - {line}" for line in refused)
+            + "\nIt continues that run, with its model, data, order, batch and optimizer. It may have its own "
+            "schedule.cooldown_steps, and settings of the optimizer such as optimizer.lr; the path of files that were "
+            "moved, with 'resume_allow_changed=[data.sources.NAME.path]'"
+        )
 
 
 NOT_GIVEN = "not given"

@@ -5,10 +5,8 @@ import dataclasses
 import json
 import logging
 import platform
-import re
 import socket
 import tempfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,9 +17,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cucafera.config.branch import config_as_recorded, cooldown_schedule, run_and_step
+from cucafera.config.check import build
 from cucafera.config.errors import UserError
 from cucafera.config.fields import flat, format_value
-from cucafera.config.files import config_text
+from cucafera.config.files import config_text, is_as_written, with_checksum
+from cucafera.config.rules import cooldown_problem
 from cucafera.config.schema import Config
 from cucafera.runs.checkpoints import (
     UNFINISHED,
@@ -30,9 +31,10 @@ from cucafera.runs.checkpoints import (
     DamagedCheckpointError,
     best_of,
     read_checkpoint,
+    read_marker,
     verify,
 )
-from cucafera.runs.compatibility import changed_keys, check_config_compatible
+from cucafera.runs.compatibility import changed_keys, check_branch_compatible, check_config_compatible
 from cucafera.runs.history import (
     FIRST_CHECKPOINT,
     OUT_OF_MEMORY,
@@ -57,22 +59,22 @@ log = logging.getLogger(__name__)
 
 EVENTS = "events.out.tfevents."
 """Prefix of the names of TensorBoard's event files."""
-CONFIG_CHECKSUM = re.compile(rb"(?P<body>.*\n)# crc32: (?P<crc32>\d+)\n", re.DOTALL)
-"""config.yaml with its last line, a checksum."""
 
 
-class ResumedCheckpoint(NamedTuple):
-    """The checkpoint that a run resumes from.
+class StartingPoint(NamedTuple):
+    """The checkpoint that a run resumes from, its own; or that a branch begins with, of another run.
 
     Attributes:
         path: Its file.
         state: Its content.
+        is_own: True if the run resumes.
         damaged: What is wrong with each later checkpoint, for which this one is the fallback.
     """
 
     path: Path
     state: dict[str, Any]
-    damaged: list[str]
+    is_own: bool
+    damaged: Sequence[str] = ()
 
 
 class RunFolder:
@@ -95,7 +97,7 @@ class RunFolder:
         self.report = path / "report.md"
         self.evaluation = path / "evaluation.json"
 
-    def checkpoint_to_resume(self, config: Config, has_trained: bool) -> ResumedCheckpoint | None:
+    def checkpoint_to_resume(self, config: Config, has_trained: bool) -> StartingPoint | None:
         """Return the newest checkpoint that is complete and undamaged; None if the run starts from scratch.
 
         Args:
@@ -132,7 +134,7 @@ class RunFolder:
                 self._report_edited_config(config, state["config"])
             if not has_trained and (broken := sum(event is None for event in read_events(self.history))):
                 log.warning("%s: lines that are damaged or were edited, and are not used: %d", self.history, broken)
-            return ResumedCheckpoint(path, state, damaged)
+            return StartingPoint(path, state, True, damaged)
         raise UserError(
             f"{self.path} holds checkpoints, but none of them can be used; resume=overwrite erases them and starts "
             "from scratch"
@@ -193,7 +195,7 @@ class RunFolder:
             raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
 
     def begin(
-        self, config: Config, overrides: Sequence[str], hardware: Mapping[str, Any], resumed: ResumedCheckpoint | None
+        self, config: Config, overrides: Sequence[str], hardware: Mapping[str, Any], start: StartingPoint | None
     ) -> None:
         """Record the start, and erase what an earlier run left, or what is later than the resumed step.
 
@@ -203,12 +205,14 @@ class RunFolder:
             config: The run.
             overrides: The command line.
             hardware: The settings of the trainer with every `auto` resolved, as plain data.
-            resumed: The checkpoint that it resumes from; None if it starts from scratch.
+            start: The checkpoint that it resumes from, or begins with; None if it starts from scratch or with the
+                weights of init_from.
 
         Raises:
             UserError: the folder cannot be written.
         """
-        event, facts = RESUMED if resumed else STARTED, _start_facts(config, overrides, hardware, resumed)
+        resumed = start if start and start.is_own else None
+        event, facts = RESUMED if resumed else STARTED, _start_facts(config, overrides, hardware, start)
         overwrites = resumed is None and config.resume == "overwrite"
         with self._errors_as_sentences():
             self.checkpoints.path.mkdir(parents=True, exist_ok=True)
@@ -218,8 +222,7 @@ class RunFolder:
             # is to be overwritten is still there.
             if not overwrites:
                 append_event(self.history, event, facts)
-            body = OmegaConf.to_yaml(dataclasses.asdict(config))
-            write_text(self.config, f"{body}# crc32: {zlib.crc32(body.encode())}\n")
+            write_text(self.config, with_checksum(OmegaConf.to_yaml(dataclasses.asdict(config))))
             write_text(self.overrides, OmegaConf.to_yaml(OmegaConf.create(list(overrides))))
             if overwrites:
                 append_event(self.history, event, facts)
@@ -283,14 +286,21 @@ class RunFolder:
             log.warning("%s was edited since the run wrote it: it may not say what was trained", self.config)
         return {str(key): value for key, value in config.items()}
 
+    def checked_config(self) -> Config:
+        """Return the content of config.yaml with the types of the schema. Raises UserError if it does not fit them."""
+        problems: dict[str, str] = {}
+        config: Config = build(Config, self.read_config(), "", problems)
+        if problems:
+            raise UserError(f"{self.config} cannot be used: {next(iter(problems.values()))}")
+        return config
+
     def _config_was_edited(self) -> bool:
         try:
-            match = CONFIG_CHECKSUM.fullmatch(read_small_file(self.config))
+            return not is_as_written(read_small_file(self.config).decode(errors="replace"))
         except FileNotFoundError:
             return False
         except OSError:
             return True
-        return match is None or match["crc32"] != b"%d" % zlib.crc32(match["body"])
 
     def read_metrics(self) -> dict[str, Any] | None:
         """Return the content of metrics.json; see `results.read_metrics`."""
@@ -316,14 +326,14 @@ class RunFolder:
 
 
 def _start_facts(
-    config: Config, overrides: Sequence[str], hardware: Mapping[str, Any], resumed: ResumedCheckpoint | None
+    config: Config, overrides: Sequence[str], hardware: Mapping[str, Any], start: StartingPoint | None
 ) -> dict[str, Any]:
     """Return what the history says of a start: on which machine, and what changed since the last one."""
-    facts: dict[str, Any] = {"step": resumed.state["steps_done"] if resumed else 0}
-    if resumed:
-        changes = changed_keys(config, resumed.state["config"])
+    facts: dict[str, Any] = {"step": start.state["steps_done"] if start else 0}
+    if start:
+        changes = changed_keys(config, start.state["config"])
         facts["changed"] = {key: list(values) for key, values in changes.items()}
-        facts["damaged"] = resumed.damaged
+        facts |= {"damaged": list(start.damaged)} if start.is_own else {"branch_of": str(start.path)}
     return facts | {
         "overrides": list(overrides),
         "host": socket.gethostname(),
@@ -355,6 +365,57 @@ def checkpoint_of(source: str, key: str) -> Path:
         raise UserError(f"{key}{source}: there is no such run folder or checkpoint")
     check_not_gguf(source, key)
     return path
+
+
+def checkpoint_to_branch(config: Config) -> Path:
+    """Return the checkpoint that a branch begins with, after a look at its marker.
+
+    Raises:
+        UserError: it is missing or damaged; the message names those that there are.
+    """
+    assert config.init_from is not None and config.schedule.cooldown_start_step is not None
+    run, _ = run_and_step(config.init_from)
+    folder = CheckpointFolder(run / "checkpoints")
+    path = folder.file_at(config.schedule.cooldown_start_step)
+    try:
+        read_marker(path)
+        if not path.is_file():
+            raise DamagedCheckpointError(f"{path} does not exist")
+    except DamagedCheckpointError as error:
+        steps = ", ".join(f"{checkpoint.step:,}" for checkpoint in folder.complete()[-3:])
+        raise UserError(
+            f"{error}. {f'{run} has checkpoints of the steps {steps}' if steps else f'{run} has no other'}; "
+            "callbacks.keep_every_steps keeps some for good"
+        ) from error
+    return path
+
+
+def read_branch_point(config: Config, given: Sequence[str]) -> StartingPoint:
+    """Return the checkpoint that a branch begins with, and give the configuration its schedule.
+
+    The config.yaml of the parent may be that of a later start, with another budget or schedule.
+
+    Args:
+        config: The branch.
+        given: Keys of the optimizer that the command line gives.
+
+    Raises:
+        UserError: the checkpoint cannot be used, has no optimizer state, or is of a run with other settings.
+    """
+    path = checkpoint_to_branch(config)
+    state = read_checkpoint(path)
+    if not state.get("optimizer_states"):
+        raise UserError(
+            f"{path} holds no optimizer state, only weights: a cooldown continues a run with its optimizer state"
+        )
+    schedule = config.schedule
+    assert schedule.cooldown_start_step is not None
+    parent = config_as_recorded(state["config"], str(path))
+    config.schedule = cooldown_schedule(parent, schedule.cooldown_start_step, schedule.cooldown_steps)
+    check_branch_compatible(config, state["config"], path, given)
+    if problem := cooldown_problem(config):
+        raise UserError(problem)
+    return StartingPoint(path, state, False)
 
 
 def read_checkpoint_of(source: str, key: str) -> tuple[Path, dict[str, Any]]:

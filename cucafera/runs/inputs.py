@@ -6,6 +6,8 @@ from pathlib import Path
 from cucafera.config.errors import UserError
 from cucafera.config.schema import Config
 from cucafera.data.sources import open_source
+from cucafera.runs.compatibility import check_branch_compatible
+from cucafera.runs.folder import RunFolder, checkpoint_to_branch
 from cucafera.runs.locate import locate_model
 
 
@@ -23,8 +25,12 @@ def input_problems(config: Config) -> Iterator[str]:
                 yield str(problem)
     if config.init_from is not None:
         try:
-            locate_model(config.init_from)
+            if config.schedule.cooldown_start_step is None:
+                locate_model(config.init_from)
+            else:
+                parent = RunFolder(checkpoint_to_branch(config).parent.parent)
+                check_branch_compatible(config, parent.read_config(), parent.path, ["optimizer"])
         except UserError as problem:
-            yield f"init_from: {problem}"
+            yield f"init_from: {str(problem).removeprefix('init_from: ')}"
     if config.tokenizer.path is not None and not Path(config.tokenizer.path).expanduser().is_file():
         yield f"tokenizer.path: there is no file {config.tokenizer.path}"

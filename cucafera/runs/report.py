@@ -39,6 +39,7 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
     lines = [
         ("Parameters", parameters),
         *(("Left out", str(LeftOut(**entry))) for entry in metrics["left_out"]),
+        *([("Start", metrics["start"])] if metrics.get("start") else []),
         ("Trained on", trained),
         ("Time", f"{duration(metrics['training_seconds'])} of training"),
         ("Speed", speed),

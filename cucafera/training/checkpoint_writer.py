@@ -10,6 +10,7 @@ from lightning.fabric.plugins import CheckpointIO
 from torch import Tensor
 
 from cucafera.runs.checkpoints import CheckpointError, CheckpointFolder, Score
+from cucafera.runs.folder import StartingPoint
 
 log = logging.getLogger(__name__)
 
@@ -26,30 +27,32 @@ class CheckpointWriter(CheckpointIO):
 
     Args:
         folder: The folder to write to.
-        resumed: The state that the run resumes from, which was read and verified before.
+        start: The checkpoint that the run resumes from or begins with, which was read and verified before.
         keep_last: See `CheckpointFolder.remove_old`.
         keep_every_steps: See `CheckpointFolder.remove_old`.
         free_memory: Returns how many bytes of main memory are free.
 
     Attributes:
-        saved_step: Step of the last complete checkpoint; None if there is none.
+        first_step: Steps done at the start.
+        saved_step: Step of the last complete checkpoint of the run; None if there is none.
         failure: The error of the last save; None if it succeeded.
     """
 
     def __init__(
         self,
         folder: CheckpointFolder,
-        resumed: dict[str, Any] | None,
+        start: StartingPoint | None,
         keep_last: int,
         keep_every_steps: int,
         free_memory: Callable[[], int],
     ) -> None:
         self.folder = folder
-        self.resumed = resumed
+        self.starting_state = start.state if start else None
         self.keep_last = keep_last
         self.keep_every_steps = keep_every_steps
         self.free_memory = free_memory
-        self.saved_step: int | None = resumed["steps_done"] if resumed else None
+        self.first_step: int = start.state["steps_done"] if start else 0
+        self.saved_step = self.first_step if start and start.is_own else None
         self.failure: Exception | None = None
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -88,9 +91,9 @@ class CheckpointWriter(CheckpointIO):
         return True
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return the state that the run resumes from; the arguments are ignored, since it has been read before."""
-        assert self.resumed is not None
-        state, self.resumed = self.resumed, None  # no reference stays here, or the memory would hold it twice
+        """Return the state that the run starts with; the arguments are ignored, since it has been read before."""
+        assert self.starting_state is not None
+        state, self.starting_state = self.starting_state, None  # or the memory would hold it twice
         return state
 
     def remove_checkpoint(self, path: Any) -> None:

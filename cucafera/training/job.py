@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from cucafera.config.command_line import differences_from_defaults
 from cucafera.config.errors import EXIT_DIVERGED, EXIT_WORKER_LOST, UserError
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.config.schema import Config
 from cucafera.data.run_data import RunData
 from cucafera.data.sources import source_notes
@@ -24,7 +25,7 @@ from cucafera.interop.trained import InitialWeights, initial_tokenizer, load_ini
 from cucafera.objectives import objective_of
 from cucafera.quantities import number_of
 from cucafera.runs.compatibility import matches_key
-from cucafera.runs.folder import ResumedCheckpoint, RunFolder
+from cucafera.runs.folder import RunFolder, StartingPoint, read_branch_point
 from cucafera.runs.report import terminal_report, write_report
 from cucafera.training.callbacks.checkpoints import is_lost_connection
 from cucafera.training.callbacks.guards import GuardsError, RollbackRequest
@@ -109,18 +110,19 @@ class Job:
                 torch.cuda.empty_cache()
 
     def _fit(self) -> float:
-        """Build everything and train once, from the last checkpoint or from scratch.
+        """Build everything and train once, from a checkpoint, the weights of init_from, or scratch.
 
         Raises:
             RollbackRequest: Continue from the last checkpoint without some batches.
             torch.OutOfMemoryError: The GPU has too little memory for these settings.
         """
         config, folder = self.config, self.folder
-        resumed = folder.checkpoint_to_resume(config, self._has_trained)
-        state = resumed.state if resumed else None
+        start = self._starting_point()
+        resumes = start is not None and start.is_own
+        state = start.state if start else None
         first_step = state["steps_done"] if state else 0
         skipped_batches = sorted(self.skipped_batches.union(state["skipped_batches"] if state else ()))
-        initial = self._set_initial_model(resumed)
+        initial = self._set_initial_model(start)
         # A budget in epochs is known only with the data. Otherwise the plan is shown, and wrong settings are refused,
         # before hours of tokenizing.
         data = self._open_data(state, initial) if config.epochs is not None else None
@@ -128,7 +130,7 @@ class Job:
             config,
             self.hardware,
             folder,
-            state,
+            start,
             skipped_batches,
             self.interruption,
             self.overrides,
@@ -146,8 +148,8 @@ class Job:
             module.load_state_dict(adapters | initial.weights)
         trainer = build_trainer(config, self.hardware, folder, callbacks, first_step)
         if self.is_first_process:
-            log.info("%s", describe_plan(config, self.hardware, first_step))
-            if state:
+            log.info("%s", describe_plan(config, self.hardware, first_step if resumes else 0))
+            if state and resumes:
                 warn_of_changed_horizon(config, state["config"])
             if problem := disk_problem(config, folder, module):
                 log.warning("%s", problem)
@@ -162,15 +164,26 @@ class Job:
             self.interruption.stop_without_worker,
         )
         if self.is_first_process:  # only now, when every input has been read, is an earlier run in the folder erased
-            folder.begin(config, self.overrides, dataclasses.asdict(self.hardware), resumed)
-        checkpoint = resumed.path if resumed else None
-        del resumed, state, initial  # training would keep a second copy of the weights
+            folder.begin(config, self.overrides, dataclasses.asdict(self.hardware), start)
+        checkpoint = start.path if start else None
+        del start, state, initial  # training would keep a second copy of the weights
         self.interruption.install_signal_handlers()
         trainer.fit(module, data_module, ckpt_path=checkpoint, weights_only=True)
         return self._finish(callbacks, module.steps_done)
 
-    def _set_initial_model(self, resumed: ResumedCheckpoint | None) -> InitialWeights | None:
-        """Return the weights of init_from for a new run, and set the tokenizer that they know.
+    def _starting_point(self) -> StartingPoint | None:
+        """Return the checkpoint whose complete training state the run continues; None if there is none.
+
+        A run that has saved one resumes from its own. A branch, such as a cooldown, begins with that of another run.
+        Every other run begins at step 0, with the weights of init_from or with random ones.
+        """
+        resumed = self.folder.checkpoint_to_resume(self.config, self._has_trained)
+        if resumed or self.config.schedule.cooldown_steps is None:
+            return resumed
+        return read_branch_point(self.config, [text.lstrip("+").partition("=")[0] for text in self.overrides])
+
+    def _set_initial_model(self, start: StartingPoint | None) -> InitialWeights | None:
+        """Return the weights of init_from, if they are all that the run takes of it; set the tokenizer they know.
 
         A run that has started needs nothing of the run that init_from names any more: it has its own copies.
         """
@@ -178,8 +191,9 @@ class Job:
         if not config.init_from:
             return None
         if config.tokenizer.path is None:
-            config.tokenizer.path = str(self.folder.tokenizer if resumed else initial_tokenizer(config))
-        return None if resumed else load_initial_weights(config)
+            resumes = start is not None and start.is_own
+            config.tokenizer.path = str(self.folder.tokenizer if resumes else initial_tokenizer(config))
+        return None if start else load_initial_weights(config)
 
     def _open_data(self, state: dict[str, Any] | None, initial: InitialWeights | None) -> RunData[Any]:
         """Open the data, check that the weights know it, and derive the budget if it is given in epochs."""
@@ -214,10 +228,10 @@ class Job:
         if metrics is None or not is_current:  # killed between its last checkpoint and its report
             metrics = collect_metrics(self.config, self.hardware, callbacks)
         if self.is_first_process:
-            log.info(
-                "This run is complete. Train longer with a larger budget_tokens or epochs, train it again from scratch "
-                "with resume=overwrite, or choose another name."
-            )
+            longer = "Train longer with a larger budget_tokens or epochs, train it again from scratch"
+            if self.config.schedule.cooldown_start_step is not None:
+                longer = "Cool down another checkpoint, or over other steps, under another name, or do it again"
+            log.info("This run is complete. %s with resume=overwrite, or choose another name.", longer)
             if not is_current:
                 self._write_report(metrics)
             log.info("%s", terminal_report(metrics, self.folder))
@@ -229,7 +243,7 @@ class Job:
         if interruption.exit_code is not None:
             if self.is_first_process:
                 self.folder.note("stopped", step=step, saved_step=writer.saved_step, reason=interruption.reason)
-                log.info("%s", stop_line(interruption.reason, step, writer.saved_step))
+                log.info("%s", stop_line(self.config, interruption.reason, step, writer.saved_step))
             self._leave(interruption.exit_code)
         if writer.failure is not None:
             why = reason_of(writer.failure)
@@ -238,8 +252,7 @@ class Job:
             )
             raise UserError(
                 f"training is complete, but its result could not be written to {self.folder.checkpoints.path}: {why}. "
-                "Free some space there and run the same command again: it "
-                + (f"resumes after step {writer.saved_step:,}" if writer.saved_step else "starts from scratch")
+                f"Free some space there and run the same command again to {next_start(self.config, writer.saved_step)}"
             )
         metrics = collect_metrics(self.config, self.hardware, callbacks)
         if self.is_first_process:
@@ -257,17 +270,19 @@ class Job:
 
     def _roll_back(self, rollback: RollbackRequest) -> None:
         """Prepare to continue from the last checkpoint without the batches that made training fail."""
-        step = self.folder.checkpoints.newest_step()
+        saved_step = self.folder.checkpoints.newest_step()
+        step = saved_step or self.config.schedule.cooldown_start_step or 0
         if self.interruption.exit_code is not None:
             if self.is_first_process:
-                self.folder.note("stopped", saved_step=step, reason=self.interruption.reason)
-                log.info("%s. %s", rollback.reason, stop_line(self.interruption.reason, None, step))
+                self.folder.note("stopped", saved_step=saved_step, reason=self.interruption.reason)
+                log.info("%s. %s", rollback.reason, stop_line(self.config, self.interruption.reason, None, saved_step))
             self._leave(self.interruption.exit_code)
         self._rollbacks[step] += 1
         if self._rollbacks[step] > self.config.callbacks.guards.max_consecutive:
+            rates = OPTIMIZERS.get(self.config.optimizer.name).learning_rate_keys
             self._give_up(
                 f"{rollback.reason}, and {self._rollbacks[step] - 1} rollbacks to step {step:,} did not help. Lower "
-                "optimizer.lr and resume with 'resume_allow_changed=[optimizer.lr]'"
+                f"{' and '.join(rates)} and resume with 'resume_allow_changed=[{','.join(rates)}]'"
             )
         self.skipped_batches.update(rollback.batches)
         if self.is_first_process:
@@ -320,10 +335,9 @@ class Job:
             sys.exit(EXIT_WORKER_LOST)
         step = self.folder.checkpoints.newest_step()
         self.folder.note("stopped", saved_step=step, reason="the death of another process of the job")
-        resume = f"resume after step {step:,}" if step else "start from scratch"
         raise ProcessLostError(
             f"Another process of this job has died: memory may have run out, or its machine is gone. Run the same "
-            f"command again to {resume}."
+            f"command again to {next_start(self.config, step)}."
         ) from error
 
     def _leave(self, code: int) -> NoReturn:
@@ -334,19 +348,27 @@ class Job:
         sys.exit(code if self.is_first_process else 0)
 
 
-def stop_line(reason: str, step: int | None, saved_step: int | None) -> str:
+def next_start(config: Config, saved_step: int | None) -> str:
+    """Return what the same command will do, as an infinitive, when a step was saved last."""
+    if saved_step:
+        return f"resume after step {saved_step:,}"
+    branched = config.schedule.cooldown_start_step
+    return f"start again after step {branched:,} of {config.init_from}" if branched else "start from scratch"
+
+
+def stop_line(config: Config, reason: str, step: int | None, saved_step: int | None) -> str:
     """Return the last line of a run that was stopped: what is saved, and how to resume.
 
     Args:
+        config: The run.
         reason: The signal, limit or death.
         step: The step that should have been saved; None if none should.
         saved_step: The last one that is saved.
     """
     if saved_step == step:
         return f"Stopped by {reason} after step {step:,}; checkpoint saved. Run the same command again to resume."
-    resume = f"resume after step {saved_step:,}" if saved_step else "start from scratch"
     lost = f" after step {step:,}, which could not be saved" if step is not None else ""
-    return f"Stopped by {reason}{lost}. Run the same command again to {resume}."
+    return f"Stopped by {reason}{lost}. Run the same command again to {next_start(config, saved_step)}."
 
 
 def budget_of_epochs(config: Config, data: RunData[Any]) -> int:

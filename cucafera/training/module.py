@@ -138,8 +138,19 @@ class LanguageModel(pl.LightningModule):
         return model.requires_grad_(False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the configured optimizer over the trainable parameters."""
-        return build_optimizer(self.model, self.config.optimizer)
+        """Return the configured optimizer over the trainable parameters.
+
+        A checkpoint restores its state alone: settings such as the weight decay are those of the configuration.
+        """
+        optimizer = build_optimizer(self.model, self.config.optimizer)
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+        def keep_settings(restored: torch.optim.Optimizer) -> None:
+            for group, configured in zip(restored.param_groups, settings, strict=True):
+                group.update(configured)
+
+        optimizer.register_load_state_dict_post_hook(keep_settings)
+        return optimizer
 
     def learning_rate(self, step: int) -> float:
         """Return the peak learning rate times the schedule's ratio at a step."""

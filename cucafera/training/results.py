@@ -7,7 +7,7 @@ from cucafera.config.schema import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
 from cucafera.objectives import objective_of
 from cucafera.training.hardware import Hardware
-from cucafera.training.trainer import Callbacks
+from cucafera.training.trainer import Callbacks, describe_cooldown
 
 
 def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
         "adapter_parameters": adapter_parameter_count(config.model, config.adapter),
         "steps": steps_done,
         "tokens": tokens,
+        "start": describe_cooldown(config),
         "training_seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "data_wait": throughput.waiting_seconds / seconds if seconds else None,

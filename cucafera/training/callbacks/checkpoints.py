@@ -53,20 +53,21 @@ class Checkpoints(Callback):
         self.validation = validation
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse processes that resume from different steps: their collectives would deadlock.
+        """Refuse processes that start after different steps: their collectives would deadlock.
 
         A cluster starts processes one by one, and a checkpoint may be saved between the moments at which two of them
         read the folder. Raises UserError.
         """
         if trainer.world_size == 1:
             return
-        step = self.writer.saved_step or 0
+        step = self.writer.first_step
         ends = torch.tensor([step, -step], device=trainer.strategy.root_device)
         torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
         last, first = int(ends[0]), -int(ends[1])
         if first != last:
+            where = self.folder.path if self.writer.saved_step is not None else self.config.init_from
             raise UserError(
-                f"the processes of this job found different checkpoints in {self.folder.path}, of steps {first:,} and "
+                f"the processes of this job found different checkpoints in {where}, of steps {first:,} and "
                 f"{last:,}: another process has just saved there, or the machines do not share it. Start again"
             )
 

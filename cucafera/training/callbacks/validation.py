@@ -47,12 +47,13 @@ class Validation(Callback):
 
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Validate the initial model, or write again the points that TensorBoard drops from a resumed run."""
-        first_step = module.steps_done
+        first_step, branched = module.steps_done, self.config.schedule.cooldown_start_step or 0
         if first_step == 0:
             self._validate(trainer, module)
             return
         for record in self.history:
-            if record["tokens"] > first_step:  # as a step, this is after the one that the run resumes from
+            # As a step, the tokens are after the one that the run resumes from. A branch leaves its parent's to it.
+            if record["tokens"] > first_step and record["step"] > branched:
                 self._write_by_tokens(trainer, module, record)
 
     def on_step_end(self, trainer: pl.Trainer, module: LanguageModel) -> None:
