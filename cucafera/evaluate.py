@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from cucafera.config.errors import UserError
 from cucafera.options import (
+    add_average,
     add_device,
     add_run,
     add_sampling,
+    averaged_checkpoints,
     choose_run,
     command_parser,
     loading_line,
@@ -65,6 +67,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the model or the data cannot be loaded, or an option does not fit them.
     """
+    averaged = averaged_checkpoints(arguments)
     if is_gguf(arguments.run):
         _evaluate_gguf(arguments)
         return
@@ -76,7 +79,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
         from cucafera.evaluation.evaluated_model import load_evaluated_model
 
-        evaluated = load_evaluated_model(arguments.run, device)
+        evaluated = load_evaluated_model(arguments.run, device, averaged)
     print(f"{arguments.run}: {evaluated.facts}; on {device.type}, in fp32")
     for note in evaluated.notes:
         print(f"{note}.")
@@ -109,7 +112,7 @@ def _measure(
                 results.append(result)
                 if file is not None:
                     assert evaluated.step is not None
-                    file.add(result, evaluated.checkpoint.name, evaluated.step)
+                    file.add(result, evaluated.checkpoint.name, evaluated.step, evaluated.averaged)
     finally:
         if results:
             print("\n" + as_table(results))
@@ -340,6 +343,7 @@ def command_line_parser() -> argparse.ArgumentParser:
         "a run folder (its best checkpoint), a checkpoint, or a Hugging Face folder or name; with --text also a .gguf "
         "file",
     )
+    add_average(parser)
     add_device(parser)
     parser.add_argument("--out", metavar="FILE", help="output of --samples or --attention (default: in the run folder)")
 

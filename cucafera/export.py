@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from cucafera.config.errors import UserError
 from cucafera.config.fields import format_value
 from cucafera.config.schema import SamplingConfig
-from cucafera.options import add_run, choose_run, command_parser, loading_line, shown_log
+from cucafera.options import (
+    add_average,
+    add_run,
+    averaged_checkpoints,
+    choose_run,
+    command_parser,
+    loading_line,
+    shown_log,
+)
 from cucafera.output import announced, protect_output
 from cucafera.process import raise_on_interrupt
 from cucafera.runs.locate import GGUF_MAGIC, ModelLocation, check_not_gguf, is_hugging_face, locate_model
@@ -68,7 +76,7 @@ def main() -> None:
     try:
         choose_run("export", arguments)
         with shown_log(sys.stdout):
-            export(arguments, checked_target(arguments))
+            export(arguments, checked_target(arguments), averaged_checkpoints(arguments))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -104,6 +112,11 @@ def checked_target(arguments: argparse.Namespace) -> Target:
         raise UserError(f"{format_value(str(path))}: a Modelfile cannot name a file with such characters")
     if arguments.base is not None and format_ != "peft":
         raise UserError(f"--base {arguments.base}: only --to peft has a base, that of an adapter")
+    if arguments.average is not None and format_ == "peft":
+        raise UserError(
+            f"--average {arguments.average}: the mean of several adapters is not an adapter of their rank, and the "
+            "means of their matrices are another model; export the mean, merged, with --to hf or --to gguf"
+        )
     target = Target(format_, path, type_, arguments.architecture)
     written = [path, target.modelfile] if format_ == "gguf" else [path]
     for file in written:
@@ -122,6 +135,7 @@ def _base_of_adapter(arguments: argparse.Namespace, location: ModelLocation) -> 
     Raises:
         UserError: the run has no adapters, or its base has not been exported.
     """
+    from cucafera.config.branch import run_and_step
     from cucafera.runs.folder import RunFolder
 
     path = location.path
@@ -130,6 +144,10 @@ def _base_of_adapter(arguments: argparse.Namespace, location: ModelLocation) -> 
     config = RunFolder(path.parent.parent if location.kind == "checkpoint" else path).read_config()
     if not (config.get("adapter") or {}).get("rank"):
         raise UserError(f"{arguments.run} trained all weights, without adapters: export it with --to hf")
+    if (config.get("schedule") or {}).get("cooldown_start_step") and not arguments.base:
+        config = RunFolder(
+            run_and_step(str(config["init_from"]))[0]
+        ).read_config()  # of the run that added the adapters
     base = arguments.base or config.get("init_from")
     if base is None:
         raise UserError(f"{arguments.run} has no base, since it started from random weights: export it with --to hf")
@@ -156,8 +174,13 @@ def _is_exported(path: Path, target: Target) -> bool:
         return file.read(len(expected)) == expected
 
 
-def export(arguments: argparse.Namespace, target: Target) -> None:
+def export(arguments: argparse.Namespace, target: Target, averaged: list[Path]) -> None:
     """Load the model, write it, and verify what was written.
+
+    Args:
+        arguments: The command line.
+        target: The files to write.
+        averaged: The checkpoints whose mean is the model; none: the model of RUN.
 
     Raises:
         UserError: the model cannot be loaded, or the format cannot represent it.
@@ -166,13 +189,13 @@ def export(arguments: argparse.Namespace, target: Target) -> None:
     with announced(loading_line(arguments.run, locate_model(arguments.run)), sys.stdout):
         from cucafera.interop.gguf import check_type
         from cucafera.interop.hugging_face import require_transformers
-        from cucafera.interop.trained import load_trained
+        from cucafera.interop.trained import load_mean, load_trained
 
         if target.format == "gguf":  # what is missing is said before a large model is loaded
             check_type(target.type)
         else:
             require_transformers()
-        trained = load_trained(arguments.run)
+        trained = load_mean(averaged) if averaged else load_trained(arguments.run)
     raise_on_interrupt()
     for note in trained.notes:
         print(note)
@@ -182,7 +205,7 @@ def export(arguments: argparse.Namespace, target: Target) -> None:
         print(_export_to_gguf(trained, target, name, arguments.license))
     else:
         print(_export_folder(trained, target, name, arguments.license))
-    print(f"{target.path}: {target.type}, from {trained.checkpoint}")
+    print(f"{target.path}: {target.type}, from {trained.origin}")
     if target.format == "gguf":
         tag = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("._-") or "cucafera"
         print(f"{target.modelfile}: for Ollama: ollama create {tag} -f {shlex.quote(str(target.modelfile))}")
@@ -306,6 +329,7 @@ def command_line_parser() -> argparse.ArgumentParser:
         "gelu_pytorch_tanh. llama: for one with another activation; with gelu_pytorch_tanh, only transformers computes "
         "it. (default: gemma if the activation is gelu_pytorch_tanh, else llama)",
     )
+    add_average(parser)
     parser.add_argument("--base", metavar="FOLDER", help="peft: the base of the adapter, as a Hugging Face folder or "
                         "name (default: the run's init_from)")  # fmt: skip
     parser.add_argument("--name", help="name of the model (default: that of the run, or of a GGUF file)")

@@ -7,13 +7,14 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from cucafera import __version__
 from cucafera.config.check import build
 from cucafera.config.errors import UserError
-from cucafera.config.schema import ModelConfig, SamplingConfig
+from cucafera.config.schema import Config, ModelConfig, SamplingConfig
 from cucafera.model.flops import parameter_count
 from cucafera.output import is_terminal
 from cucafera.quantities import data_size, number_of
@@ -22,6 +23,8 @@ from cucafera.storage import read_small_file
 
 PUBLISHED_MODEL = "pauhidalgoo/cucafera-chat"
 """The chat model of the original, on the Hugging Face hub."""
+DECAYED = 0.1
+"""Learning rate, as a fraction of its peak, below which the weights after a few steps are nearly the same point."""
 
 
 def command_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
@@ -51,6 +54,58 @@ def add_run(parser: argparse.ArgumentParser, help_text: str) -> None:
         metavar="RUN",
         help=f"{help_text}; NAME stands for outputs/NAME (default, in a terminal: the newest run below outputs/)",
     )
+
+
+def add_average(parser: argparse.ArgumentParser) -> None:
+    """Add --average, which `averaged_checkpoints` reads."""
+    parser.add_argument(
+        "--average",
+        type=int,
+        metavar="N",
+        help="the mean of the weights of the last N checkpoints of RUN, or of N up to a checkpoint; better if the "
+        "learning rate was not decayed (default: one checkpoint)",
+    )
+
+
+def averaged_checkpoints(arguments: argparse.Namespace) -> list[Path]:
+    """Return the checkpoints that --average asks for, oldest first, and print their steps; none without it.
+
+    A learning rate at which a mean does not help is reported.
+
+    Raises:
+        UserError: there are fewer checkpoints, or a mean needs more.
+    """
+    count: int | None = arguments.average
+    if count is None:
+        return []
+    if count < 2:
+        raise UserError(f"--average {count}: a mean is of at least 2 checkpoints; without --average, one is taken")
+    from cucafera.runs.averaging import checkpoints_to_average, steps_in_words
+    from cucafera.runs.folder import RunFolder
+
+    chosen = checkpoints_to_average(arguments.run, count)
+    steps = [checkpoint.step for checkpoint in chosen]
+    print(f"Averaging the weights after the {steps_in_words(steps)}")
+    for note in _learning_rate_notes(RunFolder(chosen[-1].path.parent.parent).checked_config(), steps):
+        print(note)
+    return [checkpoint.path for checkpoint in chosen]
+
+
+def _learning_rate_notes(config: Config, steps: Sequence[int]) -> Iterator[str]:
+    """Yield a sentence for a learning rate at which a mean of the weights after these steps does not help."""
+    from cucafera.training.schedules import lr_ratio
+
+    if steps[0] <= config.schedule.warmup_steps:
+        yield (
+            f"The first of them is from the warm-up of {number_of(config.schedule.warmup_steps, 'step')}, where "
+            "weights change too fast for a mean: average fewer."
+        )
+    ratio = lr_ratio(steps[-1] - 1, config.schedule, config.horizon_steps)
+    if ratio < DECAYED:
+        yield (
+            f"The learning rate of step {steps[-1]:,} was {ratio:.1%} of its peak: after such a decay a mean gives "
+            "nothing, or is worse than the last weights."
+        )
 
 
 def choose_run(name: str, arguments: argparse.Namespace) -> None:

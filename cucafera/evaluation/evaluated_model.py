@@ -1,13 +1,15 @@
 """The model under evaluation, and what is known of the run that trained it."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cucafera.interop.trained import TrainedModel, load_trained
+from cucafera.interop.trained import TrainedModel, load_mean, load_trained
 from cucafera.quantities import number_of
+from cucafera.runs.averaging import steps_in_words
 from cucafera.runs.checkpoints import read_checkpoint
 
 
@@ -26,7 +28,8 @@ class EvaluatedModel(TrainedModel):
         """One line for the terminal and for pages: parameters, checkpoint, steps."""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         steps = "" if self.step is None else f", after {number_of(self.step, 'step')}"
-        return f"{number_of(parameters, 'parameter')}; {self.checkpoint.name}{steps}"
+        origin = f"the mean of the weights after the {steps_in_words(self.averaged)}" if self.averaged else ""
+        return f"{number_of(parameters, 'parameter')}; {origin or self.checkpoint.name + steps}"
 
     @property
     def sources(self) -> dict[str, str]:
@@ -54,12 +57,17 @@ class EvaluatedModel(TrainedModel):
         return settings.get(key) if isinstance(settings, dict) else None
 
 
-def load_evaluated_model(source: str, device: torch.device) -> EvaluatedModel:
+def load_evaluated_model(source: str, device: torch.device, averaged: Sequence[Path] = ()) -> EvaluatedModel:
     """Load the model of a run folder, a checkpoint, or a Hugging Face folder or name.
+
+    Args:
+        source: The path or name that the user gave.
+        device: Where it is evaluated.
+        averaged: Checkpoints of the source whose mean is evaluated; none: see `load_trained`.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    trained = load_trained(source)
+    trained = load_mean(averaged) if averaged else load_trained(source)
     trained.model.to(device)
     return EvaluatedModel(**vars(trained), source=source)

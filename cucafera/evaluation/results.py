@@ -65,8 +65,14 @@ class ResultFile:
         self.path = run.evaluation
         self.entries = run.read_evaluation()
 
-    def add(self, result: Result, checkpoint: str, step: int) -> None:
-        """Add a result of a checkpoint, replacing an earlier one of the same measurement, and write the files.
+    def add(self, result: Result, checkpoint: str, step: int, averaged: Sequence[int] = ()) -> None:
+        """Add a result, replacing an earlier one of the same measurement and weights, and write the files.
+
+        Args:
+            result: The result.
+            checkpoint: Name of the checkpoint that was measured; of the last one for a mean.
+            step: Its step.
+            averaged: The steps whose mean was measured; none for one checkpoint.
 
         Raises:
             UserError: they cannot be written.
@@ -78,6 +84,7 @@ class ResultFile:
             "settings": result.settings,
             "checkpoint": checkpoint,
             "step": step,
+            **({"averaged": list(averaged)} if averaged else {}),
             "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         }
         self.entries = [*(other for other in self.entries if _key(other) != _key(entry)), entry]
@@ -95,9 +102,10 @@ class ResultFile:
 
         points: dict[tuple[int, str], float] = {}
         for entry in self.entries:
+            mean = f"mean_of_{len(entry['averaged'])}/" if "averaged" in entry else ""
             for name, metric in entry["metrics"].items():
                 if metric["value"] is not None:
-                    points[int(entry["step"]), f"evaluation/{entry['task']}/{name}"] = float(metric["value"])
+                    points[int(entry["step"]), f"evaluation/{entry['task']}/{mean}{name}"] = float(metric["value"])
         content = io.BytesIO()
         records = RecordWriter(content)
         records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
@@ -123,7 +131,8 @@ def _as_json(metric: Metric) -> dict[str, float | None]:
 
 
 def _key(entry: dict[str, Any]) -> str:
-    return json.dumps([entry[name] for name in ("kind", "task", "settings", "checkpoint")], sort_keys=True)
+    names = ("kind", "task", "settings", "checkpoint", "averaged")
+    return json.dumps([entry.get(name) for name in names], sort_keys=True)
 
 
 def as_table(results: Sequence[Result]) -> str:

@@ -42,6 +42,7 @@ from cucafera.interop.llama_cpp import LlamaCpp, check_quantizer, is_installed, 
 from cucafera.interop.real_text import conversations, documents
 from cucafera.model.transformer import Decoder
 from cucafera.quantities import number_of
+from cucafera.runs.averaging import steps_in_words
 from cucafera.storage import atomic_replace
 
 if TYPE_CHECKING:
@@ -211,6 +212,8 @@ def _write(trained: "TrainedModel", path: Path, type_: str, name: str, licence: 
         writer.add_languages(["ca"])
         if licence is not None:
             writer.add_license(licence)
+        if trained.averaged:
+            writer.add_description(f"The mean of the weights after the {steps_in_words(trained.averaged)}")
         writer.add_file_type(gguf.LlamaFileType[NATIVE_TYPES[type_]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add_metadata(writer, config, trained.tokenizer, trained.chats)

@@ -9,16 +9,16 @@ from urllib.parse import quote
 
 from yaml import safe_dump
 
-from cucafera.config.check import build
 from cucafera.config.errors import UserError
 from cucafera.config.registry import OPTIMIZERS
-from cucafera.config.schema import Config, ModelConfig, SamplingConfig
+from cucafera.config.schema import ModelConfig, SamplingConfig
 from cucafera.interop.trained import TrainedModel
 from cucafera.markup import markdown, markdown_table
 from cucafera.model.flops import parameter_count
 from cucafera.objectives import objective_of
 from cucafera.optimizers import OptimizerSpec
 from cucafera.quantities import number_of
+from cucafera.runs.averaging import steps_in_words
 from cucafera.runs.folder import RunFolder
 from cucafera.runs.locate import is_hugging_face
 from cucafera.runs.report import as_quoted_samples
@@ -45,6 +45,7 @@ class TrainingLineage:
         evaluation: The results in its evaluation.json.
         init_from: The source of its initial weights; None if it started from random weights.
         parent: The lineage of init_from; None if that is not a run folder on this machine.
+        last_step: Step after which a branch continued it; None if none did.
     """
 
     config: dict[str, Any]
@@ -52,6 +53,24 @@ class TrainingLineage:
     evaluation: list[dict[str, Any]]
     init_from: str | None
     parent: "TrainingLineage | None"
+    last_step: int | None = None
+
+    @property
+    def is_branch(self) -> bool:
+        """True if it began with the complete state of init_from, and not with weights alone."""
+        return self.config["schedule"]["cooldown_start_step"] is not None
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of this stage: a branch counts on from its parent, and has those of one that is not on this machine."""
+        last = self.last_step or (self.metrics["steps"] if self.metrics else None)
+        branched = self.config["schedule"]["cooldown_start_step"] if self.parent else None
+        return None if last is None else last - (branched or 0)
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of this stage."""
+        return None if self.steps is None else self.steps * int(self.config["batch_tokens"])
 
     def stages(self) -> "list[TrainingLineage]":
         """Return the runs that made the model, the first one first."""
@@ -76,23 +95,15 @@ def _read_lineage(folder: RunFolder, followers: list[Path]) -> TrainingLineage:
             f"{folder.path}: the init_from of these runs lead in a ring, {ring}, so one of the folders was overwritten "
             "since: rename the one that is no longer what the others began with, and its lineage ends there"
         )
-    config = _checked_config(folder)
+    config = dataclasses.asdict(folder.checked_config())
     init_from, parent = config["init_from"], None
     if init_from:
         path = Path(init_from).expanduser()
         source = RunFolder(path.parent.parent if path.is_file() else path)
         if source.config.is_file() and source.path.resolve() != place:
-            parent = _read_lineage(source, [place, *followers])
+            last_step = config["schedule"]["cooldown_start_step"]
+            parent = dataclasses.replace(_read_lineage(source, [place, *followers]), last_step=last_step)
     return TrainingLineage(config, folder.read_metrics(), folder.read_evaluation(), init_from, parent)
-
-
-def _checked_config(folder: RunFolder) -> dict[str, Any]:
-    """Return the configuration of a run, with values of the types of the schema."""
-    problems: dict[str, str] = {}
-    config = build(Config, folder.read_config(), "", problems)
-    if problems:
-        raise UserError(f"{folder.config} cannot be used: {next(iter(problems.values()))}")
-    return dataclasses.asdict(config)
 
 
 def model_card(
@@ -109,7 +120,7 @@ def model_card(
 
     Args:
         trained: The model.
-        lineage: Its lineage, with evaluations of any checkpoint; None for a model from elsewhere.
+        lineage: Its lineage, with evaluations of any weights; None for a model from elsewhere.
         name: The name of the model.
         licence: An identifier of the hub, such as apache-2.0; None: not chosen.
         verification: The form of the files, and how they were compared with the source, as sentences without the last
@@ -119,13 +130,15 @@ def model_card(
         base: For the export of an adapter alone: its base, a Hugging Face name, or a folder relative to the adapter's.
     """
     if lineage is not None:
-        of_checkpoint = [result for result in lineage.evaluation if result["checkpoint"] == trained.checkpoint.name]
-        lineage = dataclasses.replace(lineage, evaluation=of_checkpoint)
+        of_weights = [result for result in lineage.evaluation if _is_of(result, trained)]
+        lineage = dataclasses.replace(lineage, evaluation=of_weights)
     sections = [_overview(trained, lineage, name, base), _usage(trained, sampling, base)]
     if lineage is not None:
-        sections += [_data(lineage), _recipe(lineage, base is None), _validation(lineage, has_curves)]
-        sections += [_evaluation(lineage)]
-        sections += [_samples(lineage)] if lineage.metrics and lineage.metrics["samples"] else []
+        sections += [_data(lineage), _recipe(lineage, base is None)]
+        sections += [_validation(lineage, has_curves, bool(trained.averaged))]
+        sections += [_evaluation(lineage, bool(trained.averaged))]
+        if lineage.metrics and lineage.metrics["samples"]:
+            sections += [_samples(lineage, bool(trained.averaged))]
     context = trained.model.config.max_position_embeddings
     sections += [
         f"## Limitations\n\n{LIMITATIONS.format(context=number_of(context, 'token'))}",
@@ -134,6 +147,12 @@ def model_card(
     ]
     front = safe_dump(_front_matter(lineage, name, licence, base), sort_keys=False, allow_unicode=True)
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _is_of(result: Mapping[str, Any], trained: TrainedModel) -> bool:
+    """True for an evaluation of these weights: of this checkpoint, or of the mean of these."""
+    averaged = list(trained.averaged)
+    return bool(result["checkpoint"] == trained.checkpoint.name and result.get("averaged", []) == averaged)
 
 
 def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | None, base: str | None) -> dict[str, Any]:
@@ -196,13 +215,22 @@ def _overview(trained: TrainedModel, lineage: TrainingLineage | None, name: str,
         "",
         *markdown_table([("", ""), *_shape(config, trained)]),
     ]
+    if trained.averaged:
+        merged = ", each with its adapters merged" if lineage is not None and lineage.config["adapter"]["rank"] else ""
+        lines += [
+            "",
+            f"The weights are the uniform mean of those after the {steps_in_words(trained.averaged)}, of "
+            f"{number_of(len(trained.averaged), 'checkpoint')} of one run{merged} (latest weight averaging: Izmailov "
+            "et al., 2018; Kaddour, 2022).",
+        ]
     if lineage is not None and lineage.metrics is not None:
         history = lineage.metrics["validation"]
         record = next((record for record in history if record["step"] == trained.step), history[-1])
+        whose = ", by the weights of that step and not by their mean" if trained.averaged else ""
         lines += [
             "",
             f"Validation: {_primary_metric(lineage, record)} on held-out {_kind_of_data(lineage)}, after "
-            f"{number_of(record['step'], 'step')}.",
+            f"{number_of(record['step'], 'step')}{whose}.",
         ]
     return "\n".join(lines)
 
@@ -211,7 +239,9 @@ def _base_name(base: str, lineage: TrainingLineage | None) -> str:
     """Return the name of an adapter's base: on the hub, of the run that it is, or else of its folder."""
     if _is_name_of_hub(base):
         return markdown(base)
-    run = lineage.parent if lineage else None
+    # The adapters of a cooldown were added by its parent.
+    added = lineage.parent if lineage and lineage.is_branch else lineage
+    run = added.parent if added else None
     return markdown(str(run.config["name"]) if run else Path(base).name)
 
 
@@ -328,7 +358,7 @@ def _recommended(sampling: SamplingConfig, chats: bool) -> str:
 def _data(lineage: TrainingLineage) -> str:
     rows = ["| stage | data | source | weight | tokens of the stage |", "|---|---|---|---:|---:|"]
     for stage in lineage.stages():
-        tokens = f"{stage.metrics['tokens']:,}" if stage.metrics else "unknown"
+        tokens = "unknown" if stage.tokens is None else f"{stage.tokens:,}"
         name = markdown(str(stage.config["name"]))
         for key, source in stage.config["data"]["sources"].items():
             described = f"{_kind_of_data(stage)} | {_source(key, source)} | {source.get('weight', 1):g}"
@@ -348,12 +378,12 @@ def _source(key: str, source: Mapping[str, Any]) -> str:
 def _recipe(lineage: TrainingLineage, is_merged: bool) -> str:
     stages = lineage.stages()
     rows: list[tuple[str, list[str]]] = [
-        ("trained", [_trained_part(stage.config["adapter"], is_merged or stage is not lineage) for stage in stages]),
+        ("trained", [_trained_part(stage, is_merged or _is_merged(stage, lineage)) for stage in stages]),
         ("optimizer", [_optimizer(stage.config["optimizer"]) for stage in stages]),
         ("schedule", [_schedule(stage.config["schedule"]) for stage in stages]),
         ("batch", [number_of(int(stage.config["batch_tokens"]), "token") for stage in stages]),
         ("window", [number_of(stage.config["sequence_length"], "token") for stage in stages]),
-        ("steps", [f"{stage.metrics['steps']:,}" if stage.metrics else "unknown" for stage in stages]),
+        ("steps", ["unknown" if stage.steps is None else f"{stage.steps:,}" for stage in stages]),
         ("seed", [str(stage.config["seed"]) for stage in stages]),
         ("device", [_device(stage) for stage in stages]),
     ]
@@ -364,18 +394,27 @@ def _recipe(lineage: TrainingLineage, is_merged: bool) -> str:
     return "\n".join(lines)
 
 
+def _is_merged(stage: TrainingLineage, last: TrainingLineage) -> bool:
+    """True if the next stage began with weights into which the adapters of this one were merged."""
+    return stage is not last and stage.last_step is None
+
+
 def _optimizer(settings: Mapping[str, Any]) -> str:
     spec: OptimizerSpec = OPTIMIZERS.get(settings["name"])
     return spec.describe(settings)
 
 
-def _trained_part(adapter: Mapping[str, Any], is_merged: bool) -> str:
+def _trained_part(stage: TrainingLineage, is_merged: bool) -> str:
+    adapter = stage.config["adapter"]
     if not adapter["rank"]:
         return "all weights"
     return f"LoRA adapters of rank {adapter['rank']}, alpha {adapter['alpha']:g}{', merged' if is_merged else ''}"
 
 
 def _schedule(schedule: Mapping[str, Any]) -> str:
+    if (start := schedule["cooldown_start_step"]) is not None:
+        steps = number_of(schedule["cooldown_steps"], "step")
+        return f"cooldown: the state after step {start:,}, then a line to 0 in {steps}"
     return f"{schedule['name']}, {number_of(schedule['warmup_steps'], 'warmup step')}"
 
 
@@ -386,8 +425,10 @@ def _device(stage: TrainingLineage) -> str:
     return f"{count}{stage.metrics['device']}, {stage.metrics['precision']}"
 
 
-def _validation(lineage: TrainingLineage, has_curves: bool) -> str:
+def _validation(lineage: TrainingLineage, has_curves: bool, is_mean: bool) -> str:
     lines = ["## Validation", ""]
+    if is_mean:
+        lines += ["Of the weights after each step, in training; their mean was not validated.", ""]
     if lineage.metrics is None:
         return "\n".join([*lines, "The run has not finished."])
     if has_curves:
@@ -405,10 +446,10 @@ def _validation(lineage: TrainingLineage, has_curves: bool) -> str:
     return "\n".join(lines)
 
 
-def _evaluation(lineage: TrainingLineage) -> str:
+def _evaluation(lineage: TrainingLineage, is_mean: bool) -> str:
     lines = ["## Evaluation", ""]
     if not lineage.evaluation:
-        return "\n".join([*lines, "Only validated, not evaluated yet."])
+        return "\n".join([*lines, f"{'The mean is not' if is_mean else 'Only validated, not'} evaluated yet."])
     rows = [["task", "metric", "value", "stderr", "settings"]]
     for result in lineage.evaluation:
         settings = ", ".join(
@@ -423,10 +464,11 @@ def _evaluation(lineage: TrainingLineage) -> str:
     return "\n".join([*lines, *markdown_table(rows, "llrrl")])
 
 
-def _samples(lineage: TrainingLineage) -> str:
+def _samples(lineage: TrainingLineage, is_mean: bool) -> str:
     assert lineage.metrics is not None
     samples = as_quoted_samples(lineage.metrics)
     end = f"Written at the end of training, after {number_of(lineage.metrics['steps'], 'step')}; not selected."
+    end += " Not by the mean, but by the weights of that step." if is_mean else ""
     return "\n".join(["## Samples", "", end, "", *samples]).rstrip()
 
 

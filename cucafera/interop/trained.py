@@ -2,9 +2,10 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from cucafera.interop.peft_spec import AdaptedSpec, read_spec
 from cucafera.model.lora import merged_weights
 from cucafera.model.transformer import Decoder
 from cucafera.objectives import objective_of
+from cucafera.quantities import number_of
+from cucafera.runs.averaging import DO_WITHOUT, steps_in_words
+from cucafera.runs.checkpoints import DamagedCheckpointError, read_checkpoint
 from cucafera.runs.folder import RunFolder, read_checkpoint_of, tokenizer_path_of
 from cucafera.runs.locate import is_hugging_face
 
@@ -35,12 +39,14 @@ class TrainedModel:
     Attributes:
         model: In fp32 on the CPU, adapters merged.
         tokenizer: Its tokenizer.
-        checkpoint: The origin of its weights: a checkpoint file, or a Hugging Face folder.
+        checkpoint: The origin of its weights: a checkpoint file, the last one for a mean, or a Hugging Face folder.
         run: The run folder; None for a model from elsewhere.
         step: Optimizer steps done; None if unknown.
         chats: True if it was trained on conversations.
         notes: What was changed or assumed on loading, as sentences for the user.
-        adapter: The adapters that a run trained; None if it trained all weights, or for a model from elsewhere.
+        adapter: The adapters that a run trained; None if it trained all weights, for a mean, which has none of that
+            rank, or for a model from elsewhere.
+        averaged: The steps whose weights these are the mean of; empty for those of one checkpoint.
     """
 
     model: Decoder
@@ -51,6 +57,15 @@ class TrainedModel:
     chats: bool
     notes: tuple[str, ...] = ()
     adapter: TrainedAdapter | None = None
+    averaged: tuple[int, ...] = ()
+
+    @property
+    def origin(self) -> str:
+        """The origin of the weights, for a line on the terminal."""
+        if not self.averaged:
+            return str(self.checkpoint)
+        count = number_of(len(self.averaged), "checkpoint")
+        return f"the mean of {count} up to {self.checkpoint} ({steps_in_words(self.averaged)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,19 +93,86 @@ def load_trained(source: str) -> TrainedModel:
         origin = spec.adapter if isinstance(spec, AdaptedSpec) else spec.folder
         return TrainedModel(model, spec.tokenizer, origin, None, None, spec.chats, spec.notes)
     path, checkpoint = read_checkpoint_of(source, "")
-    tokenizer_path = tokenizer_path_of(path)
-    if not tokenizer_path.exists():
-        raise UserError(f"{path}: {tokenizer_path} is missing; a checkpoint can only be read in its run folder")
-    tokenizer = Tokenizer.load(tokenizer_path)
+    tokenizer = _tokenizer_of(path)
     with _errors_of_content(path):
         config = checkpoint["config"]
-        if tokenizer.fingerprint != checkpoint["fingerprints"]["tokenizer"]:
-            raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with")
+        _check_tokenizer(tokenizer, path, checkpoint)
         model = _decoder(ModelConfig(**config["model"]), merged_weights(checkpoint["state_dict"], config["adapter"]))
         chats = objective_of(config).chats
         adapter = TrainedAdapter(checkpoint["state_dict"], config["adapter"]) if config["adapter"]["rank"] else None
     folder = RunFolder(path.parent.parent)
     return TrainedModel(model, tokenizer, path, folder, checkpoint["steps_done"], chats, adapter=adapter)
+
+
+def load_mean(paths: Sequence[Path]) -> TrainedModel:
+    """Load the uniform mean of the weights of checkpoints of one run (Izmailov et al., 2018; Kaddour, 2022, LAWA).
+
+    Adapters are merged before: the product of the means of A and B is not the mean of their products. Of each file,
+    the weights alone are read into memory, one file after another; its checksum covers the rest too.
+
+    Args:
+        paths: At least one, ascending by step.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, or its model or tokenizer is not that of the first.
+    """
+    tokenizer = _tokenizer_of(paths[-1])
+    mean: dict[str, Tensor] = {}
+    configs: list[Mapping[str, Any]] = []
+    steps: list[int] = []
+    for path in paths:
+        config, step = _add_to_mean(mean, path, len(steps), tokenizer)
+        configs.append(config)
+        with _errors_of_content(path):
+            if config["model"] != configs[0]["model"]:
+                raise _of_another_shape(path)
+        steps.append(step)
+    with _errors_of_content(paths[-1]):
+        model, chats = _decoder(ModelConfig(**config["model"]), mean), objective_of(config).chats
+    folder = RunFolder(paths[-1].parent.parent)
+    return TrainedModel(model, tokenizer, paths[-1], folder, steps[-1], chats, averaged=tuple(steps))
+
+
+def _add_to_mean(
+    mean: dict[str, Tensor], path: Path, count: int, tokenizer: Tokenizer
+) -> tuple[Mapping[str, Any], int]:
+    """Make the mean of `count` checkpoints that of one more; returns the configuration and the step of that one."""
+    try:
+        checkpoint = read_checkpoint(path, mapped=True)
+    except DamagedCheckpointError as error:
+        raise UserError(f"{error}: {DO_WITHOUT}") from error
+    with _errors_of_content(path):
+        _check_tokenizer(tokenizer, path, checkpoint)
+        config = checkpoint["config"]
+        weights = merged_weights(checkpoint["state_dict"], config["adapter"])
+        if count == 0:
+            mean.update((name, value.float().clone()) for name, value in weights.items())
+            return config, checkpoint["steps_done"]
+        if {name: value.shape for name, value in weights.items()} != {name: part.shape for name, part in mean.items()}:
+            raise _of_another_shape(path)
+        for name, value in weights.items():
+            # A running mean: exact for weights that do not change, such as those that adapters leave frozen, and else
+            # with an error of a few 2^-24 of the values, as an fp32 sum of so few has. Steps change weights by far
+            # more, so fp64 would take twice the memory for nothing.
+            mean[name].lerp_(value.float(), 1 / (count + 1))
+        return config, checkpoint["steps_done"]
+
+
+def _of_another_shape(path: Path) -> UserError:
+    return UserError(f"{path} holds a model of another shape than the checkpoints before it, so they have no mean")
+
+
+def _tokenizer_of(path: Path) -> Tokenizer:
+    """Return the tokenizer of the run folder that a checkpoint is in. Raises UserError if there is none."""
+    tokenizer_path = tokenizer_path_of(path)
+    if not tokenizer_path.exists():
+        raise UserError(f"{path}: {tokenizer_path} is missing; a checkpoint can only be read in its run folder")
+    return Tokenizer.load(tokenizer_path)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    if tokenizer.fingerprint != checkpoint["fingerprints"]["tokenizer"]:
+        raise UserError(f"{tokenizer_path_of(path)} is not the tokenizer that {path} was trained with")
 
 
 @contextmanager
