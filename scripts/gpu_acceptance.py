@@ -407,7 +407,7 @@ def memory_against_formula(bench: Bench, config: "Config", hardware: dict[str, A
     step = StepMemory(
         config,
         hardware["precision"],
-        OPTIMIZERS.get(config.optimizer.name).state_bytes_per_parameter,
+        OPTIMIZERS.get(config.optimizer.name).state_bytes(config),
         hardware["residual_precision"],
         hardware["compile"],
     )

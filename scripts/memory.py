@@ -175,14 +175,14 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     arguments = parser.parse_args()
     measure = torch.cuda.is_available()
-    state_bytes = OPTIMIZERS.get("adamw").state_bytes_per_parameter
+    optimizer = OPTIMIZERS.get("adamw")
     print(f"{'model':12}{'parameters':>15}{'windows':>9}{'checkpointing':>15}{'state':>12}{'peak':>12}{'estimate':>12}"
           + (f"{'measured':>12}" if measure else ""))  # fmt: skip
     for name, windows, checkpointing in itertools.product(
         arguments.model or ("cucafera", "large"), arguments.windows or (1, 4), (False, True)
     ):
         config = composed_config([f"model={name}"])
-        step = StepMemory(config, arguments.precision, state_bytes)
+        step = StepMemory(config, arguments.precision, optimizer.state_bytes(config))
         columns = [
             16 * parameter_count(config.model),
             computed_peak(config, windows, arguments.precision, checkpointing),
@@ -198,7 +198,7 @@ def main() -> None:
     config = composed_config([f"model={(arguments.model or ['cucafera'])[0]}"])
     for residual_precision in ("fp32", "bf16") if arguments.precision == "bf16" else ("fp32",):
         kept = kept_by_compiled_layer(config, 1, arguments.precision, residual_precision)
-        step = StepMemory(config, arguments.precision, state_bytes, residual_precision, compiled=True)
+        step = StepMemory(config, arguments.precision, optimizer.state_bytes(config), residual_precision, compiled=True)
         estimate = step.bytes_per_token(False) / config.model.num_hidden_layers / config.model.hidden_size
         print(f"A compiled layer keeps {kept:.1f} bytes per token and unit of width, with the residual stream in "
               f"{residual_precision}; estimate {estimate:.0f}")  # fmt: skip
