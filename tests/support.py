@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import copy
+import dataclasses
 import fcntl
 import functools
 import importlib.util
@@ -27,10 +28,12 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from omegaconf import OmegaConf
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from cucafera.config.command_line import composed_config
+from cucafera.config.files import with_checksum
 from cucafera.config.schema import Config, ModelConfig
 from cucafera.config.tokens import SPECIAL_TOKENS
 from cucafera.data.tokenizer import BYTE_OF_CHARACTER
@@ -110,6 +113,15 @@ def compose_small_run(corpus: Path, *overrides: str) -> Config:
         if source.path == anywhere:
             source.path = str(corpus)
     return config
+
+
+def write_run_folder(folder: Path, config: Config, step: int = 1000) -> None:
+    """Write what a configuration looks for in a run folder: its own configuration, and names of a checkpoint."""
+    checkpoint = folder / "checkpoints" / f"step-{step:08d}.ckpt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    for path in (checkpoint, checkpoint.with_suffix(".json")):
+        path.touch()
+    (folder / "config.yaml").write_text(with_checksum(OmegaConf.to_yaml(dataclasses.asdict(config))))
 
 
 def compose_small_chat(folder: Path, *overrides: str) -> Config:

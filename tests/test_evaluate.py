@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from cucafera import evaluate
 from tests.imports import HEAVY, imported_packages
+from tests.support import scalars
 
 QUESTION = {"ctx": "la mar", "endings": ["és gran", "dorm"], "label": 0}
 
@@ -48,6 +50,25 @@ def test_without_options_a_run_is_measured_on_its_held_out_data(command, runs):
         assert entry["kind"] == kind and entry["step"] == 12
         assert entry["settings"] == {"held_out": "files", "documents": None, "stride": 64, "context": 128}
         assert 0 < entry["metrics"]["bpb"]["value"] < 20
+
+
+def test_the_mean_of_checkpoints_is_measured_next_to_the_last_one(command, runs):
+    folder = runs / "outputs" / "averaged"
+    shutil.copytree(runs / "outputs" / "base", folder, ignore=shutil.ignore_patterns("evaluation.json"))
+    try:
+        code, out, _ = command("outputs/averaged", "--average", "2")
+        assert code == 0
+        assert out.startswith("Averaging the weights after the steps 8 and 12\n")
+        assert "; the mean of the weights after the steps 8 and 12; on cpu" in out
+        command("outputs/averaged")
+        mean, last = entries(runs, "averaged")
+        curves = [scalars(folder, f"evaluation/held-out-files/{name}") for name in ("mean_of_2/bpb", "bpb")]
+    finally:
+        shutil.rmtree(folder)
+    assert mean["averaged"] == [8, 12] and "averaged" not in last
+    assert last["checkpoint"] == mean["checkpoint"] and last["settings"] == mean["settings"]
+    assert last["metrics"] != mean["metrics"]
+    assert curves == [[(12, pytest.approx(entry["metrics"]["bpb"]["value"]))] for entry in (mean, last)]
 
 
 def test_text_and_choices_are_measured_and_saved(command, runs, tmp_path):
@@ -106,6 +127,11 @@ def test_samples_and_attention_go_into_the_run_folder_or_to_out(command, runs, t
         (["outputs/base", "--text", "corpus.jsonl", "--column", "words"], "no column 'words'; it has text"),
         (["outputs/base", "--text", "corpus.jsonl", "--stride", "0"], "--stride is 0; it must be at least 1"),
         (["outputs/base", "--stride", "128"], "--stride is 128; it must be below the model's context of 128 tokens"),
+        (["outputs/base", "--average", "0"], "--average 0: a mean is of at least 2 checkpoints"),
+        (
+            ["outputs/base", "--average", "9"],
+            "--average 9: there are only 2 checkpoints in outputs/base (steps 8 and 12)",
+        ),
         (["outputs/base", "--documents", "0"], "--documents is 0; it must be at least 1"),
         (["outputs/base", "--column", "x"], "--column has no effect without --text"),
         (["outputs/base", "--compare", "x"], "--compare has no effect without --samples"),

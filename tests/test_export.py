@@ -1,5 +1,6 @@
 """The export command."""
 
+import argparse
 import dataclasses
 import json
 import re
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from cucafera import export
@@ -18,7 +21,8 @@ from cucafera.interop import hugging_face
 from cucafera.interop.gguf import TYPES
 from cucafera.interop.hf_spec import ARCHITECTURES
 from cucafera.interop.model_card import model_card, read_lineage
-from cucafera.interop.trained import load_trained
+from cucafera.interop.trained import load_mean, load_trained
+from cucafera.options import averaged_checkpoints
 from cucafera.runs.folder import RunFolder
 from cucafera.runs.locate import locate_model
 from cucafera.runs.results import write_evaluation, write_metrics
@@ -72,7 +76,7 @@ def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, cap
         "recommends temperature 0.6, top-k 50, top-p 0.9, no repetition penalty (the run had a repetition penalty of "
         "1.2, but transformers would penalize the stop token too), and at most 32 new tokens.",
         "| trained | all weights | all weights |",
-        "| optimizer | AdamW, lr 0.003, weight decay 0.1 | AdamW, lr 0.01, weight decay 0.1 |",
+        "| optimizer | AdamW, lr 0.003, weight decay 1 | AdamW, lr 0.01, weight decay 1 |",
         "bits per byte on held-out conversations, after 12 steps.",
         "| copa_ca | acc | 0.6140 | 0.0218 | num_fewshot=0 |",
         "![Validation over tokens](curves.png)",
@@ -90,6 +94,73 @@ def test_a_chat_model_is_exported_with_a_model_card(command, runs, tmp_path, cap
     assert (settings.temperature, settings.top_k, settings.pad_token_id) == (0.6, 50, 3)
     assert settings.repetition_penalty == 1.0  # transformers would penalize the stop token of earlier answers
     assert settings.eos_token_id == [IM_END_ID, IM_START_ID, DOCUMENT_START_ID]
+
+
+def test_a_mean_is_exported_and_its_card_says_whose_figures_it_has(command, runs, tmp_path, capsys):
+    results = [
+        {"kind": "text", "task": task, "metrics": {"bpb": {"value": value, "stderr": None}}, "settings": {},
+         "checkpoint": "step-00000012.ckpt", "step": 12, "time": "now", **averaged}
+        for task, value, averaged in (("last", 3.0, {}), ("mean", 2.5, {"averaged": [8, 12]}))
+    ]  # fmt: skip
+    evaluation = runs / "outputs" / "base" / "evaluation.json"
+    write_evaluation(evaluation, results)
+    try:
+        assert command("outputs/base", "--to", "hf", str(tmp_path / "hf"), "--average", "2") == 0
+        assert command("outputs/base", "--to", "hf", str(tmp_path / "last")) == 0
+    finally:
+        evaluation.unlink()
+    printed = capsys.readouterr().out
+    assert "Averaging the weights after the steps 8 and 12\n" in printed
+    assert (
+        "from the mean of 2 checkpoints up to outputs/base/checkpoints/step-00000012.ckpt (steps 8 and 12)" in printed
+    )
+    card, other = ((tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("hf", "last"))
+    for text in (
+        "The weights are the uniform mean of those after the steps 8 and 12, of 2 checkpoints of one run (latest ",
+        "on held-out texts, after 12 steps, by the weights of that step and not by their mean.",
+        "Of the weights after each step, in training; their mean was not validated.",
+        "after 12 steps; not selected. Not by the mean, but by the weights of that step.",
+        "| mean | bpb | 2.5000 |",
+    ):
+        assert text in card, text
+    assert "| last | bpb |" not in card and "| last | bpb |" in other
+    assert "mean" not in other
+    paths = [runs / "outputs" / "base" / "checkpoints" / f"step-{step:08d}.ckpt" for step in (8, 12)]
+    expected = load_mean(paths).model.state_dict()
+    found = load_trained(str(tmp_path / "hf")).model.state_dict()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+    assert (found["embed_tokens.weight"] - load_trained(str(paths[1])).model.embed_tokens.weight).abs().max() > 1e-4
+
+
+def test_a_gguf_file_of_a_mean_says_so(command, tmp_path):
+    for path, arguments in ((tmp_path / "mean.gguf", ["--average", "2"]), (tmp_path / "last.gguf", [])):
+        assert command("outputs/base", "--to", "gguf", str(path), *arguments) == 0
+    mean, last = (GGUFReader(tmp_path / f"{name}.gguf").get_field("general.description") for name in ("mean", "last"))
+    assert mean.contents() == "The mean of the weights after the steps 8 and 12" and last is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "note"),
+    [
+        ({"name": "constant", "warmup_steps": 0}, ""),
+        ({"name": "constant", "warmup_steps": 8}, "The first of them is from the warm-up of 8 steps, where weights "),
+        (
+            {"name": "linear", "final_lr_ratio": 0.0, "warmup_steps": 0},
+            "The learning rate of step 12 was 8.3% of its peak",
+        ),
+    ],
+)
+def test_a_learning_rate_at_which_a_mean_does_not_help_is_reported(runs, tmp_path, monkeypatch, schedule, note, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs / "outputs" / "base", "outputs/base")
+    config = yaml.safe_load(Path("outputs/base/config.yaml").read_text())
+    config["schedule"] |= schedule
+    Path("outputs/base/config.yaml").write_text(yaml.safe_dump(config))
+    assert len(averaged_checkpoints(argparse.Namespace(run="outputs/base", average=2))) == 2
+    first, *notes = capsys.readouterr().out.splitlines()
+    assert first == "Averaging the weights after the steps 8 and 12"
+    assert len(notes) == bool(note) and all(line.startswith(note) for line in notes)
 
 
 def test_an_export_without_licence_says_so(command, tmp_path, capsys):
@@ -242,6 +313,12 @@ def test_missing_packages_are_named_before_the_model_is_loaded(command, tmp_path
             ["outputs/base", "--to", "hf", "x", "--architecture", "gpt2"],
             "--architecture gpt2: it must be one of gemma, ",
         ),
+        (["outputs/base", "--to", "hf", "x", "--average", "1"], "--average 1: a mean is of at least 2 checkpoints"),
+        (["outputs/base", "--to", "hf", "x", "--average", "3"], "only 2 checkpoints in outputs/base (steps 8 and 12)"),
+        (
+            ["outputs/base", "--to", "peft", "x", "--average", "2"],
+            "--average 2: the mean of several adapters is not an adapter of their rank",
+        ),
         (["corpus.jsonl", "--to", "hf", "x"], "corpus.jsonl is not a checkpoint: checkpoint files end with .ckpt"),
         (["outputs/base", "--to", "hf", "corpus.jsonl/x"], "corpus.jsonl cannot be written"),
     ],
@@ -259,6 +336,7 @@ def test_user_errors_are_one_line_with_exit_code_2(command, arguments, message, 
         (["outputs/base", "--to", "onnx", "x"], 2),
         (["outputs/nowhere", "--to", "hf", "x"], 2),
         (["outputs/base", "--to", "gguf", "outputs"], 2),
+        (["outputs/base", "--to", "hf", "x", "--average", "3"], 2),
     ],
 )
 def test_help_and_wrong_input_are_answered_before_torch_is_imported(runs, arguments, code):

@@ -11,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
+from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID
 from cucafera.data.chatml import Message, render
 from cucafera.data.conversations import ConversationData, open_conversations
 from cucafera.data.windows import IGNORED
+from cucafera.export import checked_target, command_line_parser
+from cucafera.interop.model_card import _recipe, read_lineage
 from cucafera.interop.trained import load_trained
 from cucafera.run import train
 from cucafera.runs.checkpoints import read_checkpoint
 from cucafera.runs.folder import checkpoint_of
-from tests.support import assert_close, assert_equal, assert_same_curve, scalars, weights
+from tests.support import assert_close, assert_equal, assert_same_curve, folder_of, scalars, weights
 
 BASE = "model.max_position_embeddings=128"
 FINETUNE = "init_from=outputs/base"
@@ -156,6 +159,20 @@ def test_adapters_leave_the_weights_as_they_are_and_are_merged_when_the_model_is
     train(small_chat("name=next", "init_from=outputs/lora"), [])
     best = min(record["loss"] for record in metrics["validation"])
     assert metrics_of("next")["validation"][0]["loss"] == pytest.approx(best, rel=1e-4)
+
+
+def test_a_cooldown_continues_the_adapters_of_its_run(base, small_chat):
+    train(small_chat("name=lora", FINETUNE, "adapter=lora", "optimizer.lr=0.03", "epochs=1", "schedule=constant"), [])
+    steps = metrics_of("lora")["steps"]
+    train(composed_config(["+experiment=cooldown", "init_from=outputs/lora", "schedule.cooldown_steps=2"]), [])
+    assert metrics_of("lora-cooldown")["steps"] == steps + 2
+    before, after = weights("outputs/lora"), weights("outputs/lora-cooldown")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".lora_" in name}
+    card = _recipe(read_lineage(folder_of("lora-cooldown")), is_merged=False)
+    assert "| trained | all weights | LoRA adapters of rank 16, alpha 32 | LoRA adapters of rank 16, alpha 32 |" in card
+    with pytest.raises(UserError, match="outputs/base is not in a form that PEFT can load"):
+        checked_target(command_line_parser().parse_args(["outputs/lora-cooldown", "--to", "peft", "adapter"]))
 
 
 def test_the_run_folder_is_a_tokenizer_for_transformers_with_the_same_template(base, small_chat):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.runs.checkpoints import read_checkpoint
 from cucafera.runs.folder import RunFolder
 from tests.support import (
@@ -99,10 +100,16 @@ ELASTIC = ("schedule.horizon_steps=12", "trainer.micro_batch_windows=2", "callba
 TWO_DEVICES = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
+@pytest.fixture(scope="module", params=OPTIMIZERS.names())
+def optimizer(request) -> str:
+    """Every registered optimizer."""
+    return f"optimizer={request.param}"
+
+
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory) -> Path:
+def one_device(tmp_path_factory, optimizer) -> Path:
     """The folder of the small run, on one device."""
-    return finished_run(tmp_path_factory, "one", *ELASTIC)
+    return finished_run(tmp_path_factory, "one", optimizer, *ELASTIC)
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -125,11 +132,11 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_another_number_of_devices(command, tmp_path, one_device):
+def test_a_run_resumes_on_another_number_of_devices(command, tmp_path, one_device, optimizer):
     moved = tmp_path / "outputs" / "moved"
     starts = ((), ("trainer=fsdp", *TWO_DEVICES), ("trainer=ddp", *TWO_DEVICES), ())
     for start, budget in zip(starts, (768, 1536, 2304, 3072), strict=True):
-        code, output = command.run("name=moved", *start, f"budget_tokens={budget}", *ELASTIC)
+        code, output = command.run("name=moved", *start, f"budget_tokens={budget}", optimizer, *ELASTIC)
         assert code == 0, output
         assert (f"{start[0].removeprefix('trainer=')}: each has" if start else "Device  CPU") in output
     assert_same_run(one_device, moved)
@@ -140,11 +147,11 @@ def test_a_run_resumes_on_another_number_of_devices(command, tmp_path, one_devic
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_sharded_run_that_equals_the_run_of_one_device(command, tmp_path, one_device):
+def test_torchrun_starts_a_sharded_run_that_equals_the_run_of_one_device(command, tmp_path, one_device, optimizer):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cucafera.run")
     memory = "trainer.activation_checkpointing=true"
     process = command.start(
-        "name=two", "trainer=fsdp", memory, *TWO_DEVICES, *ELASTIC, program=torchrun, is_forked=False
+        "name=two", "trainer=fsdp", memory, optimizer, *TWO_DEVICES, *ELASTIC, program=torchrun, is_forked=False
     )
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -227,6 +234,7 @@ def test_the_death_of_another_process_of_a_job_ends_it_in_one_line_with_the_last
 
 SLOW_DISK = """
 import time
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.runs.checkpoints import CheckpointFolder
 
 write = CheckpointFolder.write

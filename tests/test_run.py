@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cucafera.config.errors import UserError
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.config.tokens import DOCUMENT_START_ID, SPECIAL_TOKENS
 from cucafera.data.chatml import STOP_IDS
 from cucafera.data.packed import open_documents
@@ -82,7 +83,8 @@ def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_
     events = EventAccumulator(config.run_dir)
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
-        "loss/train", "train/gradient_norm", "train/tokens", "train/epoch", "train/lr/matrices", "train/lr/vectors",
+        "loss/train", "train/gradient_norm", "train/tokens", "train/epoch",
+        *(f"train/lr/{group}" for group in ("embedding", "block_matrices", "gains", "final_gain")),
         "speed/tokens_per_second", "speed/data_wait", "memory/peak_gib", "loss/val", "val/perplexity", "val/accuracy",
         "bpb/val", "loss/val_by_tokens", "bpb/val_by_tokens",
         *(f"per_layer/gradient_norm/{name}" for name in ("embedding", "00", "01")),
@@ -99,7 +101,7 @@ def test_curves_texts_and_configuration_can_be_read_back_from_tensorboard(small_
     assert [step for step, _ in scalars(config.run_dir, "loss/train")] == list(range(1, 13))
     assert [step for step, _ in scalars(config.run_dir, "bpb/val")] == [0, 4, 8, 12]
     assert scalars(config.run_dir, "train/tokens")[-1] == (12, 3072)
-    assert scalars(config.run_dir, "train/lr/matrices")[1][1] == pytest.approx(config.optimizer.lr * 2 / 3)
+    assert scalars(config.run_dir, "train/lr/embedding")[1][1] == pytest.approx(config.optimizer.lr * 2 / 3)
     config_text = events.Tensors("settings/full/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "hidden_size: 48" in config_text
 
@@ -114,7 +116,8 @@ def test_micro_batches_and_workers_do_not_change_the_trajectory(small_run, other
     assert_close(weights("outputs/first"), weights("outputs/second"))
 
 
-def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run, monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run, monkeypatch, optimizer):
     drawn = []
     training_step = LanguageModel.training_step
 
@@ -123,12 +126,12 @@ def test_a_longer_budget_resumes_and_ends_bit_equal_to_one_run(small_run, monkey
         drawn.append((torch.rand(()).item(), random.random()))
 
     monkeypatch.setattr(LanguageModel, "training_step", step_that_draws)
-    horizon = "schedule.horizon_steps=12"
-    train(small_run("name=whole", horizon), [])
+    settings = ("schedule.horizon_steps=12", f"optimizer={optimizer}")
+    train(small_run("name=whole", *settings), [])
     of_whole = drawn.copy()
     drawn.clear()
-    train(small_run("name=parts", horizon, "budget_tokens=1536"), [])
-    train(small_run("name=parts", horizon), [])
+    train(small_run("name=parts", *settings, "budget_tokens=1536"), [])
+    train(small_run("name=parts", *settings), [])
     assert drawn == of_whole and len(set(drawn)) == 12
     assert_equal(weights("outputs/whole"), weights("outputs/parts"))
     assert scalars("outputs/whole", "loss/train") == scalars("outputs/parts", "loss/train")
@@ -324,7 +327,7 @@ def test_a_new_run_starts_from_the_weights_of_another(small_run):
 def test_learning_rates_scaled_by_the_width_have_curves_of_their_own(small_run):
     config = small_run("name=scaled", "model.base_hidden_size=12")
     train(config, [])
-    unscaled = [value for _, value in scalars(config.run_dir, "train/lr/matrices")]
+    unscaled = [value for _, value in scalars(config.run_dir, "train/lr/embedding")]
     for group in ("block_matrices", "final_gain"):
         scaled = [value for _, value in scalars(config.run_dir, f"train/lr/{group}")]
         assert scaled == pytest.approx([value / 4 for value in unscaled])

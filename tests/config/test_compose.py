@@ -30,11 +30,14 @@ from cucafera.config.schema import Config, OptimizerConfig, value_of
 from cucafera.optimizers import OptimizerSpec
 from cucafera.optimizers.adamw import AdamWConfig
 from cucafera.run import main
+from tests.support import write_run_folder
 
 EXPERIMENTS = sorted(
     path.relative_to(config_directory() / "experiment").with_suffix("").as_posix()
     for path in (config_directory() / "experiment").rglob("*.yaml")
 )
+
+SWEEPS = ("lr_sweep", "lr_sweep_pretrain", "search")
 
 WRONG_COMMAND_LINES = [
     # Typos, on the command line
@@ -71,7 +74,7 @@ WRONG_COMMAND_LINES = [
     (["model.hidden_act=relu"], "model.hidden_act is relu; it must be one of gelu_pytorch_tanh, gelu, silu"),
     (["model.base_hidden_size=0"], "model.base_hidden_size is 0; it must be at least 1"),
     (["model.num_hidden_layers=0"], "model.num_hidden_layers is 0; it must be at least 1"),
-    (["schedule.name=linear"], "schedule.name is linear; it must be one of cosine, wsd, constant"),
+    (["schedule.name=step"], "schedule.name is step; it must be one of cosine, linear, wsd, constant"),
     (["schedule.final_lr_ratio=1.5"], "schedule.final_lr_ratio is 1.5; it must be at least 0 and at most 1"),
     (["data.validation_fraction=0"], "data.validation_fraction is 0; it must be above 0 and below 1"),
     (["trainer.accelerator=tpu"], "trainer.accelerator is tpu; it must be one of auto, cpu, cuda"),
@@ -297,19 +300,20 @@ def test_every_value_of_a_sweep_is_checked_before_the_first_job():
 def base_run(tmp_path):
     """A folder that looks like a run of the 245M model."""
     folder = tmp_path / "base"
-    folder.mkdir()
-    config = composed_config(["model=cucafera", "batch_tokens=4096"])
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_run_folder(folder, composed_config(["model=cucafera", "batch_tokens=4096", "budget_tokens=8_192_000"]))
     return folder
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_without_problems(experiment, base_run):
-    needed = ["data.sources.files.path=x"] if experiment == "own_text" else []
-    needed += [f"init_from={base_run}"] if experiment.startswith("finetune") else []
-    sweeps = ("lr_sweep", "lr_sweep_pretrain", "search")
-    problems = command_line_problems([f"+experiment={experiment}", *needed], multirun=experiment in sweeps)
-    assert problems == []
+    overrides = [f"+experiment={experiment}", *needed(experiment, base_run)]
+    assert command_line_problems(overrides, multirun=experiment in SWEEPS) == []
+
+
+def needed(experiment: str, base_run: Path) -> list[str]:
+    """Return the overrides that an experiment asks for."""
+    overrides = ["data.sources.files.path=x"] if experiment == "own_text" else []
+    return overrides + ([f"init_from={base_run}"] if experiment.startswith(("finetune", "cooldown")) else [])
 
 
 @pytest.mark.parametrize(
@@ -350,7 +354,6 @@ def test_finetuning_inherits_the_model_of_its_initial_weights(base_run):
     assert config.objective.name == "finetuning"
     assert len(config.data.sources) == 6
     checkpoint = base_run / "checkpoints" / "step-00000012.ckpt"
-    checkpoint.parent.mkdir()
     checkpoint.touch()
     assert composed_config(["+experiment=finetune", f"init_from={checkpoint}"]).model == config.model
 
@@ -403,7 +406,16 @@ def test_the_original_recipe_stops_long_before_its_schedule_ends():
     config = composed_config(["+experiment=pretrain_original"])
     assert config.total_steps == 11_007
     assert config.horizon_steps == 20_000
-    assert composed_config(["+experiment=pretrain"]).horizon_steps == 11_007
+    assert composed_config(["+experiment=pretrain_original"]).total_steps == 11_007
+    assert composed_config(["+experiment=pretrain"]).horizon_steps == 5_503
+
+
+@pytest.mark.parametrize("experiment", sorted({*EXPERIMENTS} - {"cooldown", *SWEEPS}))
+def test_the_weight_decay_of_the_quickstart_reaches_no_longer_run(experiment, base_run):
+    """Its weights forget within 500 steps, which is right for a run of 2,000."""
+    config = composed_config([f"+experiment={experiment}", *needed(experiment, base_run)])
+    is_short = config.budget_tokens is not None and config.total_steps <= 2000
+    assert is_short or config.optimizer.weight_decay <= 0.1
 
 
 def test_budgets_may_be_written_as_floats():
@@ -435,7 +447,7 @@ def test_every_setting_has_a_meaning_and_a_default_that_help_shows():
     for experiment in EXPERIMENTS:
         assert f"+experiment={experiment}" in text
     assert "optimizer.lr=0.002 Peak learning rate. Must be above 0." in in_one_line
-    assert "Must be one of cosine, wsd, constant." in in_one_line
+    assert "Must be one of cosine, linear, wsd, constant." in in_one_line
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -487,12 +499,15 @@ def test_a_registered_optimizer_is_a_choice_with_its_own_settings(toy):
         "optimizer.beta is 1; it must be at least 0 and below 1"
     ]
     assert command_line_problems(["optimizer=toy", "optimizer.betas=[0.1,0.2]"]) == [
-        "optimizer.betas is not a setting of optimizer=toy"
+        "optimizer.betas is not a setting of optimizer=toy; it is one of optimizer=adamw and optimizer=muon"
     ]
-    assert command_line_problems(["optimizer.beta=0.5"]) == ["optimizer.beta is not a setting of the chosen optimizer"]
+    assert command_line_problems(["optimizer.beta=0.5"]) == [
+        "optimizer.beta is not a setting of the chosen optimizer; it is one of optimizer=toy"
+    ]
     assert command_line_problems(["optimizer.name=toy"]) == [
-        "optimizer.betas is not a setting of toy",
-        "optimizer.eps is not a setting of toy",
+        "optimizer.embedding_lr is not a setting of toy; it is one of optimizer=adamw",
+        "optimizer.betas is not a setting of toy; it is one of optimizer=adamw and optimizer=muon",
+        "optimizer.eps is not a setting of toy; it is one of optimizer=adamw and optimizer=muon",
     ]
     assert command_line_problems(["optimizer=adamw,toy"], multirun=True) == []
 

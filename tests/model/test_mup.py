@@ -42,7 +42,9 @@ def test_without_a_base_initial_weights_are_unscaled():
     for (name, parameter), expected in zip(decoder.named_parameters(), [*plain, torch.ones(48)], strict=True):
         assert torch.equal(parameter, expected), name
     groups = build_optimizer(decoder, AdamWConfig()).param_groups
-    assert [(group["name"], group["weight_decay"]) for group in groups] == [("matrices", 0.1), ("vectors", 0.0)]
+    assert {group["name"]: group["weight_decay"] for group in groups} == {
+        "embedding": 1.0, "block_matrices": 1.0, "gains": 0.0, "final_gain": 0.0
+    }  # fmt: skip
 
 
 def test_the_base_trains_as_a_model_without_a_base():
@@ -75,21 +77,21 @@ def test_learning_rates_fall_with_the_width_and_decay_per_step_is_constant():
     names = {parameter: name for name, parameter in decoder.named_parameters()}
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: group["lr"] for name, group in groups.items()} == {
-        "matrices": 0.02, "vectors": 0.02, "block_matrices": 0.005, "final_gain": 0.005
+        "embedding": 0.02, "block_matrices": 0.005, "gains": 0.02, "final_gain": 0.005
     }  # fmt: skip
-    assert [names[parameter] for parameter in groups["matrices"]["params"]] == ["embed_tokens.weight"]
+    assert [names[parameter] for parameter in groups["embedding"]["params"]] == ["embed_tokens.weight"]
     assert [names[parameter] for parameter in groups["final_gain"]["params"]] == ["norm.weight"]
     assert len(groups["block_matrices"]["params"]) == 14
-    assert len(groups["vectors"]["params"]) == 4
-    for name, product in {"matrices": 0.002, "block_matrices": 0.002, "vectors": 0.0, "final_gain": 0.0}.items():
+    assert len(groups["gains"]["params"]) == 4
+    for name, product in {"embedding": 0.002, "block_matrices": 0.002, "gains": 0.0, "final_gain": 0.0}.items():
         assert groups[name]["lr"] * groups[name]["weight_decay"] == pytest.approx(product)
 
 
 def test_adapters_have_the_same_learning_rate_at_every_width():
     decoder = small_decoder(base_hidden_size=12)
     add_adapters(decoder, AdapterConfig(rank=2))
-    (matrices, vectors) = build_optimizer(decoder, AdamWConfig()).param_groups
-    assert (len(matrices["params"]), len(vectors["params"])) == (28, 0)
+    (adapters,) = build_optimizer(decoder, AdamWConfig()).param_groups
+    assert len(adapters["params"]) == 28 and "lr_ratio" not in adapters
 
 
 def test_a_step_changes_what_the_model_computes_equally_at_every_width():

@@ -1,5 +1,6 @@
 """AdamW: the update of its paper, with the settings of the configuration."""
 
+import pytest
 import torch
 
 from cucafera.config.schema import AdapterConfig
@@ -45,14 +46,11 @@ def test_frozen_weights_are_not_optimized():
     assert len(optimized) == 2 * model.config.num_hidden_layers
 
 
-def test_the_size_of_its_state_is_what_the_memory_formula_takes():
-    from cucafera.config.registry import OPTIMIZERS
-
-    model = small_decoder()
-    optimizer = build_optimizer(model, SETTINGS)
-    ids = random_ids(2, 9)
-    model(ids[:, :-1], ids[:, 1:]).backward()
-    optimizer.step()
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert sum(value.nbytes for value in moments) == OPTIMIZERS.get("adamw").state_bytes_per_parameter * parameters
+def test_the_embedding_has_its_own_rate_and_the_same_decay_per_step():
+    settings = AdamWConfig(lr=0.02, embedding_lr=0.08, weight_decay=0.1)
+    groups = {group["name"]: group for group in build_optimizer(small_decoder(), settings).param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "embedding": 0.08, "block_matrices": 0.02, "gains": 0.02, "final_gain": 0.02
+    }  # fmt: skip
+    for name in ("embedding", "block_matrices"):
+        assert groups[name]["lr"] * groups[name]["weight_decay"] == pytest.approx(0.002)

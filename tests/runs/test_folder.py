@@ -15,7 +15,7 @@ from cucafera.config.errors import UserError
 from cucafera.interop.model_card import read_lineage
 from cucafera.runs import folder as folders
 from cucafera.runs.checkpoints import CheckpointError
-from cucafera.runs.folder import ResumedCheckpoint, RunFolder, checkpoint_of, read_checkpoint_of
+from cucafera.runs.folder import RunFolder, StartingPoint, checkpoint_of, read_checkpoint_of
 from cucafera.runs.history import has_event, has_no_checkpoint
 from cucafera.runs.results import read_evaluation, read_metrics, write_evaluation
 from cucafera.storage import read_json_with_checksum, write_json_with_checksum
@@ -36,7 +36,7 @@ def folder(config) -> RunFolder:
     return folder
 
 
-def begin(folder: RunFolder, config, resumed: ResumedCheckpoint | None = None) -> None:
+def begin(folder: RunFolder, config, resumed: StartingPoint | None = None) -> None:
     folder.begin(config, [], {}, resumed)
 
 

@@ -160,7 +160,7 @@ def test_the_layout_names_existing_curves(small_run):
 def test_the_learning_rate_curve_is_that_of_the_schedule(small_run):
     config = small_run("name=run", "schedule=wsd", "schedule.warmup_steps=3", "callbacks.log_every_steps=2")
     train(config, [])
-    points = all_curves(config.run_dir)["train/lr/matrices"]
+    points = all_curves(config.run_dir)["train/lr/embedding"]
     assert [step for step, _ in points] == [2, 4, 6, 8, 10, 12]
     for step, rate in points:  # the first step is taken at the ratio of step 0
         ratio = lr_ratio(step - 1, config.schedule, config.horizon_steps)
@@ -188,7 +188,7 @@ def test_runs_are_rows_of_one_table_also_after_a_resume(small_run, monkeypatch):
     row = before["lr-0.001"]
     assert row["status"] == "STATUS_SUCCESS"
     assert (row["optimizer.lr"], row["batch_tokens"], row["budget_tokens"], row["seed"]) == (0.001, 256, 3072, 1337)
-    assert (row["schedule.name"], row["data.document_masking"], row["optimizer"]) == ("cosine", "false", "adamw")
+    assert (row["schedule.name"], row["data.document_masking"], row["optimizer"]) == ("linear", "false", "adamw")
     assert (row["model.hidden_size"], row["model.num_hidden_layers"], row["schedule.warmup_steps"]) == (48, 2, 2)
     assert not {"logger", "name", "run_dir"} & row.keys()
     metrics = json.loads(Path("outputs/sweep/lr-0.001/metrics.json").read_text())

@@ -23,7 +23,9 @@ def warning(tmp_path, monkeypatch, free: int, existing: int = 0, **settings: int
         assert hasattr(config.callbacks, name)
         setattr(config.callbacks, name, value)
     weights = [torch.nn.Parameter(torch.zeros(TRAINED)), torch.nn.Parameter(torch.zeros(FROZEN), requires_grad=False)]
-    module = SimpleNamespace(optimizer_spec=SimpleNamespace(state_bytes_per_parameter=8), parameters=lambda: weights)
+    module = SimpleNamespace(
+        optimizer_spec=SimpleNamespace(state_bytes=lambda config: 8 * TRAINED), parameters=lambda: weights
+    )
     folder = RunFolder(tmp_path / "run")
     monkeypatch.setattr(folder.checkpoints, "complete", lambda: [SimpleNamespace(size=SIZE)] * existing)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))

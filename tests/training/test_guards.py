@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
 from cucafera.config.schema import GuardsConfig
 from cucafera.data.windows import TrainingSteps
@@ -149,6 +150,16 @@ def test_a_rollback_skips_the_batch_as_if_it_had_never_existed(small_run, inject
     (note,) = [line for line in history_of("run") if line["event"] == "rolled back"]
     assert (note["to_step"], note["skipped_batches"]) == (back, [number])
     assert json.loads(Path("outputs/run/metrics.json").read_text())["skipped_batches"] == [number]
+
+
+def test_a_cooldown_rolls_back_to_the_checkpoint_that_it_began_with(small_run, inject, caplog):
+    train(small_run("name=run", "schedule=constant"), [])
+    inject({13}, math.nan)
+    config = composed_config(["+experiment=cooldown", "init_from=outputs/run", "schedule.cooldown_steps=3", ROLLBACK])
+    train(config, [])
+    assert "Found a non-finite update at step 14: rolling back to step 12, skipping batch 13" in caplog.text
+    assert RunFolder(Path("outputs/run-cooldown")).read_metrics()["skipped_batches"] == [13]
+    assert [step for step, _ in scalars("outputs/run-cooldown", "loss/train")] == [13, 14, 15]
 
 
 def test_each_point_of_the_curves_is_unique_after_a_rollback(small_run, inject):

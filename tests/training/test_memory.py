@@ -10,8 +10,9 @@ import torch
 from cucafera.config.command_line import composed_config
 from cucafera.config.errors import UserError
 from cucafera.config.registry import OPTIMIZERS
+from cucafera.config.schema import Config
 from cucafera.data.windows import TrainingSteps
-from cucafera.model.flops import adapter_parameter_count, parameter_count
+from cucafera.model.flops import adapter_parameter_count, block_matrix_parameter_count, parameter_count
 from cucafera.model.loss import LOGITS_BYTES
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
@@ -25,7 +26,11 @@ SHALLOW = [
     "model.num_attention_heads=4", "model.max_position_embeddings=2048", "batch_tokens=2048",
     "tokenizer.vocab_size=1024",
 ]  # fmt: skip
-ADAMW = OPTIMIZERS.get("adamw").state_bytes_per_parameter
+
+
+def adamw_bytes(config: Config) -> int:
+    """Return the bytes of AdamW's state."""
+    return OPTIMIZERS.get("adamw").state_bytes(config)
 
 
 def test_activation_checkpointing_gives_the_same_gradients_to_the_bit():
@@ -45,7 +50,7 @@ def test_activation_checkpointing_gives_the_same_gradients_to_the_bit():
 def test_the_memory_formula_agrees_with_what_a_step_allocates(precision, checkpointing):
     config, windows = composed_config(SHALLOW), 16
     computed = load_script("memory").computed_peak(config, windows, precision, checkpointing)
-    estimate = StepMemory(config, precision, ADAMW).peak_bytes(windows * 2048, checkpointing)
+    estimate = StepMemory(config, precision, adamw_bytes(config)).peak_bytes(windows * 2048, checkpointing)
     # With checkpointing, the loss and the recomputed layer never need their memory at the same time.
     assert 0.93 * computed < estimate < (1.4 if checkpointing else 1.07) * computed
 
@@ -62,18 +67,27 @@ def test_a_step_with_activation_checkpointing_fits_a_small_gpu(model, gigabytes)
 
 def test_fsdp_shards_weights_and_optimizer_state_in_the_memory_formula():
     ddp, fsdp = (composed_config(["+experiment=pretrain", f"trainer={strategy}"]) for strategy in ("ddp", "fsdp"))
-    alone, together = StepMemory(ddp, "fp32", ADAMW), StepMemory(fsdp, "fp32", ADAMW, world_size=8)
-    assert alone.fixed_bytes == StepMemory(ddp, "fp32", ADAMW, world_size=8).fixed_bytes
-    assert alone.fixed_bytes == StepMemory(fsdp, "fp32", ADAMW).fixed_bytes
+    alone, together = (
+        StepMemory(ddp, "fp32", adamw_bytes(ddp)),
+        StepMemory(fsdp, "fp32", adamw_bytes(fsdp), world_size=8),
+    )
+    assert alone.fixed_bytes == StepMemory(ddp, "fp32", adamw_bytes(ddp), world_size=8).fixed_bytes
+    assert alone.fixed_bytes == StepMemory(fsdp, "fp32", adamw_bytes(fsdp)).fixed_bytes
     head = 4 * 65_536 * 768  # gathered in full while it is used
     assert alone.fixed_bytes - together.fixed_bytes == 12 * parameter_count(ddp.model) * 7 // 8 - head
     assert alone.bytes_per_token(False) == together.bytes_per_token(False)
 
 
-def test_the_optimizer_says_how_many_bytes_of_state_a_parameter_has():
-    config = composed_config(["model=cucafera", "batch_tokens=2048"])
-    two_moments, one_moment = (StepMemory(config, "fp32", state_bytes) for state_bytes in (8, 4))
-    assert two_moments.fixed_bytes - one_moment.fixed_bytes == 4 * parameter_count(config.model)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_formula_counts_the_state_that_the_optimizer_says(optimizer):
+    config = composed_config(["model=cucafera", "batch_tokens=2048", f"optimizer={optimizer}"])
+    state_bytes = OPTIMIZERS.get(optimizer).state_bytes(config)
+    assert (
+        StepMemory(config, "fp32", state_bytes).fixed_bytes - StepMemory(config, "fp32", 0).fixed_bytes == state_bytes
+    )
+    moments = {"adamw": 2, "muon": 1}[optimizer]
+    gigabytes = 4 * (moments * block_matrix_parameter_count(config.model) + 2 * 65_536 * 768) / 1e9
+    assert state_bytes / 1e9 == pytest.approx(gigabytes, rel=2e-3)  # and the gains; Muon's rows
 
 
 @pytest.mark.parametrize(
@@ -87,7 +101,7 @@ def test_the_optimizer_says_how_many_bytes_of_state_a_parameter_has():
 def test_the_memory_formula_agrees_with_what_a_compiled_layer_keeps(precision, residual_precision):
     config = composed_config(["model=cucafera", "batch_tokens=2048"])
     kept = load_script("memory").kept_by_compiled_layer(config, 1, precision, residual_precision)
-    step = StepMemory(config, precision, ADAMW, residual_precision, compiled=True)
+    step = StepMemory(config, precision, adamw_bytes(config), residual_precision, compiled=True)
     estimate = step.bytes_per_token(checkpointing=False) / (config.model.num_hidden_layers * config.model.hidden_size)
     assert kept == pytest.approx(estimate, rel=0.02)
 
@@ -115,10 +129,10 @@ def gpu(monkeypatch):
 )
 def test_settings_chosen_automatically_fit_the_gpu(gpu, gigabytes, checkpointing, windows):
     gpu(gigabytes)
-    config = composed_config(["+experiment=pretrain", "trainer=small_gpu"])
+    config = composed_config(["+experiment=pretrain_adamw", "trainer=small_gpu"])
     hardware = decide_hardware(config)
     assert (hardware.activation_checkpointing, hardware.micro_batch_windows) == (checkpointing, windows)
-    step = StepMemory(config, hardware.precision, ADAMW, hardware.residual_precision, compiled=True)
+    step = StepMemory(config, hardware.precision, adamw_bytes(config), hardware.residual_precision, compiled=True)
     needed = step.peak_bytes(windows * config.sequence_length, hardware.activation_checkpointing)
     assert needed < USABLE_MEMORY * gigabytes * 1e9
     assert config.model == CUCAFERA
@@ -200,7 +214,7 @@ def test_next_to_adapters_weights_have_no_gradient_and_no_state():
     full = composed_config(["model=cucafera", "batch_tokens=2048"])
     parameters, head = parameter_count(full.model), 65_536 * 768
     adapters = adapter_parameter_count(config.model, config.adapter)
-    alone, adapted = (StepMemory(each, "fp32", ADAMW).fixed_bytes for each in (full, config))
+    alone, adapted = (StepMemory(each, "fp32", adamw_bytes(each)).fixed_bytes for each in (full, config))
     # weights, gradients and two moments in fp32; one chunk of logits; and the head's own gradient
     assert alone == 16 * parameters + LOGITS_BYTES["cuda"] + 4 * head
     assert adapted == 4 * parameters + 16 * adapters + LOGITS_BYTES["cuda"]

@@ -53,7 +53,7 @@ def test_the_learning_rate_follows_the_horizon_and_not_the_budget(small_run):
     config = small_run("name=run", "schedule.horizon_steps=24", "budget_tokens=2048")
     train(config, [])
     expected = [config.optimizer.lr * lr_ratio(step, config.schedule, 24) for step in range(8)]
-    assert [value for _, value in scalars("outputs/run", "train/lr/matrices")] == pytest.approx(expected)
+    assert [value for _, value in scalars("outputs/run", "train/lr/embedding")] == pytest.approx(expected)
 
 
 def test_a_decoder_is_built_with_the_settings_of_the_hardware():

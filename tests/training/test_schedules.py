@@ -13,7 +13,7 @@ def ratios(horizon=100, **settings):
     return [lr_ratio(step, schedule, horizon) for step in range(horizon + 50)]
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 def test_warm_up_is_linear_and_reaches_the_peak_at_its_end(name):
     values = ratios(name=name, warmup_steps=9)
     assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
@@ -54,12 +54,19 @@ def test_a_decay_goes_linearly_or_by_half_a_cosine_to_the_final_ratio(final):
     assert cosine[100:] == pytest.approx([final] * 50)
 
 
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_linear_is_wsd_without_a_stable_part(final):
+    linear = ratios(name="linear", warmup_steps=40, final_lr_ratio=final)
+    assert linear[40:101] == pytest.approx([1 - (1 - final) * step / 60 for step in range(61)])
+    assert linear == pytest.approx(ratios(name="wsd", warmup_steps=40, decay_fraction=1.0, final_lr_ratio=final))
+
+
 def test_a_decay_never_begins_before_the_end_of_the_warm_up():
     values = ratios(name="wsd", warmup_steps=90, decay_fraction=0.5, final_lr_ratio=0.0)
     assert values[89] == pytest.approx(90 / 91) and values[90] == 1.0 and values[95] == pytest.approx(0.5)
     assert ratios(name="wsd", warmup_steps=0, decay_fraction=0.0)[99] == 1.0
 
 
-@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 def test_a_warm_up_as_long_as_the_horizon_is_possible(name):
     assert all(0 <= value <= 1 for value in ratios(horizon=10, name=name, warmup_steps=10))

@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cucafera.config.registry import OPTIMIZERS
 from cucafera.model.transformer import Decoder
 from cucafera.run import train
 from cucafera.training.callbacks.profile import kind_of
@@ -62,7 +63,8 @@ class Waits(TorchDispatchMode):
         return operation(*arguments, **(settings or {}))
 
 
-def test_no_number_is_read_between_two_log_steps(small_run, monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_no_number_is_read_between_two_log_steps(small_run, monkeypatch, optimizer):
     waits = Waits()
     training_step = LanguageModel.training_step
 
@@ -73,7 +75,7 @@ def test_no_number_is_read_between_two_log_steps(small_run, monkeypatch):
     monkeypatch.setattr(LanguageModel, "training_step", counted_step)
     config = small_run(
         "name=run", "callbacks.log_every_steps=4", "callbacks.validate_every_steps=0",
-        "callbacks.checkpoint_every_steps=0", "trainer.micro_batch_windows=2",
+        "callbacks.checkpoint_every_steps=0", "trainer.micro_batch_windows=2", f"optimizer={optimizer}",
     )  # fmt: skip
     with waits:
         train(config, [])
@@ -84,7 +86,8 @@ def test_no_number_is_read_between_two_log_steps(small_run, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", ["true", "false"])
-def test_a_step_does_not_wait_for_a_gpu(small_run, monkeypatch, compiled):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.names())
+def test_a_step_does_not_wait_for_a_gpu(small_run, monkeypatch, optimizer, compiled):
     training_step = LanguageModel.training_step
 
     def watched_step(module, batch, batch_idx):
@@ -96,7 +99,7 @@ def test_a_step_does_not_wait_for_a_gpu(small_run, monkeypatch, compiled):
 
     monkeypatch.setattr(LanguageModel, "training_step", watched_step)
     wider = "model.hidden_size=128"  # heads of 32
-    train(small_run("name=run", "trainer=auto", wider, f"trainer.compile={compiled}"), [])
+    train(small_run("name=run", "trainer=auto", wider, f"trainer.compile={compiled}", f"optimizer={optimizer}"), [])
 
 
 def test_a_profile_says_where_the_time_goes(small_run, caplog):
