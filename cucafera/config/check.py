@@ -197,15 +197,7 @@ def _unknown_key(key: str, values: Mapping[str, Any]) -> str:
 
 def choices_with(key: str) -> str:
     """Return "; it is one of optimizer=NAME" for a key of other choices of its group, or nothing."""
-    group, _, name = key.partition(".")
-    registry = next((registry for registry in REGISTRIES.values() if registry.kind == group), None)
-    if registry is None:
-        return ""
-    owners = [
-        f"{group}={choice}"
-        for choice in registry.names()
-        if name in {field.name for field in dataclasses.fields(registry.get(choice).config)}
-    ]
+    owners = fields_of_choices(key)
     return f"; it is one of {' and '.join(owners)}" if owners else ""
 
 
@@ -240,6 +232,18 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 def documented_fields() -> "dict[str, dataclasses.Field[Any]]":
     """Return the field of each dotted key, of all registered entries too; sources stand under NAME."""
     return {key: field for key, (field, _) in _typed_fields(Config, "", _registered_names()).items()}
+
+
+def fields_of_choices(key: str) -> "dict[str, dataclasses.Field[Any]]":
+    """Return the field of a dotted key in each registered choice of its group that has it, by GROUP=NAME."""
+    group, _, name = key.partition(".")
+    fields = {}
+    for registry in (registry for registry in REGISTRIES.values() if registry.kind == group):
+        for choice in registry.names():
+            of_choice = {field.name: field for field in dataclasses.fields(registry.get(choice).config)}
+            if name in of_choice:
+                fields[f"{group}={choice}"] = of_choice[name]
+    return fields
 
 
 def hint_of(key: str) -> Any:

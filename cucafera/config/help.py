@@ -3,11 +3,12 @@
 import dataclasses
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cucafera.config.check import documented_fields
+from cucafera.config.check import documented_fields, fields_of_choices
 from cucafera.config.choices import CONFIG_NAME, config_directory, config_sources, group_options, groups
 from cucafera.config.fields import format_value
 from cucafera.config.registry import OBJECTIVES, OPTIMIZERS
@@ -75,10 +76,18 @@ def _key_lines() -> Iterator[str]:
         if any(other.startswith(f"{key}.") for other in fields):
             yield from ("", f"  {key}: {meaning}")
             continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        shown = f"{key}={_short(default)}" if default is not dataclasses.MISSING else f"{key}=..."
         bounds = f" Must be {limits.text()}." if limits and limits.text() else ""
-        yield _columns(f"  {shown}", 48, meaning + bounds)
+        yield _columns(f"  {key}={_default(field)}", 48, meaning + bounds)
+        for choice, own in fields_of_choices(key).items():
+            own_meaning = own.metadata.get("meaning", "")
+            if not key.endswith(".name") and (_default(own), own_meaning) != (_default(field), meaning):
+                yield _columns(f"    {choice}: {_default(own)}", 48, own_meaning)
+
+
+def _default(field: "dataclasses.Field[Any]") -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return _short(field.default_factory())
+    return "..." if field.default is dataclasses.MISSING else _short(field.default)
 
 
 def _columns(left: str, width: int, right: str) -> str:

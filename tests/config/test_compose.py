@@ -448,6 +448,8 @@ def test_every_setting_has_a_meaning_and_a_default_that_help_shows():
         assert f"+experiment={experiment}" in text
     assert "optimizer.lr=0.002 Peak learning rate. Must be above 0." in in_one_line
     assert "Must be one of cosine, linear, wsd, constant." in in_one_line
+    assert "optimizer=muon: 0.004 Peak learning rate of AdamW" in in_one_line  # which another choice has otherwise
+    assert "optimizer=adamw: 1 Decoupled decay" in in_one_line
     assert max(map(len, text.splitlines())) <= 120
 
 
