@@ -147,6 +147,7 @@ def test_a_run_resumes_on_another_number_of_devices(command, tmp_path, one_devic
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon"], indirect=True)  # which trains the embedding by AdamW
 def test_torchrun_starts_a_sharded_run_that_equals_the_run_of_one_device(command, tmp_path, one_device, optimizer):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cucafera.run")
     memory = "trainer.activation_checkpointing=true"
