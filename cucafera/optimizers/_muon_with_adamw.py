@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from cucafera.model.sharded import full_tensor, local_tensor, sharded
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (Jordan et al., 2024): singular values end between 0.7 and 1.2 rather than at 1, in few
@@ -77,26 +79,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Take Muon's step for matrices of one shape."""
         states = [self._matrix_state(weight, group["row_normalization"]) for weight in weights]
         outputs, inputs = weights[0].shape
-        gradients = torch.stack([_local(weight.grad) for weight in weights])  # [B, O, I], O of this process
-        former = torch.stack([_local(state["momentum"]) for state in states])
+        gradients = torch.stack(
+            [local_tensor(weight.grad) for weight in weights if weight.grad is not None]
+        )  # [B, O, I], O of this process
+        former = torch.stack([local_tensor(state["momentum"]) for state in states])
         gradients = _unless(is_nonfinite, gradients, torch.zeros_like(gradients))
         momenta = former.lerp(gradients, 1 - group["momentum"])
         directions = gradients.lerp_(momenta, group["momentum"])
         momenta = _unless(is_nonfinite, momenta, former)
-        torch._foreach_copy_([_local(state["momentum"]) for state in states], list(momenta))
+        torch._foreach_copy_([local_tensor(state["momentum"]) for state in states], list(momenta))
 
         updates = orthogonalized(_gathered(directions, weights))
         if group["row_normalization"]:
-            squares = torch.stack([_full(state["row_square"]) for state in states])
+            squares = torch.stack([full_tensor(state["row_square"]) for state in states])
             updates, new_squares = row_normalized(updates, squares)
             _keep_own_rows([state["row_square"] for state in states], _unless(is_nonfinite, new_squares, squares))
         scale = group["lr"] * max(1.0, outputs / inputs) ** 0.5
         updates = _own_rows(updates, weights).mul_(scale)
-        old = torch.stack([_local(weight) for weight in weights])
+        old = torch.stack([local_tensor(weight) for weight in weights])
         decay = group["lr"] * group["weight_decay"]
         decayed = torch.where(updates * old > 0, old * decay, 0.0) if group["cautious"] else old * decay
         new = _unless(is_nonfinite, old - decayed - updates, old)
-        torch._foreach_copy_([_local(weight) for weight in weights], list(new))
+        torch._foreach_copy_([local_tensor(weight) for weight in weights], list(new))
 
     def _matrix_state(self, weight: Tensor, row_normalization: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[weight]
@@ -197,17 +201,6 @@ def _unless(is_nonfinite: Tensor | None, new: Tensor, former: Tensor) -> Tensor:
     return new if is_nonfinite is None else torch.where(is_nonfinite, former, new)
 
 
-def _local(tensor: Tensor | None) -> Tensor:
-    """Return the part of a tensor that this process has: all of it unless it is sharded."""
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _full(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, in a collective that every process calls."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _gathered(parts: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Return complete matrices [B, O, I] from the rows [B, o, I] that each process has of them."""
     if not isinstance(weights[0], DTensor):
@@ -215,10 +208,10 @@ def _gathered(parts: Tensor, weights: Sequence[Tensor]) -> Tensor:
     whole = []
     for part, weight in zip(parts, weights, strict=True):
         assert isinstance(weight, DTensor)
-        sharded = DTensor.from_local(
+        matrix = DTensor.from_local(
             part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
         )
-        whole.append(sharded.full_tensor())
+        whole.append(matrix.full_tensor())
     return torch.stack(whole)
 
 
@@ -227,15 +220,9 @@ def _own_rows(matrices: Tensor, weights: Sequence[Tensor]) -> Tensor:
     first = weights[0]
     if not isinstance(first, DTensor):
         return matrices
-    return torch.stack([_local(_sharded_as(matrix, first)) for matrix in matrices])
+    return torch.stack([sharded(matrix, first.device_mesh, first.placements).to_local() for matrix in matrices])
 
 
 def _keep_own_rows(targets: Sequence[Tensor], values: Tensor) -> None:
     """Copy complete values [B, O, ...] into tensors, or into the rows of them that this process has."""
-    torch._foreach_copy_([_local(target) for target in targets], list(_own_rows(values, targets)))
-
-
-def _sharded_as(tensor: Tensor, example: DTensor) -> Tensor:
-    # Every process has the tensor: with src_data_rank=None each slices its own copy, without a broadcast.
-    sharded: Tensor = distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
-    return sharded
+    torch._foreach_copy_([local_tensor(target) for target in targets], list(_own_rows(values, targets)))

@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cucafera.config.branch import config_as_recorded, cooldown_schedule, run_and_step
-from cucafera.config.check import build
 from cucafera.config.errors import UserError
 from cucafera.config.fields import flat, format_value
 from cucafera.config.files import config_text, is_as_written, with_checksum
@@ -288,11 +287,7 @@ class RunFolder:
 
     def checked_config(self) -> Config:
         """Return the content of config.yaml with the types of the schema. Raises UserError if it does not fit them."""
-        problems: dict[str, str] = {}
-        config: Config = build(Config, self.read_config(), "", problems)
-        if problems:
-            raise UserError(f"{self.config} cannot be used: {next(iter(problems.values()))}")
-        return config
+        return config_as_recorded(self.read_config(), str(self.config))
 
     def _config_was_edited(self) -> bool:
         try:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from cucafera.model.sharded import full_tensor, local_tensor
 from cucafera.quantities import number_of
-from cucafera.training.sharding import full_tensor
 
 WATCHED_STEPS = 3
 """The gradient of lora_A is zero in the first step, while lora_B is zero. No weight has zero gradients for three."""
@@ -75,5 +75,4 @@ class FirstSteps:
 
 def _sample(parameter: Tensor) -> Tensor:
     """Return a copy of the first elements on this device."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return local.detach().flatten()[:SAMPLED_ELEMENTS].clone()
+    return local_tensor(parameter).detach().flatten()[:SAMPLED_ELEMENTS].clone()

@@ -29,6 +29,7 @@ from cucafera.config.schema import Config, ModelConfig
 from cucafera.data.windows import IGNORED, Batch
 from cucafera.model.attention import document_limit
 from cucafera.model.lora import add_adapters
+from cucafera.model.sharded import full_tensor
 from cucafera.model.transformer import Decoder
 from cucafera.objectives import objective_of
 from cucafera.optimizers import OptimizerSpec, build_optimizer, set_learning_rate
@@ -37,7 +38,7 @@ from cucafera.training.first_steps import FirstSteps
 from cucafera.training.gradient_check import compiled_gradient_fault
 from cucafera.training.hardware import Hardware
 from cucafera.training.schedules import lr_ratio
-from cucafera.training.sharding import FullySharded, full_tensor
+from cucafera.training.sharding import FullySharded
 
 log = logging.getLogger(__name__)
 

@@ -17,18 +17,14 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
+from cucafera.model.sharded import full_tensor, sharded
 from cucafera.model.transformer import Decoder
 
 BF16_BLOCKS = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 """In addition to autocast: the weights of a block are gathered in bf16, and its gradients are reduced in fp32. Its
 inputs are not cast: residual stream and rotary tables keep their precision, as on one device."""
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a sharded tensor, in a collective that every process calls; return any other tensor unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class FullySharded(ModelParallelStrategy):
@@ -110,8 +106,7 @@ class FullySharded(ModelParallelStrategy):
     def _shard_of(self, tensor: Tensor) -> Tensor:
         if not tensor.ndim:  # the step count of the optimizer
             return tensor
-        # Every process has read the checkpoint: with src_data_rank=None each slices its own copy, without a broadcast.
-        shard = distribute_tensor(tensor, self.device_mesh["data_parallel"], [Shard(0)], src_data_rank=None)
+        shard = sharded(tensor, self.device_mesh["data_parallel"], [Shard(0)])  # every process has read the checkpoint
         return shard.clone()  # a slice would keep the full tensor in memory
 
 

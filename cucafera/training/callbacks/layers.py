@@ -9,13 +9,13 @@ from torch import Tensor
 from cucafera.config.schema import Config
 from cucafera.data.windows import batch_of_windows
 from cucafera.model.layer_statistics import activation_rms, gradient_norms
+from cucafera.model.sharded import full_tensor
 from cucafera.training.callbacks.base import Callback
 from cucafera.training.callbacks.guards import Guards
 from cucafera.training.callbacks.validation import Validation
 from cucafera.training.data_module import data_of
 from cucafera.training.events import event_logger
 from cucafera.training.module import LanguageModel
-from cucafera.training.sharding import full_tensor
 
 
 class Layers(Callback):
