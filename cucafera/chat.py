@@ -15,12 +15,11 @@ import difflib
 import functools
 import io
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cucafera.config.errors import UserError
 from cucafera.generation.keyboard import QUOTES, Keyboard, UnclosedMessageError
@@ -39,14 +38,11 @@ from cucafera.options import (
 )
 from cucafera.output import announced, is_terminal, protect_output
 from cucafera.process import raise_on_interrupt
-from cucafera.quantities import number_of
 from cucafera.runs.locate import ModelLocation, locate_model
+from cucafera.storage import append_line
 
 if TYPE_CHECKING:
-    import torch
-
-    from cucafera.data.tokenizer import Tokenizer
-    from cucafera.generation.generate import DecodingBackend, GenerationEvent
+    from cucafera.generation.request import GenerationEvent
     from cucafera.generation.session import ChatSession
 
 EXIT_INTERRUPTED = 130
@@ -149,7 +145,7 @@ class Terminal:
             UserError: there is nothing to respond to, or no space for a response.
             KeyboardInterrupt: Ctrl-C, where no message follows that could be typed.
         """
-        from cucafera.generation.generate import TextDelta
+        from cucafera.generation.request import TextDelta
 
         is_empty = True
         with self.keyboard.unshown():
@@ -216,7 +212,7 @@ class Terminal:
             if not isinstance(value, int):
                 raise UserError(f"seed is {text}; it must be a whole number")
             self.seed = value
-            seed_generator(self.session.generator, value)
+            self.session.seed(value)
         print(f"(seed: {'random' if self.seed is None else self.seed})")
 
     def _save(self, file_name: str) -> None:
@@ -230,17 +226,10 @@ class Terminal:
         row = {"messages": messages}
         try:
             path = Path(file_name).expanduser()
-            _append_line(path, json.dumps(row, ensure_ascii=False))
+            append_line(path, json.dumps(row, ensure_ascii=False))
         except (OSError, ValueError, RuntimeError) as error:  # ValueError: a null byte; RuntimeError: no such ~USER
             raise UserError(f"{file_name} cannot be written: {error}") from error
         print(f"(saved to {path})")
-
-
-def _append_line(path: Path, line: str) -> None:
-    """Append a line, after a newline if the last line has none."""
-    with path.open("a+b") as file:
-        unfinished = file.seek(0, 2) > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
-        file.write((("\n" if unfinished else "") + line + "\n").encode())
 
 
 def main() -> None:
@@ -271,16 +260,13 @@ def chat(arguments: argparse.Namespace) -> int:
     choose_run("chat", arguments)
     location = locate_model(arguments.run)
     with _progress(loading_line(arguments.run, location)):
-        import torch
-
-        model = _load(arguments.run, location, arguments.device)
-
         from cucafera.generation.session import ChatSession
+        from cucafera.interop.loaded import load_model
+
+        model = load_model(arguments.run, location, arguments.device)
     if arguments.system and not model.chats:
         raise UserError(f"--system needs a model that was trained on conversations; {arguments.run} was not")
-    generator = torch.Generator(model.backend.device)
-    seed_generator(generator, arguments.seed)
-    session = ChatSession(model.backend, model.tokenizer, sampling, generator)
+    session = ChatSession(model.engine, model.tokenizer, sampling, arguments.seed)
     session.system = (arguments.system or "").strip()
     is_typed = arguments.prompt is None and is_terminal(sys.stdin) and is_terminal(sys.stdout)
     terminal = Terminal(session, model.chats, Keyboard(is_typed), arguments.seed)
@@ -312,61 +298,6 @@ def _progress(line: str) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def seed_generator(generator: "torch.Generator", seed: int | None) -> None:
-    """Seed a random generator; None: with a random number."""
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed % 2**63)
-
-
-class _LoadedModel(NamedTuple):
-    """A model as the terminal uses it.
-
-    Attributes:
-        backend: Its decoding backend.
-        tokenizer: Its tokenizer.
-        chats: True if it was trained on conversations.
-        description: One line about it.
-        notes: What was changed or assumed on loading, as sentences.
-    """
-
-    backend: "DecodingBackend"
-    tokenizer: "Tokenizer"
-    chats: bool
-    description: str
-    notes: tuple[str, ...]
-
-
-def _load(source: str, location: ModelLocation, device_name: str) -> _LoadedModel:
-    """Load a model on a device; llama.cpp places that of a GGUF file itself.
-
-    Raises:
-        UserError: the model cannot be loaded, or there is no such device.
-    """
-    if location.kind == "gguf":
-        from cucafera.interop.llama_cpp import LlamaCpp
-
-        assert location.path is not None
-        llama = LlamaCpp(location.path, device_name)
-        description = f"{llama.path}: {number_of(llama.parameters, 'parameter')}, run by llama.cpp"
-        return _LoadedModel(llama, llama.tokenizer, llama.chats, description, llama.notes)
-
-    from cucafera.device import resolve_device
-
-    device = resolve_device(device_name, os.environ)  # CUDA warns once: before other imports can trigger that
-
-    from cucafera.generation.generate import TorchBackend
-    from cucafera.interop.trained import load_trained
-
-    trained = load_trained(source)
-    trained.model.to(device)
-    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
-    steps = "" if trained.step is None else f", after {number_of(trained.step, 'step')}"
-    description = f"{trained.checkpoint}: {number_of(parameters, 'parameter')}{steps}"
-    return _LoadedModel(TorchBackend(trained.model), trained.tokenizer, trained.chats, description, trained.notes)
 
 
 def command_line_parser() -> argparse.ArgumentParser:

@@ -35,7 +35,9 @@ from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM, LogitsPro
 from cucafera.config.command_line import composed_config
 from cucafera.config.schema import ModelConfig, SamplingConfig
 from cucafera.config.tokens import PAD_ID
-from cucafera.generation.generate import decode_steps
+from cucafera.generation.backend import TorchBackend
+from cucafera.generation.engine import PREFILL_TOKENS, Engine
+from cucafera.generation.request import Request
 from cucafera.model.flops import parameter_count
 from cucafera.model.transformer import Decoder
 from cucafera.quantities import number_of
@@ -68,19 +70,28 @@ Generate = Callable[[list[list[int]], int], Generated]
 """Continue prompts of one length by a number of tokens."""
 
 
+class NoText:
+    """A tokenizer for random weights, whose tokens mean nothing."""
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return nothing."""
+        return b""
+
+
 def ours(model: Decoder) -> Generate:
     """cucafera's decode loop."""
 
     def write(prompts: list[list[int]], tokens: int) -> Generated:
         greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
         started = now(model.cos.device)
-        columns = decode_steps(model, prompts, greedy, None)
-        written = [next(columns)]
+        engine = Engine(TorchBackend(model, len(prompts), len(prompts[0]) + tokens), NoText(), PREFILL_TOKENS["cuda"])
+        generations = [engine.add(Request(prompt, greedy, frozenset())) for prompt in prompts]
+        while not all(generation.ids for generation in generations):
+            engine.step()
         first = now(model.cos.device)
-        written += columns
-        return Generated(
-            first - started, now(model.cos.device) - first, [list(text) for text in zip(*written, strict=True)]
-        )
+        while engine.running:
+            engine.step()
+        return Generated(first - started, now(model.cos.device) - first, [generation.ids for generation in generations])
 
     return write
 

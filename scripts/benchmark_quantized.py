@@ -37,7 +37,9 @@ from cucafera.evaluation.likelihood import DecoderScorer
 from cucafera.evaluation.perplexity import score_texts
 from cucafera.evaluation.requests import Scorer
 from cucafera.evaluation.texts import EncodedText, read_texts
-from cucafera.generation.generate import DecodingBackend, backend_for, decode_steps
+from cucafera.generation.backend import TorchBackend
+from cucafera.generation.engine import Engine
+from cucafera.generation.request import Request
 from cucafera.interop.gguf import TYPES, write_gguf
 from cucafera.interop.llama_cpp import LlamaCpp
 from cucafera.interop.real_text import documents
@@ -53,12 +55,12 @@ class Side(NamedTuple):
 
     Attributes:
         size: Bytes of its weights, or of its file.
-        reader: Decodes.
+        engine: Decodes.
         scorer: Measures.
     """
 
     size: int
-    reader: DecodingBackend
+    engine: Engine
     scorer: Scorer
 
 
@@ -77,15 +79,17 @@ class Measured(NamedTuple):
     bpb: float
 
 
-def write(reader: DecodingBackend, prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
+def write(engine: Engine, prompt: list[int], tokens: int) -> tuple[float, float, list[int]]:
     """Return seconds to the first token, seconds of the others, and all tokens."""
     greedy = SamplingConfig(temperature=0, repetition_penalty=1.0, max_new_tokens=tokens)
     started = time.perf_counter()
-    columns = decode_steps(reader, [prompt], greedy, None)
-    text = next(columns)
+    generation = engine.add(Request(prompt, greedy, frozenset()))
+    while not generation.ids:
+        engine.step()
     first = time.perf_counter()
-    text += [token for (token,) in columns]
-    return first - started, time.perf_counter() - first, text
+    while engine.running:
+        engine.step()
+    return first - started, time.perf_counter() - first, generation.ids
 
 
 def compared(
@@ -98,7 +102,7 @@ def compared(
         results[name] = Measured([], [], [], score.metrics()["bpb"].value)
     for number, prompt in enumerate(prompts):
         for name, side in sides.items():
-            first, rest, text = write(side.reader, prompt, tokens)
+            first, rest, text = write(side.engine, prompt, tokens)
             if number:
                 results[name].first.append(first)
                 results[name].rest.append(rest)
@@ -150,12 +154,13 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     trained = load_trained(arguments.run)
     config, tokenizer = trained.model.config, trained.tokenizer
     folder.mkdir(parents=True, exist_ok=True)
-    sides = {OURS: Side(4 * parameter_count(config), backend_for(trained.model), DecoderScorer(trained.model))}
+    engine = Engine(TorchBackend(trained.model), tokenizer)
+    sides = {OURS: Side(4 * parameter_count(config), engine, DecoderScorer(trained.model))}
     for type_ in arguments.type or ("f32", "f16", "q8_0", "q4_k_m", "q4_0"):
         path = folder / f"{type_}.gguf"
         print(f"{type_}: {write_gguf(trained, path, type_)}\n", flush=True)
         llama = LlamaCpp(path, device="cpu")
-        sides[type_] = Side(path.stat().st_size, llama, llama)
+        sides[type_] = Side(path.stat().st_size, Engine(llama, tokenizer), llama)
 
     texts = list(texts_of(arguments.text, arguments.documents, tokenizer))
     stream = [token for text in texts for token in text.ids]

@@ -486,7 +486,9 @@ def resume(bench: Bench) -> None:
 def generation(bench: Bench) -> None:
     """Run the chat command, and measure greedy decoding after a prompt of 128 tokens."""
     from cucafera.config.schema import SamplingConfig
-    from cucafera.generation.generate import decode_steps
+    from cucafera.generation.backend import TorchBackend
+    from cucafera.generation.engine import Engine
+    from cucafera.generation.request import Request
     from cucafera.interop.trained import load_trained
 
     run = trained_run(bench)
@@ -505,12 +507,16 @@ def generation(bench: Bench) -> None:
     for batch in (1, 16):
         for _ in range(2):  # the first is a warm-up
             started = now(bench)
-            columns = decode_steps(model, [prompt] * batch, SamplingConfig(temperature=0, max_new_tokens=tokens), None)
-            next(columns)
-            first = now(bench) - started
-            count = sum(1 for _ in columns)
+            engine = Engine(TorchBackend(model, batch), trained.tokenizer)
+            greedy = SamplingConfig(temperature=0, max_new_tokens=tokens)
+            generations = [engine.add(Request(prompt, greedy, frozenset())) for _ in range(batch)]
+            while not all(generation.ids for generation in generations):
+                engine.step()
+            first, count = now(bench) - started, sum(len(generation.ids) for generation in generations)
+            while engine.running:
+                engine.step()
             rest = now(bench) - started - first
-        speed = batch * count / rest
+        speed = (batch * tokens - count) / rest
         bench.record(
             f"generating {batch} text{'s' if batch > 1 else ''} in fp32",
             f"{number_of(round(speed), 'token')} per second, first token after {1000 * first:.1f} ms",

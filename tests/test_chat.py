@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ from cucafera.config.errors import UserError
 from cucafera.config.schema import ColumnsConfig, SamplingConfig
 from cucafera.data.chatml import Message
 from cucafera.data.conversation_formats import conversation_of_row
-from cucafera.generation.generate import Finished, GenerationEvent, TextDelta, TorchBackend, Usage
+from cucafera.generation.backend import TorchBackend
+from cucafera.generation.engine import Engine
 from cucafera.generation.keyboard import Keyboard
+from cucafera.generation.request import Finished, GenerationEvent, TextDelta, Usage
 from cucafera.generation.session import ChatSession
 from cucafera.interop.trained import TrainedModel, load_trained
 from cucafera.runs.folder import RunFolder
@@ -32,7 +35,7 @@ def trained(runs: Path) -> TrainedModel:
 
 def session_of(trained: TrainedModel) -> ChatSession:
     sampling = SamplingConfig(max_new_tokens=8, temperature=1.0)
-    return ChatSession(TorchBackend(trained.model), trained.tokenizer, sampling, torch.Generator().manual_seed(0))
+    return ChatSession(Engine(TorchBackend(trained.model), trained.tokenizer), trained.tokenizer, sampling, 0)
 
 
 def test_a_model_is_loaded_from_its_path_alone(runs, trained):
@@ -113,7 +116,7 @@ def test_commands(trained, monkeypatch, capsys, tmp_path):
         assert found, message
     expected = SamplingConfig(max_new_tokens=9, temperature=0.7, top_k=50, repetition_penalty=1.1)
     assert session.sampling == expected
-    assert torch.equal(session.generator.get_state(), torch.Generator().manual_seed(7).get_state())
+    assert session._random.getstate() == random.Random(7).getstate()
     (row,) = path.read_text().splitlines()
     expected_messages = [("system", "Sigues breu."), *[("user", "a"), ("assistant", "b")] * 2]
     assert [tuple(message.values()) for message in json.loads(row)["messages"]] == expected_messages
@@ -150,7 +153,7 @@ def interrupted() -> Iterator[GenerationEvent]:
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_it_as_far_as_it_came(trained, monkeypatch, capsys):
-    monkeypatch.setattr("cucafera.generation.session.answer_messages", lambda *arguments: interrupted())
+    monkeypatch.setattr(Engine, "stream", lambda *arguments: interrupted())
     terminal = terminal_of(trained, is_typed=True)
     code, out = converse(terminal, monkeypatch, capsys, "Hola", "^C")
     assert (code, out) == (0, "la  [stopped]\n\n\n(Ctrl-C again, Ctrl-D or /quit exits)\n\n")
@@ -289,16 +292,14 @@ def test_lines_from_a_pipe_are_answered_until_they_end(runs):
 
 SLOW_MODEL = """
 import time
-import cucafera.generation.generate as generation
+import cucafera.generation.engine as engine
 import cucafera.chat
 
-decode_steps = generation.decode_steps
+next_tokens = engine.SamplingBatch.next_tokens
 def slowly(*arguments):
-    while True:
-        for tokens in decode_steps(*arguments):
-            time.sleep(0.05)
-            yield [20]
-generation.decode_steps = slowly
+    time.sleep(0.05)
+    return [20 for _ in next_tokens(*arguments)]
+engine.SamplingBatch.next_tokens = slowly
 cucafera.chat.main()
 """
 

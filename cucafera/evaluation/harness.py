@@ -42,7 +42,7 @@ from cucafera.quantities import number_of
 DEFAULT_NEW_TOKENS = 256
 """Longest answer of a task that sets no limit; the harness's own default."""
 MAX_GENERATION_TOKENS = 16_384
-"""Rows of a generation batch times the length of the longest, new tokens included."""
+"""Texts that are written at a time, times the length of the longest, new tokens included."""
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
@@ -147,24 +147,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         answers = [""] * len(requests)
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         settings = [_sampling(request.args[1], self.max_length // 2) for request in requests]
-        # Batches share their sampling settings; the longest prompts first, so that a batch has little padding.
-        order = sorted(range(len(requests)), key=lambda index: (repr(settings[index]), -len(prompts[index])))
+        # Equal prompts and beginnings, as of solved examples, follow each other: the KV cache has them then.
+        order = sorted(range(len(requests)), key=lambda index: (repr(settings[index]), prompts[index]))
         with progress_bar("Writing", len(requests)) as bar:
             for _, group in groupby(order, key=lambda index: repr(settings[index])):
-                remaining = list(group)
-                sampling = settings[remaining[0]]
-                prompt_tokens = self.max_length - sampling.max_new_tokens
-                while remaining:
-                    longest = len(prompts[remaining[0]][-prompt_tokens:]) + sampling.max_new_tokens
-                    rows = max(1, MAX_GENERATION_TOKENS // longest)
-                    batch, remaining = remaining[:rows], remaining[rows:]
-                    texts = [prompts[index][-prompt_tokens:] for index in batch]
-                    written = generate(
-                        self.evaluated.model, self.evaluated.tokenizer, texts, sampling, frozenset(STOP_IDS)
-                    )
-                    for index, text in zip(batch, written, strict=True):
-                        answers[index] = text.text
-                    bar.update(len(batch))
+                indices = list(group)
+                sampling = settings[indices[0]]
+                texts = [prompts[index][-(self.max_length - sampling.max_new_tokens) :] for index in indices]
+                slots = max(1, MAX_GENERATION_TOKENS // (max(map(len, texts)) + sampling.max_new_tokens))
+                written = generate(
+                    self.evaluated.model, self.evaluated.tokenizer, texts, sampling, frozenset(STOP_IDS), slots=slots
+                )
+                for index, text in zip(indices, written, strict=True):
+                    answers[index] = text.text
+                bar.update(len(indices))
         return answers
 
 

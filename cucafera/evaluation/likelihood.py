@@ -13,7 +13,7 @@ from cucafera.config.errors import UserError
 from cucafera.config.tokens import PAD_ID
 from cucafera.evaluation.progress import progress_bar
 from cucafera.evaluation.requests import ContinuationRequest, ContinuationScore, ScoringWindow
-from cucafera.generation.cache import KeyValueCache
+from cucafera.generation.cache import SlotCache
 from cucafera.model.loss import per_token_loss
 from cucafera.model.transformer import Decoder
 from cucafera.quantities import number_of
@@ -116,21 +116,29 @@ class DecoderScorer:
         self, contexts: Sequence[list[int]], continuations: Sequence[list[list[int]]]
     ) -> Iterator[ContinuationScore]:
         """Return the score of each continuation of each context, in order."""
-        longest = max(map(len, contexts))
-        missing = [longest - len(context) for context in contexts]
-        padding = torch.tensor(missing, device=self._device) if any(missing) else None
-        weight = self.model.embed_tokens.weight
-        cache = KeyValueCache(self.model.config, len(contexts), longest, weight.device, weight.dtype, padding)
-        # Padding goes to the left, so that all contexts end, and all continuations begin, in the same column.
-        padded = [[PAD_ID] * gap + context for gap, context in zip(missing, contexts, strict=True)]
-        counts = torch.tensor([len(group) for group in continuations], device=self._device)
-        # The last hidden state of a context predicts the first token of each of its continuations.
-        hidden = self.model(torch.tensor(padded, device=self._device), cache=cache)[:, -1:]
-        hidden = hidden.repeat_interleave(counts, dim=0)
         flat = [continuation for group in continuations for continuation in group]
-        if new_tokens := max(map(len, flat)) - 1:
+        starts = [len(context) for context, group in zip(contexts, continuations, strict=True) for _ in group]
+        longest, new_tokens = max(starts), max(map(len, flat)) - 1
+        weight = self.model.embed_tokens.weight
+        cache = SlotCache(self.model.config, len(flat), longest + new_tokens, weight.device, weight.dtype)
+        cache.begin(range(len(contexts)), [0] * len(contexts), longest)
+        hidden = self.model(self._padded(contexts), cache=cache)
+        # The last hidden state of a context predicts the first token of each of its continuations.
+        hidden = torch.cat(
+            [
+                row[None, len(context) - 1 : len(context)].expand(len(group), 1, -1)
+                for row, context, group in zip(hidden, contexts, continuations, strict=True)
+            ]
+        )
+        if new_tokens:
+            end = len(flat)
+            for number in reversed(range(len(contexts))):  # so that no context is overwritten before it is copied
+                first = end - len(continuations[number])
+                cache.copy(number, range(first, end), len(contexts[number]))
+                end = first
+            cache.begin(range(len(flat)), starts, new_tokens)
             inputs = self._padded([continuation[:-1] for continuation in flat])
-            hidden = torch.cat([hidden, self.model(inputs, cache=cache.repeat_interleave(counts, new_tokens))], dim=1)
+            hidden = torch.cat([hidden, self.model(inputs, cache=cache)], dim=1)
         selected = [row[: len(continuation)] for row, continuation in zip(hidden, flat, strict=True)]
         return (_continuation_score(*score) for score in self._score_targets(selected, flat))
 

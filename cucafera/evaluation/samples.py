@@ -50,8 +50,7 @@ class CucaferaGenerator:
         else:
             ids = [DOCUMENT_START_ID, *tokenizer.encode(prompt)]
         ids = ids[-(model.config.max_position_embeddings - 1) :]  # one position is left for the first new token
-        generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
-        (written,) = generate(model, tokenizer, [ids], sampling, frozenset(STOP_IDS), generator)
+        (written,) = generate(model, tokenizer, [ids], sampling, frozenset(STOP_IDS), seed)
         return GeneratedText(written.text, written.finish_reason)
 
 

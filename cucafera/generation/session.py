@@ -1,52 +1,49 @@
 """Chat sessions and text completions: messages in, events out.
 
-What the chat command, a server and a bot have in common. A session owns its history, settings, random generator and
-decoding backend (KV cache); sessions share the weights and nothing else.
+What the chat command, the server and the bot have in common. A session owns its history, settings and random generator;
+sessions may share an engine.
 """
 
+import random
 from collections.abc import Iterator, Sequence
-
-import torch
+from typing import Protocol
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID
-from cucafera.data.chatml import STOP_IDS, Message, render_prompt
+from cucafera.data.chatml import Message, render, render_prompt
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.generation.generate import ContextFullError, DecodingBackend, GenerationEvent, TextDelta, stream
+from cucafera.generation.request import ContextFullError, GenerationEvent, Request, TextDelta
 from cucafera.quantities import number_of
 
+MIN_MESSAGE_TOKENS = 6
+"""Of a message of one token: <im_start>, its role, two line ends, and <im_end>, in addition."""
 
-def answer_messages(
-    backend: DecodingBackend,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    sampling: SamplingConfig,
-    generator: torch.Generator,
-) -> Iterator[GenerationEvent]:
-    """Answer a conversation, without any history: a `TextDelta` per token, then one `Finished`.
 
-    Closing the iterator cancels the request within one token.
+class RequestStream(Protocol):
+    """Answers requests: an `Engine`, or an `EngineThread` that many sessions share.
 
-    Args:
-        backend: Backend that no other unfinished request uses.
-        tokenizer: The model's tokenizer.
-        messages: The conversation; the last message is the one to answer.
-        sampling: Sampling settings, max_new_tokens and stop texts.
-        generator: Random generator of this request, on the backend's device.
-
-    Raises:
-        ContextFullError: the messages fill the context; raised by the first step of the iterator.
+    Attributes:
+        context: Maximum number of tokens of a sequence, its prompt included.
     """
-    return stream(backend, tokenizer, render_prompt(messages, tokenizer), sampling, frozenset(STOP_IDS), generator)
+
+    context: int
+
+    def stream(self, request: Request) -> Iterator[GenerationEvent]:
+        """Answer a request: a `TextDelta` per token, then one `Finished`; closing the iterator cancels it."""
+        ...
 
 
-def complete_text(
-    backend: DecodingBackend, tokenizer: Tokenizer, text: str, sampling: SamplingConfig, generator: torch.Generator
-) -> Iterator[GenerationEvent]:
-    """Continue a text, as a base model does; arguments, events and errors are those of `answer_messages`."""
-    prompt = [DOCUMENT_START_ID, *tokenizer.encode(_without_surrogates(text))]
-    return stream(backend, tokenizer, prompt, sampling, frozenset(STOP_IDS), generator)
+def chat_request(
+    messages: Sequence[Message], tokenizer: Tokenizer, sampling: SamplingConfig, seed: int | None
+) -> Request:
+    """Return the request for an answer to a conversation, whose last message is the one to answer."""
+    return Request(render_prompt(messages, tokenizer), sampling, seed=seed)
+
+
+def completion_request(text: str, tokenizer: Tokenizer, sampling: SamplingConfig, seed: int | None) -> Request:
+    """Return the request for the continuation of a text, as a base model writes it."""
+    return Request([DOCUMENT_START_ID, *tokenizer.encode(without_surrogates(text))], sampling, seed=seed)
 
 
 class ChatSession:
@@ -55,10 +52,10 @@ class ChatSession:
     One answer at a time: its iterator must be exhausted or closed before the next call.
 
     Args:
-        backend: Decoding backend of this session alone.
+        engine: Answers the requests of the session.
         tokenizer: The model's tokenizer.
         sampling: Sampling settings, max_new_tokens and stop texts.
-        generator: Random generator of this session, on the backend's device.
+        seed: The same seed gives the same answers; None: random.
 
     Attributes:
         system: The system message; empty: none.
@@ -67,15 +64,19 @@ class ChatSession:
     """
 
     def __init__(
-        self, backend: DecodingBackend, tokenizer: Tokenizer, sampling: SamplingConfig, generator: torch.Generator
+        self, engine: RequestStream, tokenizer: Tokenizer, sampling: SamplingConfig, seed: int | None = None
     ) -> None:
-        self.backend = backend
+        self.engine = engine
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self.generator = generator
+        self.seed(seed)
         self.system = ""
         self.history: list[Message] = []
         self._unanswered: str | None = None
+
+    def seed(self, seed: int | None) -> None:
+        """Seed the random generator that the seed of each answer is drawn from; None: with a random number."""
+        self._random = random.Random(seed)
 
     def answer(self, text: str) -> Iterator[GenerationEvent]:
         """Answer a message; both are added to the history, unless the response is empty.
@@ -122,7 +123,7 @@ class ChatSession:
         Raises:
             ContextFullError: the text fills the context.
         """
-        return complete_text(self.backend, self.tokenizer, text, self.sampling, self.generator)
+        return self.engine.stream(completion_request(text, self.tokenizer, self.sampling, self._next_seed()))
 
     def reset(self) -> None:
         """Clear the history; the system message stays."""
@@ -134,7 +135,7 @@ class ChatSession:
         return self._with_system(self.history)
 
     def _answer(self, previous: list[Message], text: str) -> Iterator[GenerationEvent]:
-        question = Message("user", _without_surrogates(text))
+        question = Message("user", without_surrogates(text))
         messages = self._messages_that_fit([*previous, question])
         answer = ""
         try:
@@ -148,7 +149,10 @@ class ChatSession:
                 self._unanswered = None
 
     def _respond(self, messages: list[Message]) -> Iterator[GenerationEvent]:
-        return answer_messages(self.backend, self.tokenizer, messages, self.sampling, self.generator)
+        return self.engine.stream(chat_request(messages, self.tokenizer, self.sampling, self._next_seed()))
+
+    def _next_seed(self) -> int:
+        return self._random.getrandbits(63)
 
     def _messages_that_fit(self, messages: list[Message]) -> list[Message]:
         """Add the system message, and leave out as many of the oldest turns as the answer needs space.
@@ -156,24 +160,30 @@ class ChatSession:
         At most a quarter of the context is reserved for the answer, so that a large max_new_tokens does not cost the
         model its memory of the conversation.
         """
-        context = self.backend.context
+        context = self.engine.context
         limit = context - min(self.sampling.max_new_tokens, context // 4)
-        while (size := len(render_prompt(self._with_system(messages), self.tokenizer))) > limit:
+        # Older ones do not fit, however short they are: without counting their tokens, a long history costs nothing.
+        messages = messages[max(0, len(messages) - limit // MIN_MESSAGE_TOKENS - 1) // 2 * 2 :]
+        opened = len(render_prompt(self._with_system([]), self.tokenizer))
+        sizes = [len(rendered.ids) for rendered in render([[message] for message in messages], self.tokenizer)]
+        while (size := opened + sum(sizes)) > limit:
             if len(messages) == 1:
                 system = " and the system message (/system - removes it)" if self.system else ""
                 raise ContextFullError(
                     f"this message has {number_of(size, 'token')} with its ChatML framing{system}; the "
                     "model's context of "
-                    f"{context:,} leaves room for {limit:,} before the answer. Shorten it"
+                    f"{context:,} leaves room for {limit:,} before the answer. Shorten it",
+                    size,
+                    context,
                 )
-            messages = messages[2:]
+            messages, sizes = messages[2:], sizes[2:]
         return self._with_system(messages)
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
-        return [Message("system", _without_surrogates(self.system)), *messages] if self.system else messages
+        return [Message("system", without_surrogates(self.system)), *messages] if self.system else messages
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Replace lone surrogates, which UTF-8 cannot encode, by question marks.
 
     Python reads them from bytes of a terminal that are not UTF-8, and from JSON's escapes.

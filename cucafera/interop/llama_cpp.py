@@ -6,7 +6,6 @@ that the same settings give the same distribution, and a message that spells a c
 V vocabulary, n tokens
 """
 
-import copy
 import ctypes
 import importlib.util
 import os
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cucafera.config.errors import UserError
+from cucafera.generation.backend import Extension
 from cucafera.interop.chat_template import chat_template_notes
 from cucafera.interop.gguf_format import context_in, metadata, open_gguf, tokenizer_in
 from cucafera.interop.hf_spec import OTHER_NAMES
@@ -106,20 +106,27 @@ def _free_context(llama: ModuleType, batch: Any, context: Any, weights: _Weights
     llama.llama_free(context)
 
 
-class LlamaCpp:
-    """A GGUF file run by llama.cpp, one sequence at a time: a `DecodingBackend`.
+class _BatchToken(NamedTuple):
+    token: int
+    position: int
+    slot: int
+    is_scored: bool
 
-    The KV cache keeps the last sequence: of the next one, only what follows their common prefix is decoded.
+
+class LlamaCpp:
+    """A GGUF file run by llama.cpp: a `DecodingBackend`.
 
     Args:
         path: The .gguf file.
         device: auto, cpu or cuda.
+        slots: Sequences that the KV cache holds.
 
     Attributes:
         path: The file.
-        context: Maximum number of tokens of a sequence.
+        context, capacity: Maximum number of tokens of a sequence.
         vocab_size: V.
         device: Device of the logits: the CPU.
+        slots: Sequences that the KV cache holds.
         tokenizer: The tokenizer in the file.
         chats: True if the model was trained on conversations.
         parameters: Number of parameters.
@@ -129,7 +136,7 @@ class LlamaCpp:
         UserError: the file is missing or unsupported, or llama.cpp is not installed.
     """
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
+    def __init__(self, path: Path, device: str = "auto", slots: int = 1) -> None:
         self._library = library()
         reader = open_gguf(path)
         self.path = path
@@ -137,30 +144,21 @@ class LlamaCpp:
         template = metadata(reader, "tokenizer.chat_template", str)
         self.chats = template is not None
         self.notes = tuple(chat_template_notes(template, {}, OTHER_NAMES))
-        self.context = context_in(reader)
+        self.context = self.capacity = context_in(reader)
+        self.slots = slots
         self.device = torch.device("cpu")
         self._weights = _Weights(self._library, path, device)
         self._vocabulary = self._library.llama_model_get_vocab(self._weights.model)
         self.vocab_size = self._library.llama_vocab_n_tokens(self._vocabulary)
         self.parameters = self._library.llama_model_n_params(self._weights.model)
-        self._allocate()
-
-    def new_backend(self) -> "LlamaCpp":
-        """Return a backend with the same weights and a KV cache of its own, for another session."""
-        backend = copy.copy(self)
-        backend._allocate()
-        return backend
-
-    def _allocate(self) -> None:
-        """Allocate the KV cache and the batch, freed with this object."""
         self._context = self._new_context()
         self._batch = self._library.llama_batch_init(BATCH, 0, 1)
         weakref.finalize(self, _free_context, self._library, self._batch, self._context, self._weights)
-        self._cached_ids: list[int] = []
 
     def _new_context(self) -> Any:
         settings = self._library.llama_context_default_params()
-        settings.n_ctx = self.context
+        settings.n_ctx = self.context * self.slots
+        settings.n_seq_max = self.slots
         settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads() or os.cpu_count() or 1
         # Flash attention sums values in half precision on a CPU.
@@ -170,20 +168,33 @@ class LlamaCpp:
             raise UserError(f"llama.cpp cannot allocate a context for {self.path}: {_error_reason()}")
         return context
 
-    def prefill(self, prompts: Sequence[list[int]], max_new_tokens: int) -> Tensor:
-        """See `DecodingBackend.prefill`; logits [1, V]. Raises ValueError for more than one prompt."""
-        if len(prompts) != 1:
-            raise ValueError("llama.cpp decodes one sequence at a time here")
-        return torch.from_numpy(self._logits(prompts[0], len(prompts[0]) - 1))
+    def extend(self, extensions: Sequence[Extension]) -> Tensor:
+        """See `DecodingBackend.extend`."""
+        memory = self._library.llama_get_memory(self._context)
+        tokens = []
+        for slot, start, ids, scored in extensions:
+            if start + len(ids) > self.capacity:
+                raise ValueError(f"{start + len(ids):,} tokens are more than the context of {self.capacity:,}")
+            self._library.llama_memory_seq_rm(memory, slot, start, -1)
+            first = len(ids) - scored
+            tokens += [_BatchToken(token, start + index, slot, index >= first) for index, token in enumerate(ids)]
+        return torch.from_numpy(
+            np.concatenate([self._decode_batch(tokens[at : at + BATCH]) for at in range(0, len(tokens), BATCH)])
+        )
 
-    def decode_step(self, tokens: Tensor) -> Tensor:
-        """See `DecodingBackend.decode_step`; token [1, 1], logits [1, V]."""
-        ids = [*self._cached_ids, int(tokens)]
-        return torch.from_numpy(self._logits(ids, len(ids) - 1))
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """See `DecodingBackend.copy`."""
+        memory = self._library.llama_get_memory(self._context)
+        self._library.llama_memory_seq_rm(memory, target, -1, -1)
+        self._library.llama_memory_seq_cp(memory, source, target, 0, tokens)
+
+    def clear(self, slot: int) -> None:
+        """See `DecodingBackend.clear`."""
+        self._library.llama_memory_seq_rm(self._library.llama_get_memory(self._context), slot, -1, -1)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Return the logits after every token of a text, [n, V] in fp32."""
-        return torch.from_numpy(self._logits(ids, 0))
+        """Return the logits after every token of a text, [n, V] in fp32; it takes the first slot."""
+        return self.extend([Extension(0, 0, ids, len(ids))])
 
     def nats(self, windows: Sequence[tuple[list[int], int]]) -> list[list[float]]:
         """Return the negative log-likelihood of texts, token by token.
@@ -202,7 +213,7 @@ class LlamaCpp:
                 f"position {first} of {number_of(len(ids), 'token')} cannot be scored: it must be from 1 to "
                 f"{len(ids) - 1}"
             )
-        logits = torch.from_numpy(self._logits(ids[:-1], first - 1))
+        logits = self.extend([Extension(0, 0, ids[:-1], len(ids) - first)])
         targets = torch.tensor(ids[first:])
         parts = [
             torch.nn.functional.cross_entropy(rows.double(), ids_of_rows, reduction="none")
@@ -218,43 +229,22 @@ class LlamaCpp:
         count = self._library.llama_tokenize(self._vocabulary, content, len(content), ids, len(ids), False, False)
         return list(ids[:count])
 
-    def _logits(self, ids: Sequence[int], first: int) -> NDArray[np.float32]:
-        """Return the logits [n, V] after the tokens from position `first` on, decoding only what is not cached."""
-        if len(ids) > self.context:
-            raise ValueError(f"{number_of(len(ids), 'token')} are more than the context of {self.context:,}")
-        # The cache holds no logits, so the tokens from `first` on are decoded again even if they are cached.
-        cached = min(_common_prefix(ids, self._cached_ids), first)
-        self._library.llama_memory_seq_rm(self._library.llama_get_memory(self._context), 0, cached, -1)
-        self._cached_ids = self._cached_ids[:cached]
-        parts = []
-        for start in range(cached, len(ids), BATCH):
-            parts.append(self._decode_batch(ids[start : start + BATCH], start, first))
-        return np.concatenate(parts)
-
-    def _decode_batch(self, ids: Sequence[int], start: int, first: int) -> NDArray[np.float32]:
-        """Decode tokens at positions from `start` on; return the logits of those from position `first` on."""
-        self._batch.n_tokens = len(ids)
-        for index, token in enumerate(ids):
+    def _decode_batch(self, tokens: Sequence["_BatchToken"]) -> NDArray[np.float32]:
+        """Decode tokens; return the logits [n, V] of those that are scored."""
+        self._batch.n_tokens = len(tokens)
+        for index, (token, position, slot, is_scored) in enumerate(tokens):
             self._batch.token[index] = token
-            self._batch.pos[index] = start + index
+            self._batch.pos[index] = position
             self._batch.n_seq_id[index] = 1
-            self._batch.seq_id[index][0] = 0
-            self._batch.logits[index] = start + index >= first
+            self._batch.seq_id[index][0] = slot
+            self._batch.logits[index] = is_scored
         if status := self._library.llama_decode(self._context, self._batch):
             raise RuntimeError(f"llama_decode failed with status {status}: {_error_reason()}")
-        self._cached_ids += ids
-        rows = min(len(ids), max(start + len(ids) - first, 0))
+        rows = sum(token.is_scored for token in tokens)
         if not rows:
             return np.empty((0, self.vocab_size), np.float32)
         logits = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (rows, self.vocab_size))
         return np.array(logits, dtype=np.float32)  # a copy: the next batch overwrites it
-
-
-def _common_prefix(ids: Sequence[int], others: Sequence[int]) -> int:
-    """Return the length of the longest common prefix."""
-    pairs = zip(ids, others, strict=False)
-    differing = (position for position, (one, other) in enumerate(pairs) if one != other)
-    return next(differing, min(len(ids), len(others)))
 
 
 def quantize(source: Path, target: Path, name: str) -> None:

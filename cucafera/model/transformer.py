@@ -13,22 +13,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cucafera.config.schema import ModelConfig
-from cucafera.model.attention import Mask, attend, attention_mask, document_mask
+from cucafera.model.attention import Mask, attend, document_mask
 from cucafera.model.linear import Linear, fused_projections, linear
 from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy
 from cucafera.model.mup import initial_scale
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens; `generation.cache` implements it."""
+    """Keys and values of earlier tokens, prepared for the tokens that come next; `generation.cache` implements it."""
 
-    length: int
-    """Cached tokens; `update` of the last layer adds the new ones."""
-    padding: Tensor | None
-    """Number of left padding tokens of each text, [B]; None: no padding."""
+    positions: Tensor
+    """Position of each new token within its text, [B, T]."""
 
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, K, T, d] of new tokens; return those of all tokens so far, [B, K, S, d]."""
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store keys and values [B, K, T, d] of new tokens; return what their queries [B, H, T, d] attend to."""
         ...
 
 
@@ -108,9 +106,10 @@ class Attention(nn.Module):
         queries, keys, values = (heads.unflatten(-1, (-1, self.head_dim)) for heads in projected)
         queries, keys = (rotate(heads, cos, sin).transpose(1, 2) for heads in (queries, keys))
         values = values.transpose(1, 2)
-        if cache is not None:
-            keys, values = cache.update(self.layer, keys, values)
-        mixed = attend(queries, keys, values, mask)
+        if cache is None:
+            mixed = attend(queries, keys, values, mask)
+        else:
+            mixed = cache.attend(self.layer, queries, keys, values)
         output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return output
 
@@ -222,7 +221,7 @@ class Decoder(nn.Module):
             targets: [B, T], int32 or int64, the next token of each; -100: no target.
             documents: Document number of each token within its window, [B, T] int32; tokens attend within their own
                 document, whose positions start at 0. None: each window is one document. Not together with a cache.
-            cache: KV cache of the tokens before `input_ids`; the new ones are added.
+            cache: KV cache of the tokens before `input_ids`, prepared for these; they are added.
             document_limit: The most documents in all windows together, for flash attention. A new value recompiles.
 
         Returns:
@@ -230,21 +229,14 @@ class Decoder(nn.Module):
             fp32 scalar.
         """
         tokens = input_ids.shape[1]
-        past = 0 if cache is None else cache.length
-        padding = None if cache is None else cache.padding
-        positions: slice | Tensor = slice(past, past + tokens)
-        if documents is not None:
+        positions: slice | Tensor = slice(tokens)
+        mask: Mask = None
+        if cache is not None:
+            positions = cache.positions
+        elif documents is not None:
             positions = positions_within(documents)
-        elif padding is not None:
-            columns = torch.arange(past, past + tokens, device=input_ids.device)
-            # Padding has no position, and a finished text in a batch may be past the last one: neither is used.
-            positions = (columns - padding[:, None]).clamp(0, len(self.cos) - 1)
-        cos, sin = self.cos[positions], self.sin[positions]
-        mask: Mask
-        if documents is not None:
             mask = document_mask(documents, self.document_attention, document_limit)
-        else:
-            mask = attention_mask(tokens, past, padding, input_ids.device)
+        cos, sin = self.cos[positions], self.sin[positions]
 
         x = self.embed_tokens(input_ids).to(self.residual_dtype)
         for layer in self.layers:

@@ -1,5 +1,6 @@
 """Chat sessions: history, redo, forgetting when the context is full, cancellation, and nothing shared between two."""
 
+import random
 from collections.abc import Iterator
 from itertools import zip_longest
 
@@ -11,16 +12,12 @@ from cucafera.config.schema import ModelConfig, SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
 from cucafera.data.chatml import STOP_IDS, Message, render_prompt
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.generation.generate import (
-    ContextFullError,
-    Finished,
-    GenerationEvent,
-    TextDelta,
-    TorchBackend,
-    Usage,
-    generate,
-)
-from cucafera.generation.session import ChatSession, answer_messages, complete_text
+from cucafera.generation import session as session_module
+from cucafera.generation.backend import Extension, TorchBackend
+from cucafera.generation.engine import Engine
+from cucafera.generation.generate import generate
+from cucafera.generation.request import ContextFullError, Finished, GenerationEvent, TextDelta, Usage
+from cucafera.generation.session import ChatSession, chat_request, completion_request
 from cucafera.model.transformer import Decoder
 
 TURNS = [Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")]
@@ -49,7 +46,7 @@ def session(model, tokenizer) -> ChatSession:
 
 def session_of(model: Decoder, tokenizer: Tokenizer, seed: int = 0, **sampling) -> ChatSession:
     settings = SamplingConfig(**{"max_new_tokens": 8, "temperature": 1.0} | sampling)
-    return ChatSession(TorchBackend(model), tokenizer, settings, torch.Generator().manual_seed(seed))
+    return ChatSession(Engine(TorchBackend(model), tokenizer), tokenizer, settings, seed)
 
 
 def text_of(events: Iterator[GenerationEvent]) -> str:
@@ -82,12 +79,34 @@ def test_an_answer_ends_with_finish_reason_and_usage(model, tokenizer, session):
 
 def test_a_request_without_history_gives_the_events_of_a_session(model, tokenizer, session):
     messages = [Message("system", "mar"), Message("user", "Hola")]
-    generator = torch.Generator().manual_seed(0)
-    alone = list(answer_messages(TorchBackend(model), tokenizer, messages, session.sampling, generator))
+    engine = Engine(TorchBackend(model), tokenizer)
+    seed = random.Random(0).getrandbits(63)
+    alone = list(engine.stream(chat_request(messages, tokenizer, session.sampling, seed)))
     session.system = "mar"
     assert list(session.answer("Hola")) == alone
     with pytest.raises(ContextFullError, match="the model's context 64"):
-        list(answer_messages(TorchBackend(model), tokenizer, messages * 30, session.sampling, generator))
+        list(engine.stream(chat_request(messages * 30, tokenizer, session.sampling, seed)))
+
+
+def test_the_next_turn_of_a_conversation_uses_the_cache_of_the_one_before(session, tokenizer):
+    session.sampling = SamplingConfig(temperature=0, max_new_tokens=2)
+    *_, first = session.answer("a")
+    *_, second = session.answer("b")
+    assert first.usage.cached_tokens == 0
+    assert len(session.history) == 4 and second.usage.cached_tokens >= first.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_two_sessions_of_one_engine_share_nothing_but_its_slots(model, tokenizer, slots):
+    engine = Engine(TorchBackend(model, slots), tokenizer)
+    settings = SamplingConfig(max_new_tokens=8, temperature=1.0)
+    shared = [ChatSession(engine, tokenizer, settings, seed) for seed in (1, 2)]
+    alone = [session_of(model, tokenizer, seed) for seed in (1, 2)]
+    for text in ("Hola", "Bon dia"):
+        list(zip_longest(*(session.answer(text) for session in shared)))
+        for session in alone:
+            list(session.answer(text))
+    assert [session.history for session in shared] == [session.history for session in alone]
 
 
 def test_two_sessions_that_answer_at_the_same_time_share_nothing(model, tokenizer):
@@ -107,7 +126,8 @@ def test_a_base_model_continues_a_text(model, tokenizer, session):
     assert isinstance(last, Finished) and last.usage.prompt_tokens == 1 + len(tokenizer.encode("la mar"))
     assert session.history == []
     greedy = SamplingConfig(temperature=0, max_new_tokens=60)
-    events = list(complete_text(TorchBackend(model), tokenizer, "la mar", greedy, torch.Generator()))
+    engine = Engine(TorchBackend(model), tokenizer)
+    events = list(engine.stream(completion_request("la mar", tokenizer, greedy, None)))
     prompt = [DOCUMENT_START_ID, *tokenizer.encode("la mar")]
     (completion,) = generate(model, tokenizer, [prompt], greedy, frozenset(STOP_IDS))
     assert text_of(iter(events)) == completion.text
@@ -128,6 +148,18 @@ def test_the_oldest_turns_are_left_out_of_a_full_context_but_stay_in_the_history
     assert session.history == [*old, Message("user", "sol"), Message("assistant", "bosc")]
 
 
+def test_a_long_history_costs_no_more_than_what_fits(session, monkeypatch):
+    rendered: list[int] = []
+    render = session_module.render
+    monkeypatch.setattr(
+        session_module, "render", lambda parts, tokenizer: rendered.append(len(parts)) or render(parts, tokenizer)
+    )
+    for turns in (3, 30, 3000):
+        session.history = [Message("user", "a"), Message("assistant", "b")] * turns
+        text_of(session.answer("c"))
+    assert rendered[0] <= rendered[1] == rendered[2] < 64 // 5
+
+
 @pytest.mark.parametrize(("max_new_tokens", "room"), [(8, 56), (16, 48), (17, 48), (1000, 48)])
 def test_at_most_a_quarter_of_the_context_is_kept_for_the_answer(model, tokenizer, max_new_tokens, room):
     session = session_of(model, tokenizer, max_new_tokens=max_new_tokens)
@@ -138,17 +170,15 @@ def test_at_most_a_quarter_of_the_context_is_kept_for_the_answer(model, tokenize
 class Scripted:
     """A backend that writes given tokens."""
 
-    context, vocab_size, device = 64, 300, torch.device("cpu")
+    context, vocab_size, device, slots, capacity = 64, 300, torch.device("cpu"), 1, 64
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = iter(tokens)
         self.prompts: list[list[int]] = []
 
-    def prefill(self, prompts, max_new_tokens):
-        self.prompts += prompts
-        return self.decode_step(None)
-
-    def decode_step(self, tokens):
+    def extend(self, extensions: list[Extension]) -> torch.Tensor:
+        if len(extensions[0].ids) > 1:
+            self.prompts.append(list(extensions[0].ids))
         return torch.nn.functional.one_hot(torch.tensor([next(self.tokens)]), 300).float()
 
 
@@ -158,7 +188,7 @@ def test_an_answer_ends_with_a_turn_a_new_turn_or_a_document(tokenizer, stop):
     words = tokenizer.encode("la mar")
     backend = Scripted([*words, stop, *words, IM_END_ID])
     greedy = SamplingConfig(temperature=0, max_new_tokens=20)
-    session = ChatSession(backend, tokenizer, greedy, torch.Generator())
+    session = ChatSession(Engine(backend, tokenizer), tokenizer, greedy)
     *_, last = session.answer("Hola")
     assert last == Finished("stop", Usage(len(backend.prompts[0]), len(words) + 1))
     assert session.history == [Message("user", "Hola"), Message("assistant", "la mar")]
@@ -175,7 +205,8 @@ def test_the_last_message_is_removed_with_its_answer(session):
 
 
 def test_a_reset_forgets_the_question_without_an_answer(tokenizer):
-    session = ChatSession(Scripted([IM_END_ID]), tokenizer, SamplingConfig(temperature=0), torch.Generator())
+    engine = Engine(Scripted([IM_END_ID]), tokenizer)
+    session = ChatSession(engine, tokenizer, SamplingConfig(temperature=0))
     session.system = "mar"
     text_of(session.answer("Hola"))
     assert session.history == []

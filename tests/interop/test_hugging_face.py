@@ -25,7 +25,10 @@ from cucafera.config.errors import UserError
 from cucafera.config.schema import ModelConfig, SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, IM_END_ID, IM_START_ID
 from cucafera.data.chatml import CHAT_TEMPLATE, Message, render, render_prompt
-from cucafera.generation.generate import TextDelta, TorchBackend, generate
+from cucafera.generation.backend import TorchBackend
+from cucafera.generation.engine import Engine
+from cucafera.generation.generate import generate
+from cucafera.generation.request import TextDelta
 from cucafera.generation.session import ChatSession
 from cucafera.interop import hf_spec, hugging_face
 from cucafera.interop.gemma import EMBEDDING, FINAL_NORM, from_transformers_gemma, to_transformers_gemma
@@ -306,8 +309,8 @@ def test_published_chat_models_get_their_control_tokens_at_ids_4_and_5(published
 
 def test_published_chat_models_can_chat(published_chat):
     trained = load_trained(str(published_chat))
-    backend, settings = TorchBackend(trained.model), SamplingConfig(max_new_tokens=4)
-    session = ChatSession(backend, trained.tokenizer, settings, torch.Generator().manual_seed(0))
+    engine = Engine(TorchBackend(trained.model), trained.tokenizer)
+    session = ChatSession(engine, trained.tokenizer, SamplingConfig(max_new_tokens=4), 0)
     answer = "".join(event.text for event in session.answer("Hola") if isinstance(event, TextDelta))
     assert [message.role for message in session.history] == (["user", "assistant"] if answer.strip() else [])
 

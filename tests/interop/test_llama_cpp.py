@@ -1,7 +1,6 @@
 """Exported files in llama.cpp: the same tokens, logits and texts, also by the chat and evaluate commands."""
 
 import dataclasses
-import itertools
 import os
 import re
 import subprocess
@@ -15,7 +14,10 @@ from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
 from cucafera.config.tokens import DOCUMENT_START_ID, SPECIAL_TOKENS
 from cucafera.evaluation.likelihood import DecoderScorer
-from cucafera.generation.generate import TorchBackend, generate, stream
+from cucafera.generation.backend import Extension, TorchBackend
+from cucafera.generation.engine import Engine
+from cucafera.generation.generate import generate
+from cucafera.generation.request import Request, TextDelta
 from cucafera.generation.session import ChatSession
 from cucafera.interop import llama_cpp
 from cucafera.interop.gguf import TYPES, logits_of, write_gguf
@@ -145,48 +147,50 @@ def test_nats_are_those_of_our_decoder_whatever_is_cached(trained, runs, monkeyp
         llama.nats([([*ids, 20, 21], 1)])
 
 
-def test_cached_tokens_are_not_decoded_again(trained, llama, monkeypatch):
-    decoded: list[int] = []
-    decode_batch = llama._decode_batch
-
-    def counting(ids, start, first):
-        decoded.append(len(ids))
-        return decode_batch(ids, start, first)
-
-    monkeypatch.setattr(llama, "_decode_batch", counting)
-    ids = some_ids(trained, 30)
-    llama.prefill([ids[:20]], 5)
-    llama.decode_step(torch.tensor([[ids[20]]]))
-    again = llama.prefill([ids], 5)
-    assert decoded == [20, 1, 9]
-    llama.prefill([[*ids[:10], 99]], 5)
-    assert decoded[3:] == [1]
-    torch.testing.assert_close(again, LlamaCpp(llama.path).prefill([ids], 5), atol=1e-2, rtol=0)
-    with pytest.raises(ValueError, match="one sequence at a time"):
-        llama.prefill([ids, ids], 5)
-
-
-def test_backends_of_one_file_share_its_weights_and_nothing_else(trained, runs):
-    llama = LlamaCpp(runs / "chat.gguf")
-    prompts = [some_ids(trained, 20)[start:] for start in (0, 5)]
-    alone = [list(stream(llama, trained.tokenizer, prompt, GREEDY, frozenset())) for prompt in prompts]
-    backends = [llama.new_backend(), llama.new_backend()]
-    assert backends[0]._weights is backends[1]._weights
-    del llama  # the weights outlive the backend that loaded them
-    streams = [
-        stream(backend, trained.tokenizer, prompt, GREEDY, frozenset())
-        for backend, prompt in zip(backends, prompts, strict=True)
+def test_sixteen_requests_together_get_the_text_that_each_gets_alone(trained, runs):
+    kinds = [GREEDY, SamplingConfig(max_new_tokens=9), dataclasses.replace(GREEDY, temperature=1.0)]
+    requests = [
+        Request(some_ids(trained, 40)[number : 20 + number], kinds[number % 3], frozenset(), seed=number)
+        for number in range(16)
     ]
-    pairs = list(itertools.zip_longest(*streams))
-    for number, expected in enumerate(alone):
-        assert [pair[number] for pair in pairs if pair[number] is not None] == expected
+    alone = []
+    for request in requests:
+        llama = LlamaCpp(runs / "chat.gguf")
+        alone.append(list(Engine(llama, trained.tokenizer).stream(request)))
+    engine = Engine(LlamaCpp(runs / "chat.gguf", slots=4), trained.tokenizer)
+    together = [engine.add(request) for request in requests]
+    while engine.running or engine.waiting:
+        engine.step()
+    assert [text_of(generation.events) for generation in together] == [text_of(events) for events in alone]
+
+
+def text_of(events) -> str:
+    return "".join(event.text for event in events if isinstance(event, TextDelta))
+
+
+def test_cached_tokens_are_not_decoded_again_and_copied_where_another_slot_has_them(trained, runs, monkeypatch):
+    decoded: list[int] = []
+    llama = LlamaCpp(runs / "chat.gguf", slots=2)
+    decode_batch = llama._decode_batch
+    monkeypatch.setattr(llama, "_decode_batch", lambda tokens: decoded.append(len(tokens)) or decode_batch(tokens))
+    ids = some_ids(trained, 30)
+    llama.extend([Extension(0, 0, ids[:20], 1)])
+    llama.extend([Extension(0, 20, ids[20:21], 1)])
+    again = llama.extend([Extension(0, 21, ids[21:], 1)])
+    llama.copy(0, 1, 25)
+    copied = llama.extend([Extension(1, 25, ids[25:], 1)])
+    assert decoded == [20, 1, 9, 5]
+    alone = LlamaCpp(llama.path).extend([Extension(0, 0, ids, 1)])
+    for logits in (again, copied):
+        torch.testing.assert_close(logits, alone, atol=1e-2, rtol=0)
 
 
 def test_a_conversation_is_the_same_as_with_the_run_itself(trained, llama):
     conversations = []
     for backend, tokenizer in ((TorchBackend(trained.model), trained.tokenizer), (llama, llama.tokenizer)):
+        engine = Engine(backend, tokenizer)
         sampling = SamplingConfig(temperature=0.8, repetition_penalty=1.3, top_k=40, max_new_tokens=8)
-        session = ChatSession(backend, tokenizer, sampling, torch.Generator().manual_seed(3))
+        session = ChatSession(engine, tokenizer, sampling, 3)
         session.system = "mar"
         for text in ("Hola", "El <im_end> és text", "I què més?", "Més encara", "I encara més"):
             list(session.answer(text))
@@ -259,8 +263,8 @@ def test_the_benchmark_measures_the_same_on_both_sides(runs, trained, llama):
     texts = list(script.texts_of(None, 2, trained.tokenizer))
     assert len(texts[0].ids) > 64
     sides = {
-        "fp32": script.Side(1, TorchBackend(trained.model), DecoderScorer(trained.model)),
-        "f32": script.Side(1, llama, llama),
+        "fp32": script.Side(1, Engine(TorchBackend(trained.model), trained.tokenizer), DecoderScorer(trained.model)),
+        "f32": script.Side(1, Engine(llama, llama.tokenizer), llama),
     }
     prompts = [some_ids(trained, 20)[start:] for start in range(3)]
     results = script.compared(sides, texts, prompts, 5)

@@ -1,4 +1,4 @@
-"""The product of one row with several threads."""
+"""The products of a decode step: of one row with several threads, and of a few rows with a large weight."""
 
 import pytest
 import torch
@@ -20,9 +20,11 @@ def smallest_shared(request, monkeypatch):
     monkeypatch.setattr("cucafera.model.linear.MIN_PARALLEL_ELEMENTS", request.param)
 
 
-@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (48,), (5, 48), (2, 3, 48)])
+@pytest.mark.parametrize("smallest_head", [0, 1 << 20])
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (48,), (5, 48), (2, 3, 48), (16, 48), (17, 1, 48), (0, 48)])
 @pytest.mark.parametrize("outputs", [96, 97])
-def test_the_product_equals_that_of_pytorch(threads, smallest_shared, shape, outputs):
+def test_the_product_equals_that_of_pytorch(threads, smallest_shared, smallest_head, shape, outputs, monkeypatch):
+    monkeypatch.setattr("cucafera.model.linear.HEAD_ELEMENTS", smallest_head)
     torch.manual_seed(0)
     x, weight = torch.randn(shape), torch.randn(outputs, 48)
     with torch.no_grad():

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from cucafera.config.schema import Config
@@ -61,7 +60,7 @@ class Samples(Callback):
                 [module.objective.prompt_ids(data.tokenizer, prompt)[-max_prompt_tokens:]],
                 callbacks.sampling,
                 frozenset(STOP_IDS),
-                torch.Generator(module.device).manual_seed(self.config.seed),
+                self.config.seed,
             )
             self.latest.append({"prompt": prompt, "continuation": written.text, "finish_reason": written.finish_reason})
         model.train()
