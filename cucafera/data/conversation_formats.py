@@ -52,6 +52,7 @@ WEIGHTS = (
 ROW_WEIGHTS = ("weight", "sample_weight", "train", "trainable")
 """Columns of the same meaning for a complete row."""
 LABELS = ("label", "labels", "kto_tag")
+BAD_RATINGS = ("down", "thumbs_down", "negative", "bad")
 PREFERENCES = ("winner", "preferred", "preferred_output", "non_preferred_output", "preferred_response")
 PREFERENCE_WORDS = {"chosen", "rejected", "dispreferred"}
 """Words in the names of columns with better and worse answers, such as score_chosen."""
@@ -331,6 +332,10 @@ class _RowReader:
             reason = PREFERENCE_REASON
             if name == "chosen":
                 reason += f"; columns.answer={key} trains on these answers, columns.messages={key} on conversations"
+        elif name == "rating" and str(value).strip().lower() in BAD_RATINGS:
+            reason = (
+                "an answer that was rated bad is not for finetuning; data.skip_broken_lines=true leaves such rows out"
+            )
         elif name in ROW_WEIGHTS and position == ROW and str(value).lower() not in ("1", "1.0", "true"):
             reason = "a conversation has no weight; a source has one, data.sources.NAME.weight"
         elif name in CHANGES_MEANING and value is not False:

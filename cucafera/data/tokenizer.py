@@ -6,6 +6,7 @@ Text never yields a control token, whatever it spells: only the code that frames
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -69,7 +70,7 @@ class NotUsableError(TokenizerError):
 
 
 class Tokenizer:
-    """Byte-level BPE with the GPT-2 pattern and no normalizer. Made by `train` or `load`.
+    """Byte-level BPE with the GPT-2 pattern and no normalizer. Made by `train` or `load`; threads may share it.
 
     Attributes:
         texts_cut: Number of texts so far in which a stretch of over LONGEST_WORD letters, of digits, of signs or of
@@ -85,6 +86,7 @@ class Tokenizer:
         self._bytes = _bytes_of_tokens(inner)
         self._word_cache: dict[str, bytes] = {}
         self._cached_characters = 0
+        self._lock = threading.Lock()  # of the cache's size, and of texts_cut
         self.texts_cut = 0
 
     @classmethod
@@ -236,18 +238,24 @@ class Tokenizer:
         ids = [bytearray() for _ in texts]
         cut: set[int] = set()
         for group in _words(texts, cut):
-            if self._cached_characters > CACHED_CHARACTERS:
-                self._word_cache.clear()  # cheaper than an LRU: frequent words are back with the next texts
-                self._cached_characters = 0
+            with self._lock:
+                if self._cached_characters > CACHED_CHARACTERS:
+                    # Cheaper than an LRU: frequent words are back with the next texts. A new cache, since another
+                    # thread may be reading the old one.
+                    self._word_cache = {}
+                    self._cached_characters = 0
+                cache = self._word_cache
             found = set(chain.from_iterable(words for _, words in group))
-            self._add_to_cache(list(found.difference(self._word_cache)))
+            self._add_to_cache(list(found.difference(cache)), cache)
             # The cache holds ids as bytes: joining bytes is one call of C per text, joining lists or arrays is not.
             for number, words in group:
-                ids[number] += b"".join(map(self._word_cache.__getitem__, words))
-        self.texts_cut += len(cut)
+                ids[number] += b"".join(map(cache.__getitem__, words))
+        if cut:
+            with self._lock:
+                self.texts_cut += len(cut)
         return [np.frombuffer(content, dtype=np.uint16) for content in ids]
 
-    def _add_to_cache(self, words: list[str]) -> None:
+    def _add_to_cache(self, words: list[str], cache: dict[str, bytes]) -> None:
         start = characters = 0
         for end, last in enumerate(words, 1):
             characters += len(last)
@@ -256,8 +264,9 @@ class Tokenizer:
             part = words[start:end]
             encodings = self._inner.encode_batch_fast(part, add_special_tokens=False)
             for word, encoding in zip(part, encodings, strict=True):
-                self._word_cache[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
-            self._cached_characters += characters
+                cache[word] = np.array(encoding.ids, dtype=np.uint16).tobytes()
+            with self._lock:
+                self._cached_characters += characters
             start, characters = end, 0
 
     def decode(self, ids: Iterable[int], skip_control: bool = False) -> str:

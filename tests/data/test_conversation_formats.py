@@ -262,6 +262,11 @@ BROKEN = [
         )
     ],
     ({"conversations": TURNS, "chosen": {"from": "gpt", "value": "d"}}, "the row has chosen: preference data is not"),
+    (
+        {"messages": TURNS, "rating": "down"},
+        "the row has rating: an answer that was rated bad .*skip_broken_lines",
+    ),
+    ({"messages": TURNS, "rating": "Thumbs_Down"}, "the row has rating: an answer that was rated bad is not for fine"),
     *[
         ({"messages": TURNS, key: value}, f"the row has {key}: .*columns.ignore=.{key}. trains without it")
         for key, value in (

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -103,11 +104,28 @@ def test_forgetting_words_changes_nothing(make_documents, tokenizer, monkeypatch
     assert len(forgetful._word_cache) < 20 and 10 < forgetful._cached_characters < 200
 
 
+def test_threads_share_a_tokenizer_whose_cache_is_full(tokenizer, monkeypatch):
+    """A word that one thread has looked up must still be there when another forgets the cache."""
+    monkeypatch.setattr("cucafera.data.tokenizer.CACHED_CHARACTERS", 200)
+    shared = pickle.loads(pickle.dumps(tokenizer))
+    numbers = random.Random(0)
+    texts = [" ".join(f"p{numbers.randrange(10**6)}" for _ in range(100)) for _ in range(100)]
+    expected = [tokenizer.encode(text) for text in texts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            results = [threads.submit(lambda: [shared.encode(text) for text in texts]) for _ in range(4)]
+            assert all(result.result() == expected for result in results)
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_the_library_never_gets_a_long_document_at_once(tokenizer, monkeypatch):
     given = []
     fresh = pickle.loads(pickle.dumps(tokenizer))
     original = fresh._add_to_cache
-    monkeypatch.setattr(fresh, "_add_to_cache", lambda words: (given.extend(words), original(words)))
+    monkeypatch.setattr(fresh, "_add_to_cache", lambda words, cache: (given.extend(words), original(words, cache)))
     assert len(fresh.encode("la mar i el bosc són lluny\n" * 10_000)) > 100_000
     assert sum(map(len, given)) < 100
 
