@@ -14,6 +14,8 @@ COMMANDS = {
     "run": "train: pretraining, finetuning or a sweep, from a Hydra configuration",
     "inspect": "show what a run is trained on: windows, masks, lengths, without training",
     "chat": "talk to a trained model in the terminal",
+    "serve": "answer over HTTP: OpenAI's API and a web page",
+    "telegram": "let people talk to a trained model in Telegram",
     "evaluate": "measure a trained model on text, multiple choice or lm-evaluation-harness tasks",
     "export": "write a trained model for Hugging Face transformers, llama.cpp or PEFT",
     "compare": "compare the configurations and results of runs",

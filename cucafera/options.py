@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import logging
 import shlex
@@ -27,9 +28,30 @@ DECAYED = 0.1
 """Learning rate, as a fraction of its peak, below which the weights after a few steps are nearly the same point."""
 
 
-def command_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes options by their complete names only, and names the nearest one of an unknown one.
+
+    Of an unknown option only the name is printed: its value may be a token or a key.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the arguments; see argparse."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
+            if not options:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            nearest = difflib.get_close_matches(options[0], self._option_string_actions, n=1)
+            self.error(f"there is no option {options[0]}{f'; did you mean {nearest[0]}?' if nearest else ''}")
+        return parsed
+
+
+def command_parser(name: str, **settings: Any) -> CommandParser:
     """Return a parser that shows the command as it was started, with --version; the settings are those of argparse."""
-    parser = argparse.ArgumentParser(prog=program_name(name), **settings)
+    parser = CommandParser(prog=program_name(name), **settings)
     parser.add_argument("--version", action="version", version=f"cucafera {__version__}")
     return parser
 

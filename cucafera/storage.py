@@ -192,16 +192,40 @@ def append(path: Path, content: bytes | bytearray) -> None:
         os.close(descriptor)
 
 
-class PositionalFile:
-    """A file for positional reads (pread) that copy into process memory; closed when it is garbage-collected.
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, as `append` does; after a newline if the last line has none, as after a crash.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: that failed, and the file is as it was.
+        ValueError: the path has a null byte, or the line has what UTF-8 cannot encode.
+    """
+    content = line.encode() + b"\n"
+    append(path, b"\n" + content if _has_partial_line(path) else content)
+
+
+def _has_partial_line(path: Path) -> bool:
+    """Return True if a file has a last line without a newline."""
+    try:
+        file = PositionalFile(path)
+    except FileNotFoundError:
+        return False
+    return file.size > 0 and file.read(file.size - 1, 1) != b"\n"
+
+
+class PositionalFile:
+    """A regular file for positional reads (pread) that copy into process memory; closed when it is garbage-collected.
+
+    Raises:
+        OSError: it cannot be opened; or it is something else, such as a pipe, which would block.
+
+    Attributes:
+        size: Bytes that it had when it was opened.
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
+        self.size = _regular_size(self._descriptor, path)
 
     def read(self, position: int, size: int) -> bytes:
         """Return `size` bytes from a position on; fewer if the file ends before. Raises OSError."""

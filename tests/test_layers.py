@@ -16,8 +16,20 @@ LAYERS = [
     {"objectives", "optimizers", "runs", "generation"},
     {"interop"},
     {"training"},
-    {"sweeps", "evaluation"},
-    {"options", "run", "inspect", "chat", "evaluate", "export", "compare", "__main__", "__init__"},
+    {"sweeps", "evaluation", "serving"},
+    {
+        "options",
+        "run",
+        "inspect",
+        "chat",
+        "serve",
+        "telegram",
+        "evaluate",
+        "export",
+        "compare",
+        "__main__",
+        "__init__",
+    },
 ]
 """From the lowest to the highest; a module may import from lower layers, and from its own package."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -66,7 +66,10 @@ def test_a_command_started_by_name_is_what_python_m_starts(tmp_path):
     ("arguments", "message"),
     [
         (["chta", "RUN"], "cucafera has no command chta. Did you mean chat?"),
-        (["zzz"], "cucafera has no command zzz. The commands are run, inspect, chat, evaluate, export, compare"),
+        (
+            ["zzz"],
+            "cucafera has no command zzz. The commands are run, inspect, chat, serve, telegram, evaluate, export, ",
+        ),
         (["+experiment=pretrain"], "+experiment=pretrain needs a command before it; to train: cucafera run +exper"),
         (["name=dos mots"], "name=dos mots needs a command before it; to train: cucafera run 'name=dos mots'"),
         (["seed=1"], "seed=1 needs a command before it; to train: cucafera run seed=1"),
@@ -114,6 +117,8 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
         ("cucafera.run", "hydra", []),
         ("cucafera.run", "torch", []),
         ("cucafera.chat", "cucafera.options", ["x"]),
+        ("cucafera.serve", "cucafera.options", ["x"]),
+        ("cucafera.telegram", "cucafera.options", ["x"]),
         ("cucafera.evaluate", "cucafera.options", ["x"]),
         ("cucafera.export", "cucafera.config.schema", ["x"]),
         ("cucafera.compare", "cucafera.options", ["x"]),

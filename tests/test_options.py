@@ -11,7 +11,7 @@ import pytest
 
 from cucafera import compare, evaluate, export
 from cucafera.config.errors import UserError
-from cucafera.options import choose_run, loading_line
+from cucafera.options import choose_run, command_parser, loading_line
 from cucafera.output import announced
 from cucafera.runs.locate import ModelLocation, locate_model
 
@@ -106,3 +106,23 @@ def test_what_takes_long_shows_the_seconds_on_a_terminal_only(monkeypatch):
         pass
     assert screen.getvalue().startswith("Loading x ...\n... 0 s\n... 0 s\n")
     assert file.getvalue() == "Loading x ...\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokn-file", "x"], "there is no option --tokn-file; did you mean --token-file?"),
+        (["--token", "4242:SECRET"], "there is no option --token; did you mean --token-file?"),
+        (["--token=4242:SECRET"], "there is no option --token; did you mean --token-file?"),
+        (["--zzz"], "there is no option --zzz\n"),
+        (["RUN", "other"], "unrecognized arguments: other"),
+    ],
+)
+def test_options_have_their_complete_names_and_no_value_of_an_unknown_one_is_printed(arguments, message, capsys):
+    parser = command_parser("telegram")
+    parser.add_argument("run", nargs="?")
+    parser.add_argument("--token-file")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(arguments)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and message in printed and "SECRET" not in printed

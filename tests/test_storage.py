@@ -13,6 +13,7 @@ from cucafera.storage import (
     ChecksumError,
     PositionalFile,
     append,
+    append_line,
     atomic_replace,
     atomic_write,
     flush,
@@ -134,6 +135,16 @@ def test_an_append_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert path.read_bytes() == b"one\n"
 
 
+def test_a_line_is_appended_after_a_newline_if_the_last_line_has_none(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for line in ("one", "two"):
+        append_line(path, line)
+    assert path.read_text() == "one\ntwo\n"
+    path.write_text("one\ntw")
+    append_line(path, "três")
+    assert path.read_text(encoding="utf-8") == "one\ntw\ntrês\n"
+
+
 def test_an_append_does_not_follow_a_symlink(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "history.jsonl").symlink_to(tmp_path / "precious")
@@ -156,7 +167,9 @@ def test_a_log_is_not_written_through_a_symlink(tmp_path):
     assert log.read_text(encoding="utf-8") == "català\n"
 
 
-@pytest.mark.parametrize("use", [read_small_file, lambda path: append(path, b"x")])
+@pytest.mark.parametrize(
+    "use", [read_small_file, PositionalFile, lambda path: append(path, b"x"), lambda path: append_line(path, "x")]
+)
 def test_a_pipe_is_neither_read_nor_written(tmp_path, use):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="pipe"):
