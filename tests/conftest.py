@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
         [sys.executable, program, os.environ[FORK_SERVER]],
         stdin=subprocess.PIPE, env=os.environ | ONE_THREAD, process_group=0,
     )  # fmt: skip
+
+    while not Path(os.environ[FORK_SERVER]).exists() and server.poll() is None:
+        time.sleep(0.01)
 
     def stop() -> None:
         server.stdin.close()

@@ -62,6 +62,7 @@ SMALL_RUN = [
     "trainer=cpu",
     "data.processes=1",
     "data.validation_fraction=0.2",
+    "data.validation_windows=21",
     "data.prepared_dir=prepared",
     "model.vocab_size=320",
     "model.hidden_size=48",
@@ -79,7 +80,7 @@ SMALL_RUN = [
     "callbacks.checkpoint_every_steps=4",
     "callbacks.sampling.max_new_tokens=8",
 ]
-"""Twelve steps of eight windows of 32 tokens: seconds on any machine."""
+"""Twelve steps of eight windows of 32 tokens: seconds on any machine. Validations have an incomplete last batch."""
 
 CUCAFERA = composed_config(["+experiment=pretrain"]).model
 """The 245M model, from its preset."""
@@ -298,31 +299,20 @@ class Command:
         self.folder = folder
 
     def start(
-        self,
-        *overrides: str,
-        program: Sequence[str] = ("-m", "cucafera.run"),
-        new_group: bool = False,
-        is_forked: bool = True,
-    ) -> "Process | subprocess.Popen[str]":
+        self, *overrides: str, program: Sequence[str] = ("-m", "cucafera.run"), new_group: bool = False
+    ) -> Process:
         """Start it with further overrides and flags.
 
         Args:
             overrides: Of the configuration; flags before or between them.
             program: Another program that calls the command.
             new_group: Make it the leader of a process group.
-            is_forked: False for an interpreter of its own.
         """
         flags = [override for override in overrides if override.startswith("-")]
         values = [override for override in overrides if not override.startswith("-")]
         given = {override.partition("=")[0] for override in values}  # a sweep refuses a key that is given twice
         small = [argument for argument in self.arguments if argument.partition("=")[0] not in given]
-        arguments = [*program, *flags, *small, *values]
-        if is_forked:
-            return Process(arguments, self.folder, new_group)
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=self.folder, env=os.environ | ONE_THREAD, start_new_session=new_group,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        return Process([*program, *flags, *small, *values], self.folder, new_group)
 
     def run(self, *overrides: str) -> tuple[int, str]:
         """Run it to its end; return its status and what it printed."""

@@ -5,7 +5,6 @@ import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cucafera.interop.trained import load_trained
 from cucafera.run import train
 from cucafera.runs.folder import RunFolder
 from cucafera.training.module import LanguageModel
-from tests.support import assert_equal, scalars, weights
+from tests.support import assert_equal, run_command, scalars, weights
 
 PLUGINS = Path(__file__).parent / "plugins"
 SETTINGS = ["optimizer=toy_sgd", "optimizer.lr=0.05", "optimizer.weight_decay=0", "objective=toy_backward"]
@@ -118,17 +117,16 @@ def test_a_nonfinite_update_is_never_applied_by_any_optimizer(optimizer, small_r
 
 
 @pytest.mark.slow
-def test_toys_of_another_distribution_sweep_by_their_entry_points(corpus, tmp_path):
+def test_toys_of_another_distribution_sweep_by_their_entry_points(corpus, tmp_path, monkeypatch):
     """The jobs of a sweep are processes of their own: they find the toys by the entry points on their path."""
-    command = [
-        sys.executable, "-m", "cucafera.run", "--multirun", "name=sweep", "hydra.sweep.dir=outputs/sweep", "data=files",
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PLUGINS), os.environ["PYTHONPATH"]]))
+    found = run_command(
+        "-m", "cucafera.run", "--multirun", "name=sweep", "hydra.sweep.dir=outputs/sweep", "data=files",
         f"data.sources.files.path={corpus}", "data.validation_fraction=0.2", "model.vocab_size=320",
         "model.max_position_embeddings=32", "model.hidden_size=48", "batch_tokens=256", "budget_tokens=2048",
         "schedule.warmup_steps=0", "trainer=cpu", "callbacks.prompts=[]", *SETTINGS[:1], *SETTINGS[2:],
-        "optimizer.lr=0.01,0.05", "optimizer.momentum=0.5",
-    ]  # fmt: skip
-    path = os.pathsep.join([str(PLUGINS), str(PLUGINS.parents[1])])
-    found = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+        "optimizer.lr=0.01,0.05", "optimizer.momentum=0.5", cwd=tmp_path,
+    )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     rows = list(csv.DictReader((tmp_path / "outputs/sweep/results.csv").open()))
     assert {row["optimizer.lr"] for row in rows} == {"0.01", "0.05"}

@@ -76,3 +76,55 @@ def test_signals_reach_its_process_group(tmp_path):
     processes[1].kill()
     assert [process.wait(60) for process in processes] == [-signal.SIGTERM, -signal.SIGKILL]
     processes[0].send_signal(signal.SIGTERM)  # nothing, after its end
+
+
+STARTER = """
+import json, os, signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+command = [sys.executable, *sys.argv[2:]]
+others = {"input": "line\\n", "capture_output": True, "text": True, "cwd": sys.argv[1], "start_new_session": True}
+ended = subprocess.run(command, env=os.environ | {"OF_TEST": "à"}, **others)
+print(json.dumps([ended.returncode, ended.stdout, ended.stderr.splitlines()[-1:]]))
+"""
+
+
+@pytest.mark.parametrize("form", ["program", "module", "code"])
+def test_what_it_starts_as_python_has_the_state_of_an_interpreter(tmp_path, form):
+    (tmp_path / "start.py").write_text(STARTER)
+    (tmp_path / "state.py").write_text(STATE)
+    words = {"program": ["state.py"], "module": ["-m", "state"], "code": ["-c", STATE]}[form]
+    arguments = ["start.py", str(tmp_path), *words, "a b"]
+    forked = run_command(*arguments, cwd=tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    own = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert json.loads(forked.stdout) == json.loads(own.stdout), forked.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives an orphan to another process than the first")
+def test_what_it_starts_is_its_child_and_has_the_imports_and_its_rank(tmp_path):
+    child = "import os, sys; print(os.getppid(), os.getpgrp(), os.getpid(), 'lightning' in sys.modules); sys.exit(3)"
+    rank = "from lightning.pytorch.utilities import rank_zero_only; print(rank_zero_only.rank)"
+    program = f"""
+import os, subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, text=True)
+output, _ = process.communicate()
+print(output.split() == [str(os.getpid()), str(os.getpgrp()), str(process.pid), "True"], process.returncode, flush=True)
+subprocess.run([sys.executable, "-u", "-c", {rank!r}], env=os.environ | {{"LOCAL_RANK": "1"}})
+print(subprocess.run([sys.executable, "-P", "-c", "import sys; print('lightning' in sys.modules)"]).returncode)
+"""
+    (tmp_path / "start.py").write_text(program)
+    process = Process(["start.py"], tmp_path, new_session=True)
+    output, _ = process.communicate()
+    assert output.split() == ["True", "3", "1", "False", "0"]
+
+
+def test_what_it_starts_imports_the_customization_that_was_added_to_its_path(tmp_path):
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "sitecustomize.py").write_text("print('customized')")
+    program = """
+import os, subprocess, sys
+path = os.pathsep.join(["custom", os.environ["PYTHONPATH"]])
+subprocess.run([sys.executable, "-c", ""], env=os.environ | {"PYTHONPATH": path})
+"""
+    (tmp_path / "start.py").write_text(program)
+    assert run_command("start.py", cwd=tmp_path).stdout == "customized\n"

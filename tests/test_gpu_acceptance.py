@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from cucafera.config.command_line import composed_config
 from cucafera.model.flops import parameter_count
-from tests.support import CUCAFERA, ROOT, load_script
+from tests.support import CUCAFERA, ROOT, load_script, run_command
 
 FACTS = {"date": "2026-01-01", "small": True, "command": "python scripts/gpu_acceptance.py"}
 
@@ -31,9 +30,10 @@ def folder(tmp_path):
 
 def acceptance(tmp_path, *arguments, first_on_path=""):
     """Run the small version of the script, with another folder first on the path."""
-    command = [sys.executable, ROOT / "scripts" / "gpu_acceptance.py", "--small", "--out", tmp_path / "out", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(first_on_path)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [ROOT / "scripts" / "gpu_acceptance.py", "--small", "--out", tmp_path / "out", *arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{first_on_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+        ended = run_command(*command, timeout=1600)
     return ended, json.loads((tmp_path / "out" / "acceptance.json").read_text())
 
 

@@ -17,6 +17,7 @@ from tests.support import (
     assert_close,
     assert_equal,
     assert_same_curve,
+    run_command,
     scalars,
     wait_for,
     weights,
@@ -151,9 +152,7 @@ def test_a_run_resumes_on_another_number_of_devices(command, tmp_path, one_devic
 def test_torchrun_starts_a_sharded_run_that_equals_the_run_of_one_device(command, tmp_path, one_device, optimizer):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cucafera.run")
     memory = "trainer.activation_checkpointing=true"
-    process = command.start(
-        "name=two", "trainer=fsdp", memory, optimizer, *TWO_DEVICES, *ELASTIC, program=torchrun, is_forked=False
-    )
+    process = command.start("name=two", "trainer=fsdp", memory, optimizer, *TWO_DEVICES, *ELASTIC, program=torchrun)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     assert output.count("Trained on        3,072 tokens") == 1
@@ -358,10 +357,7 @@ TORTURE = Path(__file__).parents[1] / "scripts" / "torture.py"
     ],
 )
 def test_a_tortured_run_ends_as_if_nothing_had_happened(tmp_path, arguments, expected):
-    result = subprocess.run(
-        [sys.executable, TORTURE, *arguments, "--folder", tmp_path / "torture"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = run_command(TORTURE, *arguments, "--folder", tmp_path / "torture", timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert expected in result.stdout
 

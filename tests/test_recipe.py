@@ -13,7 +13,7 @@ import pytest
 from cucafera.config.command_line import composed_config
 from cucafera.config.errors import EXIT_DIVERGED, UserError
 from cucafera.training.schedules import lr_ratio
-from tests.support import load_script, write_metrics
+from tests.support import ROOT, load_script, run_command, write_metrics
 
 recipe = load_script("recipe")
 
@@ -393,30 +393,43 @@ def test_ablations_need_a_finished_study(tmp_path, monkeypatch, capsys):
     assert "holds no tuned rates: run the study first" in capsys.readouterr().err
 
 
+TINY_STUDY = """
+import dataclasses, sys
+sys.path.insert(0, sys.argv.pop(1))
+import recipe
+
+tiny = dataclasses.replace(
+    recipe.SMALL, width=32, layers=1, heads=2, key_value_heads=1, intermediate=64, vocabulary=320, window=32,
+    batch_tokens=64, steps=16,
+)
+variants = {name: recipe.VARIANTS[name] for name in ("", "cautious decay", "plain decay")}
+for name, value in {
+    "SMALL": tiny, "SEEDS": (0,), "BUDGETS": (1 / 2, 1), "SMALLER_BUDGETS": (), "EXTENSIONS": 0,
+    "VALIDATION_WINDOWS": 8, "VARIANTS": variants,
+}.items():
+    setattr(recipe, name, value)
+if sys.argv.pop(1) == "again":
+    recipe.Runner.start = None
+recipe.main()
+"""
+
+
 @pytest.mark.slow
-def test_a_tiny_study_trains_through_the_command_and_prints_the_same_again(tmp_path, monkeypatch, capsys):
+def test_a_tiny_study_trains_through_the_command_and_prints_the_same_again(tmp_path):
     pytest.importorskip("matplotlib")
-    tiny = dataclasses.replace(
-        recipe.SMALL, width=32, layers=1, heads=2, key_value_heads=1, intermediate=64, vocabulary=320, window=32,
-        batch_tokens=64, steps=16,
-    )  # fmt: skip
-    for name, value in {
-        "SMALL": tiny, "SEEDS": (0,), "BUDGETS": (1 / 2, 1), "SMALLER_BUDGETS": (), "EXTENSIONS": 0,
-        "VALIDATION_WINDOWS": 8,
-        "VARIANTS": {name: recipe.VARIANTS[name] for name in ("", "cautious decay", "plain decay")},
-    }.items():  # fmt: skip
-        monkeypatch.setattr(recipe, name, value)
+    (tmp_path / "tiny.py").write_text(TINY_STUDY)
+    folder = tmp_path / "study"
     for command in ("study", "ablations"):
-        monkeypatch.setattr(sys, "argv", ["recipe.py", command, "--jobs", "2", "--folder", str(tmp_path)])
-        recipe.main()
-        _, _, report = capsys.readouterr().out.partition("\n\n")
-        assert report.startswith((tmp_path / f"{command}.md").read_text())
-        with monkeypatch.context() as patch:
-            patch.setattr(recipe.Runner, "start", None)
-            recipe.main()
-        assert capsys.readouterr().out.endswith(report)
-    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+        reports = []
+        for start in ("first", "again"):
+            arguments = (ROOT / "scripts", start, command, "--jobs", "2", "--folder", folder)
+            ended = run_command("tiny.py", *arguments, cwd=tmp_path)
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+            reports.append(ended.stdout)
+        _, _, report = reports[0].partition("\n\n")
+        assert report.startswith((folder / f"{command}.md").read_text()) and reports[1].endswith(report)
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert len(records) == 18 and all(2 < record["bpb"] < 9 for record in records)
     assert {record["steps"] for record in records} == {8, 16}
-    assert (tmp_path / "study.png").stat().st_size > 10_000
-    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+    assert (folder / "study.png").stat().st_size > 10_000
+    assert not list((folder / "runs").rglob("*.ckpt"))
