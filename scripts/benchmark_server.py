@@ -44,6 +44,7 @@ from cucafera.interop.gguf import write_gguf
 from cucafera.interop.hugging_face import write_folder
 from cucafera.interop.trained import load_trained
 from cucafera.model.transformer import Decoder
+from cucafera.quantities import number_of
 
 OURS, LLAMA = "cucafera", "llama.cpp"
 START_SECONDS = 300
@@ -224,7 +225,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
                         results.setdefault((name, clients), []).append(round_)
     print(
         f"{source if arguments.run else arguments.model}: a {arguments.device} with {torch.get_num_threads()} threads; "
-        f"{arguments.tokens} tokens after {length}, {arguments.requests} requests per client, "
+        f"{number_of(arguments.tokens, 'token')} after {length}, "
+        f"{number_of(arguments.requests, 'request')} per client, "
         f"medians of {arguments.rounds} rounds\n\n{table(results)}"
     )
 

@@ -193,22 +193,23 @@ def refuse_memory(fault: Fault) -> None:
 
 
 def fail_writes(fault: Fault) -> None:
-    """From some step of the run on, for half a second, let writes of the log, the curves and the history fail."""
+    """For some steps before the last, let writes of the log, the curves and the history fail."""
     from cucafera.output import RunLog
     from cucafera.runs import history
     from cucafera.training import events
 
-    append, emit, first = events.append, RunLog.flush, 0.0
+    append, emit, writes = events.append, RunLog.flush, 0
+    first = 2 + int(20 * fault.after_seconds)  # the start is in the history: a start that cannot be is refused
 
     def fail() -> None:
-        if first and fault.after_seconds < time.monotonic() - first < fault.after_seconds + 0.5:
+        if first <= writes < first + 8:
             raise OSError(errno.EIO, "Input/output error")
 
     def failing(path: Path, content: bytes) -> None:
-        nonlocal first
+        nonlocal writes
+        writes += 1
         fail()
         append(path, content)
-        first = first or time.monotonic()  # the start is in the history: a start that cannot be is refused
 
     def failing_flush(log: RunLog) -> None:
         fail()
@@ -475,13 +476,14 @@ def output_trials(folder: Path, trials: int, seed: int, kinds: list[str]) -> Non
             if stopped["event"] != "stopped" or stopped["saved_step"] != stopped["step"]:
                 outcome = "lost"
             check(bench.start(name, Fault("none")), {0}, f"{name}, {fault}")
+        found: list[str] = []
         if outcome not in ("hanging", "lost"):
             found = differences(folder / "outputs" / "undisturbed", folder / "outputs" / name)
             if found or "Traceback" in (folder / "outputs" / name / "run.log").read_text():
                 outcome = "lost"
         outcomes[kind][outcome] += 1
         if outcome in ("hanging", "lost"):
-            print(f"{name}: {outcome}, status {status}, {fault}", flush=True)
+            print("; ".join([f"{name}: {outcome}, status {status}, {fault}", *found[:3]]), flush=True)
         else:
             shutil.rmtree(folder / "outputs" / name)
     print(

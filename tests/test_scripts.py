@@ -4,9 +4,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
+import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from cucafera.data.shards import HEADER_BYTES, TokenStream
 from cucafera.data.windows import Batch
 from cucafera.model.flops import parameter_count
 from cucafera.training.hardware import decide_hardware
-from tests.support import ROOT, load_script
+from tests.support import ROOT, Process, load_script, run_command
 
 
 def test_every_mutant_fits_the_code_and_its_tests_exist():
@@ -183,17 +182,16 @@ def test_the_speed_benchmark_masks_documents_for_cucafera_only(monkeypatch):
 def test_measurements_survive_the_time_limit_of_the_speed_benchmark(tmp_path):
     small = ["model.num_hidden_layers=1", "batch_tokens=256", f"data.prepared_dir={tmp_path}/prepared"]
     command = ["--rounds", "1", "--steps", "1", "--peer", "bare loop", "--peer", "cucafera", *small]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, ROOT / "scripts" / "benchmark_training.py", *command, "--out", tmp_path / "speed"]
-    process = subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, text=True)
-    assert "tokens/s" in process.stdout.readline()  # the first measurement is printed
+    script = [ROOT / "scripts" / "benchmark_training.py", *command, "--out", tmp_path / "speed"]
+    process = Process(script, tmp_path, merged=False)
+    assert "tokens/s" in process.outputs[0].readline()  # the first measurement is printed
     wait_until((tmp_path / "speed.json").exists)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     found = json.loads((tmp_path / "speed.json").read_text())
     assert [row["name"] for row in found["settings"]["windows"]["rows"]] == ["bare loop"]
 
-    ended = subprocess.run([*script, "--seconds", "1"], env=environment, capture_output=True, text=True)
+    ended = run_command(*script, "--seconds", "1")
     assert ended.returncode == 1 and "matrix products could not be measured: killed" in ended.stderr
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cucafera.config.schema import ModelConfig
 from cucafera.model.attention import attend
+from cucafera.quantities import number_of
 
 WASTE = 2
 """Rows are computed in one call while that reads at most so many times the keys that they have: measured with 16 rows
@@ -74,7 +75,7 @@ class SlotCache:
             tokens: T, new tokens of each row, padding included; with those before, at most the capacity.
         """
         if max(starts) + tokens > self.capacity:
-            raise ValueError(f"{max(starts)} and {tokens} tokens exceed the capacity of {self.capacity}")
+            raise ValueError(f"{number_of(max(starts) + tokens, 'token')} exceed the capacity of {self.capacity}")
         columns = torch.tensor(starts, device=self._device)[:, None] + torch.arange(tokens, device=self._device)
         self._slots, self._columns = torch.tensor(slots, device=self._device)[:, None], columns
         self._runs = [self._run(rows, slots, starts, tokens) for rows in _split_into_runs(slots, starts, tokens)]

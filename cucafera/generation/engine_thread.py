@@ -217,7 +217,7 @@ class EngineThread:
             if ticket.generation is not None and ticket.generation.has_begun:
                 ticket.group.has_begun = True
             elif self._timeout is not None and now - ticket.submitted > self._timeout and not ticket.group.has_begun:
-                self._end(ticket, WaitedTooLongError(f"no answer could begin within {self._timeout:g} seconds"))
+                self._end(ticket, WaitedTooLongError(f"no answer could begin within {self._timeout:g} s"))
             if ticket.is_ended and ticket.generation is not None:
                 self._engine.cancel(ticket.generation)
             elif not ticket.is_ended and ticket.generation is None:

@@ -173,8 +173,8 @@ class LlamaCpp:
         memory = self._library.llama_get_memory(self._context)
         tokens = []
         for slot, start, ids, scored in extensions:
-            if start + len(ids) > self.capacity:
-                raise ValueError(f"{start + len(ids):,} tokens are more than the context of {self.capacity:,}")
+            if (total := start + len(ids)) > self.capacity:
+                raise ValueError(f"{number_of(total, 'token')} are more than the context of {self.capacity:,}")
             self._library.llama_memory_seq_rm(memory, slot, start, -1)
             first = len(ids) - scored
             tokens += [_BatchToken(token, start + index, slot, index >= first) for index, token in enumerate(ids)]

@@ -514,8 +514,8 @@ def context_error(tokens: int, context: int, param: str | None = None) -> ApiErr
     """Return the error of a prompt that fills the context."""
     return ApiError(
         400,
-        f"This model's maximum context length is {context:,} tokens, and the prompt has {tokens:,}, which leaves no "
-        "space for new tokens. Shorten it",
+        f"This model's maximum context length is {number_of(context, 'token')}, and the prompt has {tokens:,}, which "
+        "leaves no space for new tokens. Shorten it",
         "context_length_exceeded",
         param,
     )

@@ -33,6 +33,7 @@ from cucafera.generation.request import (
     TextDelta,
     WaitedTooLongError,
 )
+from cucafera.quantities import number_of
 from cucafera.serving import telegram_messages as say
 from cucafera.serving.telegram_api import (
     FAILURES,
@@ -538,7 +539,8 @@ class TelegramBot:
                 return  # it is answered after the restart
             refusal = say.SHUTTING_DOWN if self._is_ending else say.STOPPED
         seconds = time.monotonic() - start
-        log.info("Chat %d: an answer of %d characters in %.1f s", question.place.chat_id, len(text), seconds)
+        length = number_of(len(text), "character")
+        log.info("Chat %d: an answer of %s in %.1f s", question.place.chat_id, length, seconds)
         if self._settings.logs_texts:
             log.info("Chat %d: %r is answered by %r", question.place.chat_id, question.text, text or refusal)
         await self._send(question.place, text or refusal, question.message_id)

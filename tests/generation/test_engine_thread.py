@@ -156,7 +156,7 @@ def test_a_request_that_waits_too_long_ends_with_an_error(backend, tokenizer):
         backend.let_go()
         until(lambda: all(inbox.is_finished for inbox in inboxes))
     assert isinstance(inboxes[2].received[0], WaitedTooLongError)
-    assert "no answer could begin within 0.2 seconds" in str(inboxes[2].received[0])
+    assert "no answer could begin within 0.2 s" in str(inboxes[2].received[0])
     assert isinstance(inboxes[0].received[-1], Finished)
 
 

@@ -121,6 +121,8 @@ def test_pasted_lines_are_one_message_and_typed_ahead_text_waits_for_the_next_pr
     terminal.wait_for("got 'despres'")
     terminal.type("\r")
     terminal.wait_for(r"got 'a\nb'")
+    terminal.wait_for("> ")
+    time.sleep(0.5)  # as a person would; readline must be waiting
     terminal.type("\x04")
     assert terminal.exit_code() == 1  # EOFError of the program
 
