@@ -297,6 +297,7 @@ class Engine:
                 if source.generation is None and 2 * cached >= len(source.ids):
                     target = source
                 elif cached and source is not target:
+                    target.ids = []  # also if Ctrl-C ends the copy
                     self._backend.copy(source.number, target.number, cached)
             generation = self.waiting.popleft()
             generation.cached_tokens = cached
