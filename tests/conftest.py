@@ -25,6 +25,11 @@ from tests.support import (
     write_corpus,
 )
 
+DEFAULT_HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    **dict.fromkeys((signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP), signal.SIG_DFL),
+}
+"""Of signals that nohup, say, ignores in what it starts: the commands of the tests would inherit that."""
 LONGEST_TEST = "test_the_small_version_runs_on_a_cpu_without_datasets"
 
 torch.set_num_threads(1)  # for models this small, threads only get in each other's way
@@ -32,8 +37,9 @@ torch.set_num_threads(1)  # for models this small, threads only get in each othe
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the fork server, once for all workers."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, default in DEFAULT_HANDLERS.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, default)
     if hasattr(config, "workerinput"):
         return
     # What a test starts imports this checkout too, and not another one that is installed.
