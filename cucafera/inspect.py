@@ -168,25 +168,24 @@ def inspect(run: DescribedRun, arguments: argparse.Namespace) -> str:
     steps = data.steps_of(config.epochs) if config.epochs is not None else config.total_steps
     if arguments.step > steps:
         raise UserError(f"--step is {arguments.step:,}; the run has {number_of(steps, 'step')}")
-    noun = "conversation" if objective.chats else "document"
-    lines = [_summary(config, noun, data, steps)]
+    lines = [_summary(config, data, steps)]
     for name, training, held_out in zip(config.data.sources, data.training, data.validation, strict=True):
-        lines += ["", *_source_lines(name, noun, data, training, held_out)]
+        lines += ["", *_source_lines(name, data, training, held_out)]
     if data.notes or data.left_out:
         lines += ["", *data.notes, *map(str, data.left_out)]
     shown = _held_out_windows(data) if arguments.held_out else _training_windows(data, run, arguments.step)
-    use = "measured" if arguments.held_out else "trained on"
+    use = "measured" if arguments.held_out else data.use
     for _, (title, window) in zip(range(arguments.windows), shown, strict=False):
-        lines += ["", *_window_lines(title, use, noun, window, data, "|" if arguments.tokens else "")]
+        lines += ["", *_window_lines(title, use, window, data, "|" if arguments.tokens else "")]
     return "\n".join(lines)
 
 
-def _summary(config: Config, noun: str, data: "RunData[Any]", steps: int) -> str:
+def _summary(config: Config, data: "RunData[Any]", steps: int) -> str:
     """The line on the run as a whole."""
     seen = f"the data are seen {data.epochs_at(steps):.2f} times"
     if (repeated := config.data.overfit_steps) is not None:
         seen = f"only the data of the first {number_of(repeated, 'step')} are seen, again and again"
-    masking = f"its own {noun}" if config.data.document_masking else "all of its window"
+    masking = f"its own {data.piece}" if config.data.document_masking else "all of its window"
     return (
         f"{config.objective.name}: {number_of(steps, 'step')} of {number_of(config.windows_per_step, 'window')} of "
         f"{number_of(config.sequence_length, 'token')}; {seen}.\n"
@@ -194,25 +193,27 @@ def _summary(config: Config, noun: str, data: "RunData[Any]", steps: int) -> str
     )
 
 
-def _source_lines(name: str, noun: str, data: "RunData[Any]", training: Any, held_out: Any) -> list[str]:
-    """The table of one source, and the lengths of its documents."""
+def _source_lines(name: str, data: "RunData[Any]", training: Any, held_out: Any) -> list[str]:
+    """The table of one source, and the lengths of what it holds."""
     from cucafera.data.inspection import measure
 
     length = data.config.sequence_length
     sides = [measure(side, data.tokenizer, length) for side in (training, held_out)]
     rows = [(name, [TRAINING, HELD_OUT])]
-    for label, value in _measures(noun, length, data.tokenizer.vocab_size).items():
+    for label, value in _measures(data, length).items():
         rows.append((label, [value(side) if side.windows else "" for side in sides]))
     label_width = max(len(label) for label, _ in rows)
     lines = [f"  {label:<{label_width}}" + "".join(f"{cell:>16}" for cell in cells) for label, cells in rows]
     if any(side.measured < side.windows for side in sides):
         lines.append(f"  of {number_of(sides[0].measured, 'training window')}, spread evenly over all")
-    return [*lines, "", f"  tokens of a training {noun}", *_histogram(sides[0], length)]
+    return [*lines, "", f"  tokens of a training {data.noun}", *_histogram(sides[0], length)]
 
 
-def _measures(noun: str, length: int, entries: int) -> dict[str, Any]:
+def _measures(data: "RunData[Any]", length: int) -> dict[str, Any]:
     """The rows of the table: a label, and the function from `Measures` to its cell."""
     import numpy as np
+
+    noun, entries = data.noun, data.tokenizer.vocab_size
 
     def lengths(function: Any) -> Any:
         return lambda side: f"{int(function(side.lengths)):,}" if len(side.lengths) else ""
@@ -226,13 +227,13 @@ def _measures(noun: str, length: int, entries: int) -> dict[str, Any]:
         f"  longer than a window of {length:,}": lengths(lambda values: (values > length).sum()),
         "bytes per token": lambda side: f"{side.bytes_per_token:.2f}",
         "padding": lambda side: f"{side.padding:.1%}",
-        "trained on": lambda side: f"{side.trained:.1%}",
+        data.use: lambda side: f"{side.trained:.1%}",
         f"entries that occur, of {entries:,}": lambda side: f"{int((side.counts[:entries] > 0).sum()):,}",
     }
 
 
 def _histogram(measures: "Measures", length: int) -> Iterator[str]:
-    """Yield a bar for each power of two of the lengths of documents."""
+    """Yield a bar for each power of two of the lengths of documents, conversations or pairs."""
     import numpy as np
 
     bins = np.bincount(np.log2(np.maximum(1, measures.lengths)).astype(int))
@@ -261,20 +262,18 @@ def _held_out_windows(data: "RunData[Any]") -> "Iterator[tuple[str, Window]]":
         yield f"Held out: window {number + 1:,} of {len(windows):,} of {names[source]}", windows.window(number)
 
 
-def _window_lines(
-    title: str, use: str, noun: str, window: "Window", data: "RunData[Any]", separator: str
-) -> Iterator[str]:
+def _window_lines(title: str, use: str, window: "Window", data: "RunData[Any]", separator: str) -> Iterator[str]:
     """Yield the lines of a window, of which some or all is used: trained on or measured."""
     from cucafera.data.inspection import pieces, text_of
 
     found = list(pieces(window))
     is_masked = not all(piece.trained.all() for piece in found)
     yield f"{title}; {'what stands in ⟦ ⟧' if is_masked else 'all of it'} is {use}"
-    for number, piece in enumerate(found, 1):
+    for number, piece in enumerate(found):
         if piece.is_padding:
             yield f"  -- padding: {number_of(len(piece.ids), 'token')}"
             continue
-        yield f"  -- {noun} {number}: {number_of(len(piece.ids), 'token')}"
+        yield f"  -- {data.name_of_piece(number)}: {number_of(len(piece.ids), 'token')}"
         yield from ("  " + line for line in text_of(piece, data.tokenizer, separator).split("\n"))
 
 

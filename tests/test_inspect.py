@@ -8,6 +8,7 @@ import pytest
 import cucafera.inspect
 from cucafera.inspect import described_run, main
 from cucafera.objectives import objective_of
+from tests.support import small_preferences
 
 
 @pytest.fixture
@@ -34,6 +35,19 @@ def test_a_run_folder_shows_what_the_run_was_trained_on(inspected):
     assert "finetuning: 12 steps" in shown and "in its own conversation." in shown
     assert "  -- conversation 1: " in shown
     assert shown.count("⟦") == shown.count("<im_end>⟧") == shown.count("<im_start>assistant") > 0
+
+
+def test_pairs_are_shown_as_the_better_and_the_worse_answer_that_are_compared(inspected, tmp_path: Path):
+    overrides = (*small_preferences(tmp_path), "init_from=outputs/chat")
+    shown = inspected(*overrides, "--windows", "1")
+    assert "pairs  " in shown and "  tokens of a training pair" in shown and "\n  compared  " in shown
+    assert "in its own conversation." in shown
+    _, window = shown.split("; what stands in ⟦ ⟧ is compared\n")
+    names = [line.split(":")[0].removeprefix("  -- ") for line in window.split("\n") if line.startswith("  -- pair")]
+    assert names[:2] == ["pair 1, better answer", "pair 1, worse answer"] and len(names) % 2 == 0
+    assert window.count("⟦") == window.count("<im_end>⟧") == len(names)
+    held_out = inspected(*overrides, "--windows", "1", "--held-out")
+    assert "what stands in ⟦ ⟧ is measured" in held_out and "-- pair 1, worse answer" in held_out
 
 
 def test_overrides_show_what_a_run_would_be_trained_on(inspected, runs: Path):

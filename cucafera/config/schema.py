@@ -50,6 +50,7 @@ FOLDER_NAME = (
 )
 TEMPERATURE = (f"0 or at least {SMALLEST_TEMPERATURE}", lambda value: value == 0 or value >= SMALLEST_TEMPERATURE)
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu")
+LANGUAGE = ("an ISO 639-1 code in lower case, such as ca", lambda code: bool(re.fullmatch("[a-z]{2}", code)))
 STOP_TEXTS = ("a list of texts that are not empty", lambda texts: "" not in texts)
 MAX_TIME = ("HH:MM:SS or DD:HH:MM:SS (in a YAML file, in quotes)", lambda time: bool(DURATION.fullmatch(time)))
 
@@ -94,7 +95,7 @@ class RolesConfig:
 
 @dataclass
 class ColumnsConfig:
-    """Columns of the rows of a source: text of documents, the others of conversations."""
+    """Columns of the rows of a source: text of documents, the others of conversations and pairs of answers."""
 
     text: str = setting("text", "The document; a row of a .txt file has no other column.")
     messages: str | None = setting(None, "List of messages; null: messages, conversations or conversation.")
@@ -107,6 +108,8 @@ class ColumnsConfig:
         None, "Turns before the prompt: pairs of question and answer, or messages; null: history, if any."
     )
     answer: str | None = setting(None, "The answer; null: completion, output, answer, response or summary.")
+    chosen: str | None = setting(None, "The better answer of a pair; null: chosen, or another usual name.")
+    rejected: str | None = setting(None, "The worse answer of a pair; null: rejected, or another usual name.")
     roles: RolesConfig = setting(RolesConfig, "Names of speakers in messages, in addition to the usual ones.")
     ignore: list[str] = setting(
         [], "Columns and keys of messages that are left out, although they may change what a conversation means."
@@ -118,12 +121,12 @@ class SourceConfig:
     """One source of text: what every kind has. Each kind adds settings of its own; see cucafera/data/sources."""
 
     weight: float = setting(1.0, "Passes over the source per epoch of the mixture; 0.5: every other epoch.", above=0)
-    columns: ColumnsConfig = setting(ColumnsConfig, "Columns of documents (text) or conversations (the others).")
+    columns: ColumnsConfig = setting(ColumnsConfig, "Columns of documents (text), conversations or pairs of answers.")
 
 
 @dataclass
 class DataConfig:
-    """From documents or conversations to windows."""
+    """From documents, conversations or pairs of answers to windows."""
 
     sources: dict[str, SourceConfig] = setting({}, "Named sources, mixed by their weights.")
     validation_fraction: float = setting(
@@ -134,8 +137,15 @@ class DataConfig:
     skip_broken_lines: bool = setting(False, "Leave out and count lines that cannot be used, instead of stopping.")
     max_5gram_repeats: int | None = setting(
         None,
-        "Conversations: leave out those in which an answer repeats five consecutive words this often; null: none.",
+        "Conversations: leave out those in which an answer repeats five consecutive words this often; null: none. Of a "
+        "pair, the better answer.",
         at_least=2,
+    )
+    language: str | None = setting(
+        None,
+        "Conversations: leave out those whose answers are recognized as another language, an ISO 639-1 code such as "
+        "ca; null: none. Of a pair, the better answer. Needs pip install '.[language]'.",
+        must_be=LANGUAGE,
     )
     shard_tokens: int = setting(100_000_000, "Tokens per shard file (2 bytes each).", at_least=1024, at_most=10**9)
     prepared_dir: str = setting("outputs/prepared", "Folder of tokenizers and shards, shared by runs.")
@@ -297,6 +307,22 @@ class GuardsConfig:
         6.0, "A loss this many standard deviations above its running mean is a spike.", above=0
     )
     spike_window_steps: int = setting(100, "Steps of the running mean; no spike is reported before them.", at_least=2)
+    answers: str = setting(
+        "warn",
+        "Answers that are worse than before training, by the limits below (preference tuning): warn; stop, with a "
+        "checkpoint; ignore.",
+        choices=("warn", "stop", "ignore"),
+    )
+    max_logprob_fall: float = setting(
+        1.0, "Nats per token by which the log-probability of the better held-out answers may fall.", above=0
+    )
+    max_stopped_fall: float = setting(
+        0.25, "Share of the sample answers that may no longer end by themselves.", above=0, at_most=1
+    )
+    max_repeated_growth: float = setting(
+        0.25, "Share of the sample answers that may newly repeat five consecutive words.", above=0, at_most=1
+    )
+    max_length_growth: float = setting(2.0, "Factor by which the sample answers may become longer.", above=1)
 
 
 @dataclass

@@ -177,6 +177,16 @@ SYNONYMS = {
     "temp": "callbacks.sampling.temperature",
     "report_to": "logger",
     "wandb": "logger",
+    # Preference tuning
+    "loss_type": "objective.loss",
+    "beta": "objective.beta",
+    "dpo_beta": "objective.beta",
+    "gamma": "objective.gamma",
+    "simpo_gamma": "objective.gamma",
+    "label_smoothing": "objective.label_smoothing",
+    "rpo_alpha": "objective.nll_weight",
+    "sft_weight": "objective.nll_weight",
+    "sft_loss_weight": "objective.nll_weight",
 }
 """The last part of a key elsewhere (Hugging Face Trainer, PEFT, Lightning, litgpt, nanoGPT, torchtune), and the key or
 group here."""

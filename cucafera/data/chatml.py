@@ -165,6 +165,12 @@ def render(conversations: Sequence[Conversation], tokenizer: Tokenizer) -> list[
     return [framing.rendered([(message, next(encoded)) for message in messages]) for messages in conversations]
 
 
+def up_to_last_answer(rendered: Rendered) -> Rendered:
+    """Return a conversation up to the <im_end> of its last answer that is trained: there must be one."""
+    end = int(np.flatnonzero(rendered.trained)[-1]) + 1
+    return Rendered(rendered.ids[:end], rendered.trained[:end])
+
+
 def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of a conversation, followed by the opening of the assistant's next answer."""
     rendered = render([conversation], tokenizer)[0].ids

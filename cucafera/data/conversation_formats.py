@@ -12,101 +12,29 @@
 A column `system` or `system_prompt` next to them, if it holds text, becomes the first message. The configuration may
 name other columns.
 
-Everything else in a row or message is of one of two kinds. What would change the meaning of the conversation, such as
-a tool call or an image, refuses the row. The rest, such as an id, is left out, and its name is handed to the caller.
-Values that are null or empty are neither: parquet fills every row with the keys of all.
+Everything else in a row or message refuses the row, or is left out: see row_reader.py.
 """
 
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cucafera.config.schema import ColumnsConfig
-from cucafera.data.chatml import ROLES, ConversationError, Message, check_conversation
+from cucafera.data.chatml import ConversationError, Message, check_conversation
+from cucafera.data.row_reader import (
+    ANSWER,
+    LABELS,
+    PROMPT,
+    ROW,
+    ROW_WEIGHTS,
+    RowReader,
+    is_filled,
+    is_label,
+    is_preference,
+)
 
 MESSAGES = ("messages", "conversations", "conversation")
-SYSTEM = ("system", "system_prompt")
-PROMPT = ("prompt", "instruction", "question")
-INPUT = ("input", "context", "passage")
-HISTORY = ("history", "chat_history", "conversation_history")
-ANSWER = ("completion", "output", "answer", "response", "summary")
-
-ROLE_OF_SPEAKER = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
-}
-"""Usual names, in lower case; the configuration may add others."""
-TOOL_SPEAKERS = (
-    *("tool", "tools", "function", "observation", "ipython", "environment"),
-    *("tool_call", "tool_calls", "tool_response", "tool_result", "function_call", "function_response"),
-)
-
-WEIGHTS = (
-    *("weight", "train", "training", "trained", "trainable", "is_trained", "train_on_turn"),
-    *("loss", "loss_weight", "loss_scale"),
-)
-"""Keys of a message that say whether it is trained: 0 or false, 1 or true."""
-ROW_WEIGHTS = ("weight", "sample_weight", "train", "trainable")
-"""Columns of the same meaning for a complete row."""
-LABELS = ("label", "labels", "kto_tag")
 BAD_RATINGS = ("down", "thumbs_down", "negative", "bad")
-PREFERENCES = ("winner", "preferred", "preferred_output", "non_preferred_output", "preferred_response")
-PREFERENCE_WORDS = {"chosen", "rejected", "dispreferred"}
-"""Words in the names of columns with better and worse answers, such as score_chosen."""
 PREFERENCE_REASON = "preference data is not finetuning data, which teaches each answer, also a bad one"
-CHANGES_MEANING = {
-    **dict.fromkeys(
-        ("tools", "functions", "tool_calls", "tool_call", "function_call", "tool_call_id", "tool_responses"),
-        "tools and their calls cannot be trained on",
-    ),
-    **dict.fromkeys(
-        (
-            *(
-                "reasoning_content",
-                "reasoning",
-                "reasoning_steps",
-                "reasoning_trace",
-                "thinking",
-                "thoughts",
-                "thought",
-            ),
-            *("cot", "complex_cot", "chain_of_thought", "rationale", "scratchpad"),
-        ),
-        "reasoning cannot be trained on, and the answer without it is another answer",
-    ),
-    **dict.fromkeys(
-        ("train_detail", "training_detail", "mask", "loss_mask", "masks"),
-        "a part of a message cannot be masked; weight 0 leaves out a complete one",
-    ),
-    **dict.fromkeys(
-        ("masked", "is_masked", "ignore", "ignored", "exclude", "excluded", "skip"),
-        "weight 0 is what excludes an answer",
-    ),
-    **dict.fromkeys(("attachment", "attachments", "file_ids", "pixel_values"), "the model reads text only"),
-    "chat_template_kwargs": "settings of another chat template cannot be used",
-}
-"""Lower-case names of columns, and of keys of messages, that refuse a row if they hold something; and why."""
-MEDIA = re.compile(r"(?!n_|num_)(.*_)?(image|img|picture|audio|video|speech)s?(_(id|path|file|url|name|byte)s?)?")
-"""Names of columns and keys of what is no text."""
-MESSAGE_CHANNELS = {
-    "channel": (("final",), "reasoning and calls cannot be trained on; only the channel final is an answer"),
-    "recipient": (("all", "user"), "tools and their calls cannot be trained on"),
-}
-"""Keys of messages that refuse a row unless they have one of some values; and why."""
-MAY_BELONG_TO_QUESTION = (
-    *(*INPUT, *HISTORY, "text", "document", "documents", "article", "paragraph", "contexts", "passages"),
-    *("content", "story", "dialogue", "transcript", "premise", "hypothesis", "excerpt", "snippet", "table", "code"),
-    *("knowledge", "background", "evidence", "schema", "choices", "options"),
-)
-"""Last words of the names of columns with texts that a question may be about: they refuse a row if not used."""
-
-ROW = "the row"
-TEXT_PARTS = ("text", "input_text", "output_text")
-"""OpenAI's types of contents that are text."""
-EMPTY_JSON = ("[]", "{}", "null", "None")
 
 
 def conversation_of_row(
@@ -123,358 +51,116 @@ def conversation_of_row(
         ConversationError: No format is recognized by the columns, their values are no conversation, or something else
             in the row changes its meaning.
     """
-    reader = _RowReader(row, columns)
+    reader = _ConversationReader(row, columns)
     conversation = reader.conversation()
     if unused is not None:
         unused |= reader.unused
     return conversation
 
 
-class _RowReader:
-    """One row while it is read, and what is not used of it.
+def prompt_of_row(row: Mapping[str, Any], columns: ColumnsConfig) -> tuple[list[Message], str | None]:
+    """Return the conversation in a row up to its last message of the user, and the answer to it; None without one.
+
+    Columns about answers, such as a rating, or a better and a worse one, do not change a prompt and are not read.
+
+    Args:
+        row: Values by column.
+        columns: Columns that the configuration names; the others are found by their usual names.
+
+    Raises:
+        ConversationError: As `conversation_of_row`, but for what concerns answers.
+    """
+    about_answers = {*ROW_WEIGHTS, *LABELS, "rating"}
+    read = {
+        column: value
+        for column, value in row.items()
+        if not is_preference(column) and str(column).lower() not in about_answers
+    }
+    conversation = _ConversationReader(read, columns, needs_answer=False).conversation()
+    ends = [number for number, message in enumerate(conversation, 1) if message.role == "user"]
+    if not ends:
+        raise ConversationError("it has no message of the user, so there is nothing to answer")
+    prompt = [Message(message.role, message.content) for message in conversation[: ends[-1]]]
+    for number, message in enumerate(prompt, 1):
+        if not message.content.strip():
+            raise ConversationError(f"message {number}, of the {message.role}, is empty")
+    answer = next((message.content for message in conversation[ends[-1] :] if message.content.strip()), None)
+    return prompt, answer
+
+
+class _ConversationReader(RowReader):
+    """A row with a conversation.
 
     Args:
         row: Values by column.
         columns: Columns that the configuration names.
-
-    Attributes:
-        unused: As in `conversation_of_row`, complete after `conversation`.
+        needs_answer: Refuse a row without one.
     """
 
-    def __init__(self, row: Mapping[str, Any], columns: ColumnsConfig) -> None:
-        self.unused: set[str] = set()
-        self._row = row
-        self._config = columns
-        named = (columns.messages, columns.system, columns.prompt, columns.input, columns.history, columns.answer)
-        self._named = {column for column in named if column is not None}
-        self._used: set[str] = set()
-        self._names: dict[str, set[str]] = {}
+    def __init__(self, row: Mapping[str, Any], columns: ColumnsConfig, needs_answer: bool = True) -> None:
+        super().__init__(row, columns)
+        self._needs_answer = needs_answer
 
     def conversation(self) -> list[Message]:
-        prefers = any(_is_preference(column) for column in self._named)  # the answers of one kind have been chosen
-        for column, value in self._row.items():
-            if column not in self._named and not (prefers and _is_preference(column)):
-                self._check_meaning(column, value, ROW)
+        """Return the messages of the row, checked."""
+        prefers = any(is_preference(column) for column in self.named)  # the answers of one kind have been chosen
+        for column, value in self.row.items():
+            if column not in self.named and not (prefers and is_preference(column)):
+                self.check_meaning(column, value, ROW)
         messages = self._messages_column()
-        conversation = self._messages(messages) if messages is not None else self._prompt_and_answer()
-        system = self._column("system", SYSTEM)
-        if system is not None and _is_filled(self._row[system]):
-            text = _text(self._row[system], system)
-            others = {message.content.strip() for message in conversation if message.role == "system"}
-            if others - {text.strip()}:
-                raise ConversationError(
-                    f"it has a system message in the column {system} and another among its messages"
-                )
-            conversation = conversation if others else [Message("system", text), *conversation]
-        conversation = [message for message in conversation if message.role != "system" or message.content.strip()]
-        self._check_speakers(conversation)
-        check_conversation(conversation)
-        unused = [column for column, value in self._row.items() if column not in self._used and _is_filled(value)]
-        self._check_unused(unused, conversation, messages)
-        self.unused.update(map(str, unused))
+        conversation = self.messages(messages) if messages is not None else self._prompt_and_answer()
+        conversation = self.with_system(conversation)
+        self.check_speakers(conversation)
+        if self._needs_answer:
+            check_conversation(conversation)
+        self.finish(conversation, messages)
         return conversation
+
+    def preference_problem(self, key: Any, value: Any) -> str | None:
+        """Say that preferences and labels are not for finetuning."""
+        name = str(key).lower()
+        if is_preference(name) or (name in LABELS and is_label(value)):
+            if name != "chosen":
+                return f"{PREFERENCE_REASON}; data=preference_files reads pairs of a better and a worse answer"
+            return (
+                f"{PREFERENCE_REASON}; data=preference_files reads pairs, columns.answer={key} trains on these "
+                f"answers, and columns.messages={key} on conversations"
+            )
+        if name == "rating" and str(value).strip().lower() in BAD_RATINGS:
+            return (
+                "an answer that was rated bad is not for finetuning; data.skip_broken_lines=true leaves such rows out"
+            )
+        return None
+
+    def unread_answer(
+        self, name: str, column: str, conversation: Sequence[Message], messages: str | None
+    ) -> str | None:
+        """Return why an unused column seems to hold the answer; None if it does not."""
+        is_open = messages is not None and conversation[-1].role != "assistant"
+        if not (self._needs_answer and is_open and name in ANSWER):
+            return None
+        return (
+            f"{messages} ends without an answer, and the column {column} holds one: set columns.prompt="
+            f"{messages} and columns.answer={column} (of data.sources.NAME)"
+        )
 
     def _messages_column(self) -> str | None:
         """Return the column of messages, or None if the conversation is a prompt and an answer."""
-        if self._config.prompt is not None or self._config.answer is not None:
+        if self.config.prompt is not None or self.config.answer is not None:
             return None
-        column = self._column("messages", MESSAGES)
-        if column is None or self._config.messages is not None or _is_filled(self._row[column]):
+        column = self.column("messages", MESSAGES)
+        if column is None or self.config.messages is not None or is_filled(self.row[column]):
             return column
-        prompt = self._column("prompt", PROMPT)
-        return None if prompt is not None and _is_filled(self._row[prompt]) else column
+        prompt = self.column("prompt", PROMPT)
+        return None if prompt is not None and is_filled(self.row[prompt]) else column
 
     def _prompt_and_answer(self) -> list[Message]:
-        prompt, answer = self._column("prompt", PROMPT), self._column("answer", ANSWER)
-        if prompt is None or answer is None:
+        prompt, answer = self.column("prompt", PROMPT), self.column("answer", ANSWER)
+        if answer is not None and not self._needs_answer and not is_filled(self.row[answer]):
+            answer = None
+        if prompt is None or (answer is None and self._needs_answer):
             raise ConversationError(
-                f"no conversation is recognized in the columns {', '.join(map(str, self._row)) or '(none)'}: name them "
+                f"no conversation is recognized in the columns {self.column_names}: name them "
                 "with columns.messages, or with columns.prompt and columns.answer (of data.sources.NAME)"
             )
-        question = self._turns(prompt, "user")
-        extra = self._column("input", INPUT)
-        if extra is not None and _is_filled(self._row[extra]):
-            if not question or question[-1].role != "user":
-                raise ConversationError(f"{extra} belongs to a last message of the user in {prompt}, and there is none")
-            question[-1] = Message("user", f"{question[-1].content}\n\n{_text(self._row[extra], extra)}")
-        history = self._column("history", HISTORY)
-        if history is not None and _is_filled(self._row[history]):
-            if len(question) != 1:
-                raise ConversationError(f"{history} holds turns before {prompt}, which is a list of messages itself")
-            question = [*self._history(history), *question]
-        return question + self._turns(answer, "assistant")
-
-    def _column(self, setting: str, known: Sequence[str]) -> str | None:
-        """Return the column that the configuration names, or else the first known one, if possible one that is filled.
-
-        Raises:
-            ConversationError: The row lacks the named one, or several known ones hold different values.
-        """
-        named: str | None = getattr(self._config, setting)
-        if named is not None:
-            if named not in self._row:
-                raise ConversationError(f"no column {named!r}; it has {', '.join(map(str, self._row)) or 'none'}")
-            self._used.add(named)
-            return named
-        free = self._named.union(self._config.ignore)
-        present = [column for column in known if column in self._row and column not in free]
-        filled = [column for column in present if _is_filled(self._row[column])]
-        if any(_stripped(self._row[column]) != _stripped(self._row[filled[0]]) for column in filled[1:]):
-            other = ", and one to append to it with columns.input" if setting == "prompt" else ""
-            raise ConversationError(
-                f"the columns {' and '.join(filled)} hold different values: name the one to use with columns.{setting}"
-                f"{other} (of data.sources.NAME)"
-            )
-        column = next(iter(filled or [column for column in present if self._row[column] is not None] or present), None)
-        self._used.update(filled if filled else [column] if column is not None else [])
-        return column
-
-    def _turns(self, column: str, role: str) -> list[Message]:
-        """Return the messages of a column that holds one text, a message, or messages."""
-        value = self._row[column]
-        if isinstance(value, list | dict):
-            return self._messages(column)
-        return [Message(role, _text(value, column))]
-
-    def _history(self, column: str) -> list[Message]:
-        """Return the messages of pairs of question and answer."""
-        value = _objects(self._row[column], column)
-        if not isinstance(value, list) or any(isinstance(pair, dict) for pair in value):
-            return self._messages(column)
-        turns = []
-        for number, pair in enumerate(value, 1):
-            position = f"pair {number} of {column}"
-            if not isinstance(pair, list) or len(pair) != 2:
-                found = f"a list of {len(pair)}" if isinstance(pair, list) else _kind(pair)
-                raise ConversationError(f"{position} is {found}, not a list of two: a question and its answer")
-            turns += [Message("user", _text(pair[0], position)), Message("assistant", _text(pair[1], position))]
-        return turns
-
-    def _messages(self, column: str) -> list[Message]:
-        value = _objects(self._row[column], column)
-        if isinstance(value, dict) and value:
-            value = [value]
-        if isinstance(value, str):
-            raise ConversationError(f"{column} is a text, not a list of messages; it must be JSON, not a text of it")
-        if not isinstance(value, list):
-            raise ConversationError(f"{column} is {_kind(value)}, not a list of messages")
-        return [self._message(part, column, f"message {number} of {column}") for number, part in enumerate(value, 1)]
-
-    def _message(self, value: Any, column: str, position: str) -> Message:
-        if not isinstance(value, dict):
-            raise ConversationError(f"{position} is {_kind(value)}, not an object with role and content")
-        for key, part in value.items():
-            self._check_meaning(key, part, position)
-        pairs = [pair for pair in product(("role", "from"), ("content", "value")) if set(pair) <= value.keys()]
-        # Parquet gives each message the keys of all, null where it has none.
-        pairs.sort(key=lambda pair: sum(value[key] is None for key in pair))
-        if pairs and any(value[key] is not None for key in pairs[0]):
-            role_key, content_key = pairs[0]
-            role = self._role(_text(value[role_key], f"the role of {position}"))
-            content = _objects(value[content_key], position)
-            if isinstance(content, list):
-                content = self._join_parts(content, f"{column}[].{content_key}", position)
-            trained = self._is_trained(value, role, column, position)
-            if _is_filled(value.get("name")):
-                self._names.setdefault(role, set()).add(str(value["name"]))
-            read = {role_key, content_key, *WEIGHTS}
-            self.unused.update(f"{column}[].{key}" for key in value if key not in read and _is_filled(value[key]))
-            return Message(role, _text(content, position), trained)
-        raise ConversationError(f"{position} has {', '.join(map(str, value)) or 'nothing'}, not role and content")
-
-    def _role(self, speaker: str) -> str:
-        """Return the role of a speaker, or the speaker if it is not known."""
-        named = (role for role, speakers in vars(self._config.roles).items() if speaker in speakers)
-        return next(named, None) or ROLE_OF_SPEAKER.get(speaker.strip().lower(), speaker)
-
-    def _is_trained(self, message: Mapping[str, Any], role: str, column: str, position: str) -> bool:
-        """False if the keys of WEIGHTS exclude a message of the assistant; those of others are never trained."""
-        given = {
-            key: message[key] for key in WEIGHTS if key not in self._config.ignore and _is_filled(message.get(key))
-        }
-        for key, weight in given.items():
-            if isinstance(weight, str) or weight not in (0, 1):
-                raise ConversationError(
-                    f"{position} has {key} {weight!r}; it must be 0 or 1, or false or true{_advice(key)}"
-                )
-        if len({bool(weight) for weight in given.values()}) > 1:
-            raise ConversationError(f"{position} has {' and '.join(given)}, which contradict each other")
-        trained = all(given.values())
-        if role != "assistant":
-            self.unused.update(f"{column}[].{key} of the {role}" for key in given if trained)
-            return True
-        return trained
-
-    def _join_parts(self, parts: list[Any], column: str, position: str) -> str:
-        """Return OpenAI's content in parts, all of them text."""
-        texts = []
-        for number, part in enumerate(parts, 1):
-            problem = f"{position} has parts that are not text: part {number}"
-            if not isinstance(part, dict):
-                raise ConversationError(f"{problem} is {_kind(part)}, not an object with type and text")
-            if part.get("type", "text") not in TEXT_PARTS:
-                raise ConversationError(f"{problem} has the type {part['type']!r}, not 'text'")
-            if not {"type", "text"} <= part.keys():
-                raise ConversationError(f"{problem} has {', '.join(map(str, part)) or 'nothing'}, not type and text")
-            for key, value in part.items():
-                self._check_meaning(key, value, f"part {number} of {position}")
-                if key not in ("type", "text") and _is_filled(value):
-                    self.unused.add(f"{column}[].{key}")
-            texts.append(_text(part["text"], f"part {number} of {position}"))
-        return "".join(texts)
-
-    def _check_meaning(self, key: Any, value: Any, position: str) -> None:
-        """Refuse a column or key that changes what the conversation means, if it holds something."""
-        name = str(key).lower()
-        if key in self._config.ignore or not _is_filled(value) or value in EMPTY_JSON:
-            return
-        if _is_preference(name) or (name in LABELS and _is_label(value)):
-            reason = PREFERENCE_REASON
-            if name == "chosen":
-                reason += f"; columns.answer={key} trains on these answers, columns.messages={key} on conversations"
-        elif name == "rating" and str(value).strip().lower() in BAD_RATINGS:
-            reason = (
-                "an answer that was rated bad is not for finetuning; data.skip_broken_lines=true leaves such rows out"
-            )
-        elif name in ROW_WEIGHTS and position == ROW and str(value).lower() not in ("1", "1.0", "true"):
-            reason = "a conversation has no weight; a source has one, data.sources.NAME.weight"
-        elif name in CHANGES_MEANING and value is not False:
-            reason = CHANGES_MEANING[name]
-        elif MEDIA.fullmatch(name) and value is not False:
-            reason = "the model reads text only"
-        elif name in MESSAGE_CHANNELS and position != ROW and value not in MESSAGE_CHANNELS[name][0]:
-            reason = MESSAGE_CHANNELS[name][1]
-        else:
-            return
-        raise ConversationError(f"{position} has {key}: {reason}{_advice(key)}")
-
-    def _check_speakers(self, conversation: Sequence[Message]) -> None:
-        """Refuse roles that are not known, and several speakers of one role."""
-        for number, message in enumerate(conversation, 1):
-            role = message.role
-            if role not in ROLES:
-                problem = f"message {number} has the role {role!r}"
-                if role.strip().lower() in TOOL_SPEAKERS:
-                    raise ConversationError(f"{problem}: tools and their calls cannot be trained on")
-                raise ConversationError(
-                    f"{problem}; roles are {', '.join(ROLES)}: name it under the one that it has, as in "
-                    f"columns.roles.user=[{role}] (of data.sources.NAME)"
-                )
-        for role, names in self._names.items():
-            if len(names) > 1 and "name" not in self._config.ignore:
-                raise ConversationError(
-                    f"messages of the {role} have several names ({', '.join(sorted(names))}): ChatML does not say who "
-                    f"of them speaks{_advice('name')}"
-                )
-
-    def _check_unused(self, unused: Sequence[str], conversation: Sequence[Message], messages: str | None) -> None:
-        """Refuse unused columns that hold a part of the conversation."""
-        contents = [message.content for message in conversation]
-        for column in unused:
-            if column in self._config.ignore:
-                continue
-            if column in self._named:
-                raise ConversationError(
-                    f"{column} is a column next to a prompt and an answer, and the row has {messages}"
-                )
-            texts = [text.strip() for text in _texts(self._row[column])]
-            is_repeated = all(any(text in content for content in contents) for text in texts)
-            is_rendering = len(texts) == 1 and all(
-                line.strip() in texts[0] for content in contents for line in content.splitlines()
-            )
-            if is_repeated or is_rendering:
-                continue
-            name = str(column).lower()
-            word = re.split("[_ -]", name)[-1].rstrip("0123456789")
-            if word in MAY_BELONG_TO_QUESTION and (not isinstance(self._row[column], str) or len(texts[0].split()) > 1):
-                appends = messages is None and isinstance(self._row[column], str)
-                use = f"; columns.input={column} appends it" if appends else ""
-                raise ConversationError(
-                    f"the column {column} is not used, and the question may be about it{use}{_advice(column)}"
-                )
-            if messages is not None and name in ANSWER and conversation[-1].role != "assistant":
-                raise ConversationError(
-                    f"{messages} ends without an answer, and the column {column} holds one: set columns.prompt="
-                    f"{messages} and columns.answer={column} (of data.sources.NAME)"
-                )
-
-
-def _advice(key: Any) -> str:
-    return f" (data.sources.NAME.columns.ignore=[{key}] trains without it)"
-
-
-def _is_preference(column: Any) -> bool:
-    name = str(column).lower()
-    return name in PREFERENCES or not PREFERENCE_WORDS.isdisjoint(name.replace("-", "_").split("_"))
-
-
-def _is_label(value: Any) -> bool:
-    """True if a label says good or bad, not which of several classes."""
-    if isinstance(value, list):
-        return any(map(_is_label, value))
-    return value in (0, 1) or str(value).lower() in ("0", "1", "true", "false", "desirable", "undesirable")
-
-
-def _is_filled(value: Any) -> bool:
-    """False for null, NaN, blank texts, and lists and objects of nothing else."""
-    if isinstance(value, str | bytes):
-        return bool(value.strip())
-    if isinstance(value, dict):
-        return any(map(_is_filled, value.values()))
-    if isinstance(value, list):
-        return any(map(_is_filled, value))
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
-
-
-def _stripped(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts in nested lists and objects that are not blank."""
-    if isinstance(value, str) and value.strip():
-        yield value
-    elif isinstance(value, list | dict):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-
-
-def _objects(value: Any, position: str) -> Any:
-    """Return a list of objects that `datasets` gives as an object of lists; other values as they are."""
-    if not isinstance(value, dict) or not value or not all(isinstance(part, list) for part in value.values()):
-        return value
-    if len({len(part) for part in value.values()}) > 1:
-        raise ConversationError(f"{position} has lists of different lengths: {', '.join(map(str, value))}")
-    return [dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)]
-
-
-def _text(value: Any, position: str) -> str:
-    if not isinstance(value, str):
-        raise ConversationError(f"{position} is {_kind(value)}, not a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConversationError(f"{position} holds half of a surrogate pair, which UTF-8 cannot encode") from error
-    return value
-
-
-def _kind(value: Any) -> str:
-    """Return the kind of a value in JSON's words."""
-    if value is None:
-        return "null"
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
-    return kinds.get(type(value), "an object")
-
-
-def is_repetitive(conversation: list[Message], times: int) -> bool:
-    """True if one of the trained answers has the same five words in a row `times` times or more."""
-    for message in conversation:
-        if message.role != "assistant" or not message.trained:
-            continue
-        words = message.content.split()
-        counts: dict[tuple[str, ...], int] = {}
-        for run in zip(*(words[start:] for start in range(5)), strict=False):
-            counts[run] = counts.get(run, 0) + 1
-            if counts[run] >= times:
-                return True
-    return False
+        return self.question(prompt) + (self.turns(answer, "assistant") if answer is not None else [])

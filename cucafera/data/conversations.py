@@ -5,11 +5,10 @@ T  sequence_length; a conversation takes n - 1 positions of a window, since its 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,27 +16,35 @@ from numpy.typing import NDArray
 from cucafera.config.errors import UserError, one_line
 from cucafera.config.schema import Config, SourceConfig
 from cucafera.config.tokens import IM_END_ID, PAD_ID
-from cucafera.data.chatml import Conversation, Rendered, render
-from cucafera.data.conversation_formats import conversation_of_row, is_repetitive
+from cucafera.data.chatml import Rendered, render, up_to_last_answer
+from cucafera.data.conversation_formats import conversation_of_row
 from cucafera.data.inspection import pieces, text_of
+from cucafera.data.language import is_in_language
 from cucafera.data.left_out import LeftOut, counted
 from cucafera.data.packing import best_fit
 from cucafera.data.prepared import (
     SUMMARY,
     PreparationProgress,
-    damaged,
     prepare_once,
     prepared_folders,
     read_summary,
 )
+from cucafera.data.repetition import is_repetitive
 from cucafera.data.run_data import RunData, load_tokenizer, short_hash
 from cucafera.data.sources import CorpusError, is_held_out, open_source
+from cucafera.data.split import complete_text, first_question
+from cucafera.data.tokenized_conversations import (
+    TokenizedConversations,
+    joined,
+    read_conversations,
+    write_conversations,
+)
 from cucafera.data.tokenizer import CUT, Tokenizer
 from cucafera.data.windows import IGNORED, OpenedSource, Window
 from cucafera.quantities import number_of
-from cucafera.storage import file_sha256, flush, write_json_with_checksum
+from cucafera.storage import write_json_with_checksum
 
-VERSION = 6
+VERSION = 7
 """Increased whenever the same rows would be prepared differently."""
 CONVERSATIONS_AT_A_TIME = 1000
 TRAINING_FILE, VALIDATION_FILE = "train.npz", "validation.npz"
@@ -58,6 +65,8 @@ class PreparedConversations:
     """Conversations to validate on."""
     repetitive: int = 0
     """Left out, because an answer repeats itself."""
+    other_language: int = 0
+    """Left out, because the answers are in another language than data.language."""
     broken: int = 0
     """Left out, because they cannot be read or are no conversations."""
     first_broken: str = ""
@@ -76,28 +85,6 @@ class PreparedConversations:
     """SHA-256 of the tokens to train on."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file."""
-
-
-class TokenizedConversations(NamedTuple):
-    """Conversations, concatenated.
-
-    Attributes:
-        ids: Token ids, uint16.
-        trained: True for what is trained, as long as `ids`.
-        ends: End of each conversation in them.
-    """
-
-    ids: NDArray[np.uint16]
-    trained: NDArray[np.bool_]
-    ends: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def conversation(self, number: int) -> Rendered:
-        """Return the conversation of this number."""
-        part = slice(int(self.ends[number - 1]) if number else 0, int(self.ends[number]))
-        return Rendered(self.ids[part], self.trained[part])
 
 
 class ConversationWindows:
@@ -171,6 +158,9 @@ def tokens_that_fit(rendered: Rendered, length: int) -> int:
 class ConversationData(RunData[ConversationWindows]):
     """The conversations of a finetuning run, tokenized and packed."""
 
+    noun = "conversation"
+    piece = "conversation"
+
     def __init__(
         self,
         config: Config,
@@ -222,12 +212,13 @@ class ConversationData(RunData[ConversationWindows]):
 def _left_out(name: str, summary: PreparedConversations, windows: OpenedSource[ConversationWindows]) -> list[LeftOut]:
     """Return what was left out of a source, and what was not used as it is."""
     kept = summary.conversations + summary.held_out
-    rows = kept + summary.repetitive + summary.broken
+    rows = kept + summary.repetitive + summary.other_language + summary.broken
     cut = windows.training.cut + windows.validation.cut
     too_long = windows.training.left_out + windows.validation.left_out
     return counted(
         LeftOut(name, summary.broken, rows, "conversations could not be used: left out", summary.first_broken),
         LeftOut(name, summary.repetitive, rows, "conversations left out: an answer repeats itself"),
+        LeftOut(name, summary.other_language, rows, "conversations left out: their answers are in another language"),
         LeftOut(name, too_long, kept, "conversations left out: no answer ends within a window"),
         LeftOut(name, cut, kept, "conversations are longer than a window: cut after an answer"),
         LeftOut(name, summary.cut_messages, summary.messages, f"messages {CUT}"),
@@ -256,7 +247,9 @@ def _tokenized(name: str, source: SourceConfig, config: Config, tokenizer: Token
     """The folder with the tokenized conversations of a source, made if it is not there."""
     data = config.data
     settings = (VERSION, data.validation_fraction, data.skip_broken_lines, data.max_5gram_repeats)
-    key = short_hash(open_source(name, source).fingerprint(), tokenizer.fingerprint, *settings)
+    # What was prepared before languages could be named keeps its folder.
+    language = () if data.language is None else (data.language,)
+    key = short_hash(open_source(name, source).fingerprint(), tokenizer.fingerprint, *settings, *language)
     folder = Path(data.prepared_dir) / f"conversations-{key}"
     made = prepare_once(
         f"data.sources.{name}", folder, lambda partial: _write_tokenized(name, source, config, tokenizer, partial)
@@ -265,7 +258,8 @@ def _tokenized(name: str, source: SourceConfig, config: Config, tokenizer: Token
     if not summary.conversations:
         raise CorpusError(
             f"data.sources.{name} holds no conversation to train on: {summary.broken:,} could not be used, "
-            f"{summary.repetitive:,} repeat themselves, {summary.held_out:,} are held out "
+            f"{summary.repetitive:,} repeat themselves, {summary.other_language:,} are in another language, "
+            f"{summary.held_out:,} are held out "
             f"(data.validation_fraction={data.validation_fraction})"
             + (f". The first that could not be used: {summary.first_broken}" if summary.broken else "")
         )
@@ -278,7 +272,7 @@ def _opened(
     """The packed windows of the tokenized conversations of a source."""
     length = config.sequence_length
     training, validation = (
-        ConversationWindows(_read(folder / file, summary.files[file], config.model.vocab_size), length)
+        ConversationWindows(read_conversations(folder / file, summary.files[file], config.model.vocab_size), length)
         for file in (TRAINING_FILE, VALIDATION_FILE)
     )
     if not len(training):
@@ -320,7 +314,7 @@ def held_out_conversations(prepared: Path, fingerprint: str, vocab_size: int) ->
     for folder in prepared_folders(prepared, "conversations-"):
         summary = PreparedConversations(**read_summary(folder))
         if summary.fingerprint == fingerprint:
-            return _read(folder / VALIDATION_FILE, summary.files[VALIDATION_FILE], vocab_size)
+            return read_conversations(folder / VALIDATION_FILE, summary.files[VALIDATION_FILE], vocab_size)
     return None
 
 
@@ -343,14 +337,16 @@ def _write_tokenized(name: str, source: SourceConfig, config: Config, tokenizer:
                 if data.max_5gram_repeats is None or not is_repetitive(conversation, data.max_5gram_repeats)
             ]
             summary.repetitive += len(batch) - len(conversations)
+            understood = [messages for messages in conversations if is_in_language(messages, data.language)]
+            summary.other_language += len(conversations) - len(understood)
+            conversations = understood
             summary.messages += sum(map(len, conversations))
             tokens = 0
             for conversation, rendered in zip(conversations, render(conversations, tokenizer), strict=True):
-                end = int(np.flatnonzero(rendered.trained)[-1]) + 1  # nothing after the last answer is trained on
-                kept.append(Rendered(rendered.ids[:end], rendered.trained[:end]))
-                by_question.append(is_held_out(_question(conversation), data.validation_fraction))
-                by_conversation.append(is_held_out(_complete_text(conversation), data.validation_fraction))
-                tokens += end
+                kept.append(up_to_last_answer(rendered))
+                by_question.append(is_held_out(first_question(conversation), data.validation_fraction))
+                by_conversation.append(is_held_out(complete_text(conversation), data.validation_fraction))
+                tokens += len(kept[-1].ids)
             text_bytes = sum(len(message.content.encode()) for messages in conversations for message in messages)
             progress.advance(sum(size for _, size in batch), text_bytes, tokens)
     summary.split_by_conversation = len(set(by_question)) == 1 and len(set(by_conversation)) == 2
@@ -363,45 +359,8 @@ def _write_tokenized(name: str, source: SourceConfig, config: Config, tokenizer:
     summary.notes = opened.counts.notes
     folder.mkdir(parents=True)
     for held_out, file_name in ((False, TRAINING_FILE), (True, VALIDATION_FILE)):
-        joined = _joined([rendered for rendered, side in zip(kept, split, strict=True) if side == held_out])
+        tokenized = joined([rendered for rendered, side in zip(kept, split, strict=True) if side == held_out])
         if not held_out:
-            summary.fingerprint = hashlib.sha256(b"".join(part.tobytes() for part in joined)).hexdigest()
-        with (folder / file_name).open("wb") as file:
-            np.savez(file, ids=joined.ids, trained=joined.trained, ends=joined.ends)
-            flush(file)
-        summary.files[file_name] = file_sha256(folder / file_name)
+            summary.fingerprint = hashlib.sha256(b"".join(part.tobytes() for part in tokenized)).hexdigest()
+        summary.files[file_name] = write_conversations(folder / file_name, tokenized)
     write_json_with_checksum(folder / SUMMARY, asdict(summary))
-
-
-def _question(conversation: Conversation) -> str:
-    """The first message of the user. It decides the split, so that no question is in both splits."""
-    contents = [message.content.strip() for message in conversation if message.role == "user"]
-    return contents[0] if contents else "\n".join(message.content.strip() for message in conversation)
-
-
-def _complete_text(conversation: Conversation) -> str:
-    return "\n".join(f"{message.role}\n{message.content.strip()}" for message in conversation)
-
-
-def _joined(conversations: Sequence[Rendered]) -> TokenizedConversations:
-    return TokenizedConversations(
-        np.concatenate([np.empty(0, np.uint16), *(rendered.ids for rendered in conversations)]),
-        np.concatenate([np.empty(0, np.bool_), *(rendered.trained for rendered in conversations)]),
-        np.cumsum([len(rendered.ids) for rendered in conversations], dtype=np.int64),
-    )
-
-
-def _read(path: Path, expected_sha256: str, vocab_size: int) -> TokenizedConversations:
-    """Load conversations that `_write_tokenized` wrote."""
-    try:
-        if file_sha256(path) != expected_sha256:
-            raise damaged(path, "checksum mismatch")
-        with np.load(path) as arrays:
-            read = TokenizedConversations(arrays["ids"], arrays["trained"], arrays["ends"])
-    except OSError as error:
-        raise damaged(path, f"it cannot be read ({error.strerror})") from error
-    if len(read.ids) and int(read.ids.max()) >= vocab_size:
-        raise damaged(
-            path, f"it holds the id {int(read.ids.max()):,}; the vocabulary has {number_of(vocab_size, 'entry')}"
-        )
-    return read

@@ -32,7 +32,14 @@ class RunData(ABC, Generic[Source]):
         notes: Facts about the sources that a person should know, such as files without rows.
         fingerprints: Hashes of what trained weights depend on: the tokenizer and the training data of each source. They
             stay the same until the end, whatever becomes of the files meanwhile.
+        noun: What a source holds many of; the lengths of its windows are about these.
+        piece: What is a document of its own in a window.
+        use: What becomes of targets in training.
     """
+
+    noun = "document"
+    piece = "document"
+    use = "trained on"
 
     def __init__(
         self,
@@ -53,6 +60,10 @@ class RunData(ABC, Generic[Source]):
     @abstractmethod
     def describe(self) -> str:
         """Return the amounts of data, for the terminal."""
+
+    def name_of_piece(self, number: int) -> str:
+        """Return the name of a document of a window, for a person; the first one is number 0."""
+        return f"{self.piece} {number + 1}"
 
     def check_fingerprints(self, expected: Mapping[str, str]) -> None:
         """Refuse data or a tokenizer other than those that weights were trained with.

@@ -1,9 +1,13 @@
-"""Held-out documents: by their hash, or the end of the longest one where that leaves a side empty."""
+"""Held-out data: by the hash of a text, or the end of the longest document where that leaves a side empty.
+
+The text is a document, or the first question of a conversation or pair, or all messages where that leaves a side empty.
+"""
 
 import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from cucafera.data.chatml import Conversation
 from cucafera.data.sources import Source, is_held_out
 from cucafera.quantities import number_of
 
@@ -64,6 +68,21 @@ def find_split(source: Source[Any], fraction: float) -> Split:
     which = "its only document" if number == 1 else f"the longest of its {number_of(number, 'document')}"
     note = f"the last {len(longest) - start:,} of {number_of(len(longest), 'character')} of {which} are held out"
     return Split(fraction, _digest(longest), note)
+
+
+def first_question(conversation: Conversation) -> str:
+    """Return the first message of the user: the text whose hash decides the side of a conversation or pair.
+
+    So no question is on both sides, and one that finetuning holds out is held out by preference tuning too, unless that
+    has a smaller data.validation_fraction.
+    """
+    contents = [message.content.strip() for message in conversation if message.role == "user"]
+    return contents[0] if contents else "\n".join(message.content.strip() for message in conversation)
+
+
+def complete_text(conversation: Conversation) -> str:
+    """Return all messages as one text, whose hash decides where that of the first question leaves a side empty."""
+    return "\n".join(f"{message.role}\n{message.content.strip()}" for message in conversation)
 
 
 def _start_of_stretch(text: str, fraction: float) -> int:

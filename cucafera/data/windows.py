@@ -29,11 +29,14 @@ class Window(NamedTuple):
         input_ids: Token ids.
         targets: The next token of each, or IGNORED.
         documents: Number of the document or conversation that each token belongs to, consecutive within the window.
+        reference_logprobs: Log-probability of the targets of each document under another model, in nats, float64 by
+            document number, as far as documents have targets; None if no objective asks for it.
     """
 
     input_ids: NDArray[np.int32]
     targets: NDArray[np.int32]
     documents: NDArray[np.int32]
+    reference_logprobs: NDArray[np.float64] | None = None
 
 
 class WindowSource(Protocol):
@@ -65,12 +68,15 @@ class Batch(NamedTuple):
             None where tokens may attend to the full window.
         document_counts: Number of documents in each of the n windows, known without asking the device; None where
             documents is None.
+        reference_logprobs: [n, D] float64, for the D documents of the window that has most: see `Window`; 0 where there
+            is none. None if no objective asks for it.
     """
 
     input_ids: Tensor
     targets: Tensor
     documents: Tensor | None
     document_counts: tuple[int, ...] | None
+    reference_logprobs: Tensor | None = None
 
     def split(self, windows: int) -> Iterator["Batch"]:
         """Yield batches of at most `windows` windows."""
@@ -81,6 +87,7 @@ class Batch(NamedTuple):
                 self.targets[part],
                 None if self.documents is None else self.documents[part],
                 None if self.document_counts is None else self.document_counts[part],
+                None if self.reference_logprobs is None else self.reference_logprobs[part],
             )
 
     def padded(self, windows: int) -> "Batch":
@@ -92,16 +99,29 @@ class Batch(NamedTuple):
             F.pad(self.targets, missing, value=IGNORED),
             None if self.documents is None else F.pad(self.documents, missing),
             None if self.document_counts is None else self.document_counts + (1,) * added,
+            None if self.reference_logprobs is None else F.pad(self.reference_logprobs, missing),
         )
 
 
 def batch_of_windows(windows: Sequence[Window], document_masking: bool) -> Batch:
     """Collate the windows of a device."""
-    input_ids, targets, documents = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows, strict=True))
+    input_ids, targets, documents = (
+        torch.from_numpy(np.stack(arrays)) for arrays in zip(*(window[:3] for window in windows), strict=True)
+    )
     if not document_masking:
         return Batch(input_ids, targets, None, None)
-    counts = documents[:, -1] - documents[:, 0] + 1  # documents are numbered consecutively
-    return Batch(input_ids, targets, documents, tuple(counts.tolist()))
+    counts = tuple((documents[:, -1] - documents[:, 0] + 1).tolist())  # documents are numbered consecutively
+    return Batch(input_ids, targets, documents, counts, _reference_logprobs(windows, max(counts)))
+
+
+def _reference_logprobs(windows: Sequence[Window], documents: int) -> Tensor | None:
+    """Return those of each window, [n, documents]; None if the windows have none."""
+    rows = np.zeros((len(windows), documents))
+    for row, window in zip(rows, windows, strict=True):
+        if window.reference_logprobs is None:
+            return None
+        row[: len(window.reference_logprobs)] = window.reference_logprobs
+    return torch.from_numpy(rows)
 
 
 class TrainingSteps(Dataset[Batch]):
@@ -157,7 +177,7 @@ class OpenedSource(NamedTuple, Generic[Source]):
 
     Attributes:
         training, validation: Windows to train on and held-out windows.
-        fingerprint: A hash of the training data.
+        fingerprint: A hash of the training data; of pairs, also of those held out.
         notes: Facts about the source that a person should know, as clauses.
     """
 

@@ -37,7 +37,7 @@ EXPERIMENTS = sorted(
     for path in (config_directory() / "experiment").rglob("*.yaml")
 )
 
-SWEEPS = ("lr_sweep", "lr_sweep_pretrain", "search")
+SWEEPS = ("lr_sweep", "lr_sweep_pretrain", "prefer_sweep", "search")
 
 WRONG_COMMAND_LINES = [
     # Typos, on the command line
@@ -115,8 +115,8 @@ WRONG_COMMAND_LINES = [
         "it must be a list of at least one item, each one of q_proj, k_proj",
     ),
     (["adapter.rank=-1"], "adapter.rank is -1; it must be at least 0"),
-    (["objective=chats"], "there is no objective 'chats'. There are: finetuning, pretraining"),
-    (["objective.name=chats"], "objective.name is chats; it must be one of finetuning, pretraining"),
+    (["objective=chats"], "there is no objective 'chats'. There are: finetuning, preference, pretraining"),
+    (["objective.name=chats"], "objective.name is chats; it must be one of finetuning, preference, pretraining"),
     (["optimizer.name=sgd"], "optimizer.name is sgd; it must be one of adamw"),
     (["data.max_5gram_repeats=1"], "data.max_5gram_repeats is 1; it must be at least 2"),
     (["epochs=0"], "epochs is 0; it must be above 0"),
@@ -313,7 +313,7 @@ def test_every_experiment_composes_without_problems(experiment, base_run):
 def needed(experiment: str, base_run: Path) -> list[str]:
     """Return the overrides that an experiment asks for."""
     overrides = ["data.sources.files.path=x"] if experiment == "own_text" else []
-    return overrides + ([f"init_from={base_run}"] if experiment.startswith(("finetune", "cooldown")) else [])
+    return overrides + ([f"init_from={base_run}"] if experiment.startswith(("finetune", "prefer", "cooldown")) else [])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from cucafera.config.fields import Limits, convert, flat
 from cucafera.config.rules import rule_problems
 from cucafera.config.schema import Config
 from cucafera.data.sources.embedded import EmbeddedConfig
+from cucafera.objectives._preference_config import PreferenceConfig
 
 
 def config_of(**values: Any) -> Config:
@@ -83,6 +84,61 @@ def test_a_combination_is_refused_from_exactly_where_it_cannot_work(allowed, ref
     assert problems(**allowed) == []
     (problem,) = problems(**refused)
     assert message in problem
+
+
+def preference_problems(**values: Any) -> list[str]:
+    """The problems of preference tuning on the pairs of the package, with other values."""
+    pairs = {"preferences": EmbeddedConfig(embedded="preferences")}
+    return problems(**{"objective": PreferenceConfig(), "init_from": "outputs/chat", "data__sources": pairs} | values)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "refused", "message"),
+    [
+        (
+            {"objective": PreferenceConfig(loss="simpo", gamma=0.5)},
+            {"objective": PreferenceConfig(gamma=0.5)},
+            "objective.gamma is 0.5; only the loss simpo has it, and objective.loss is sigmoid",
+        ),
+        (
+            {"objective": PreferenceConfig(loss="robust", label_smoothing=0.1)},
+            {"objective": PreferenceConfig(loss="ipo", label_smoothing=0.1)},
+            "objective.label_smoothing is 0.1; only the loss robust has it, and objective.loss is ipo",
+        ),
+        (
+            {"objective": PreferenceConfig(loss="robust", label_smoothing=0.01)},
+            {"objective": PreferenceConfig(loss="robust")},
+            "objective.loss is robust and objective.label_smoothing is 0, which is sigmoid",
+        ),
+        ({}, {"init_from": None}, "preference tuning needs a model that answers: init_from=RUN"),
+        ({}, {"data__document_masking": False}, "data.document_masking is false; the two answers of a pair must not"),
+        ({"data__language": "ca"}, {"data__language": "xx"}, "data.language is xx; the languages that can be"),
+    ],
+)
+def test_preference_tuning_refuses_what_its_loss_or_its_pairs_cannot_work_with(allowed, refused, message):
+    assert preference_problems(**allowed) == []
+    (problem,) = preference_problems(**refused)
+    assert message in problem
+
+
+def test_preference_tuning_reports_all_its_problems_at_once():
+    objective = PreferenceConfig(loss="simpo", label_smoothing=0.1)
+    found = preference_problems(objective=objective, init_from=None, data__document_masking=False, data__language="xx")
+    starts = (
+        "data.language is xx",
+        "objective.label_smoothing is 0.1",
+        "preference tuning needs",
+        "data.document_mask",
+    )
+    assert len(found) == len(starts)
+    assert all(problem.startswith(start) for problem, start in zip(found, starts, strict=True))
+
+
+def test_documents_are_not_filtered_by_language():
+    assert problems() == []
+    (problem,) = problems(data__language="ca")
+    assert problem.startswith("data.language is ca, and objective=pretraining reads documents, which are not filtered")
+    assert list(rule_problems(config_of(data__language="ca"), {"data.language"})) == []
 
 
 def test_a_rule_is_not_judged_by_a_value_that_is_wrong_itself():

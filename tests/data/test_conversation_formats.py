@@ -4,7 +4,7 @@ import pytest
 
 from cucafera.config.schema import ColumnsConfig, RolesConfig
 from cucafera.data.chatml import ConversationError, Message
-from cucafera.data.conversation_formats import conversation_of_row, is_repetitive
+from cucafera.data.conversation_formats import conversation_of_row
 
 HELLO = [Message("user", "Hola"), Message("assistant", "Bon dia")]
 SYSTEM = Message("system", "Sigues breu.")
@@ -338,12 +338,3 @@ def test_a_column_or_key_to_ignore_is_no_reason_to_refuse():
 def test_a_named_column_that_is_not_there_is_refused(key):
     with pytest.raises(ConversationError, match="no column 'nope'; it has prompt, completion"):
         conversation_of_row({"prompt": "x", "completion": "y"}, ColumnsConfig(**{key: "nope"}))
-
-
-def test_an_answer_that_repeats_five_words_often_is_repetitive():
-    run = "un dos tres quatre cinc "
-    assert is_repetitive([Message("user", "x"), Message("assistant", run * 15)], 15)
-    assert not is_repetitive([Message("user", "x"), Message("assistant", run * 14)], 15)
-    assert not is_repetitive([Message("user", run * 20), Message("assistant", "x")], 15)
-    assert not is_repetitive([Message("assistant", "un dos tres quatre")], 2)
-    assert not is_repetitive([Message("assistant", run * 15, trained=False)], 15)

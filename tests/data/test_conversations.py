@@ -18,8 +18,9 @@ from cucafera.config.errors import UserError
 from cucafera.config.schema import Config, RolesConfig
 from cucafera.config.tokens import IM_END_ID, PAD_ID
 from cucafera.data.chatml import Message, Rendered, check_conversation, render
-from cucafera.data.conversations import ConversationWindows, TokenizedConversations
+from cucafera.data.conversations import VERSION, ConversationWindows, TokenizedConversations
 from cucafera.data.conversations import open_conversations as opened
+from cucafera.data.run_data import short_hash
 from cucafera.data.sources import open_source
 from cucafera.data.sources.embedded import embedded_path
 from cucafera.data.tokenizer import Tokenizer
@@ -97,7 +98,7 @@ def test_targets_are_the_next_tokens_of_the_same_conversation(tokenizer):
     windows = ConversationWindows(tokenized(random_conversations(60), tokenizer), 200)
     assert len(windows) > 5
     for number in range(len(windows)):
-        ids, targets, documents = windows.window(number)
+        ids, targets, documents, _ = windows.window(number)
         inside = np.flatnonzero((targets[:-1] != IGNORED) & (documents[:-1] == documents[1:]))
         assert len(inside)
         assert (targets[inside] == ids[inside + 1]).all()
@@ -109,7 +110,7 @@ def test_padding_is_a_document_of_its_own_and_never_a_target(tokenizer):
     windows = ConversationWindows(tokenized(random_conversations(7), tokenizer), 200)
     padding = 0
     for number in range(len(windows)):
-        ids, targets, documents = windows.window(number)
+        ids, targets, documents, _ = windows.window(number)
         positions = ids == PAD_ID
         padding += int(positions.sum())
         assert (targets[positions] == IGNORED).all()
@@ -284,6 +285,19 @@ def test_conversations_with_one_first_question_are_split_by_the_rest(chat_run):
     (summary,) = Path("prepared").glob("conversations-*/prepared.json")
     assert json.loads(summary.read_text())["split_by_conversation"]
     assert "by the hash of the complete" not in opened(chat_run(rows_of(rest), path="varied.jsonl")).describe()
+
+
+def test_a_language_is_part_of_what_is_prepared_only_if_it_is_named(chat_run, tokenizer, monkeypatch):
+    monkeypatch.setattr("cucafera.data.language.language_of", lambda text: "ca")
+    config = chat_run(rows_of(random_conversations(40)))
+    opened(config)
+    source = open_source("files", config.data.sources["files"]).fingerprint()
+    before_there_were_languages = short_hash(source, tokenizer.fingerprint, VERSION, 0.2, False, None)
+    (folder,) = Path("prepared").glob("conversations-*[0-9a-f]")
+    assert folder.name == f"conversations-{before_there_were_languages}"
+    config.data.language = "ca"
+    opened(config)
+    assert len([*Path("prepared").glob("conversations-*/prepared.json")]) == 2
 
 
 def test_a_map_of_roles_is_part_of_what_is_prepared(chat_run):

@@ -704,6 +704,13 @@ def test_the_fingerprint_of_files_follows_their_content_and_the_settings(write_j
     assert len({first, second, fingerprint(FilesConfig(path=str(path.parent)))}) == 3
 
 
+def test_columns_of_pairs_are_part_of_a_fingerprint_only_if_they_are_named():
+    before_there_were_pairs = "bbd015a4d6c43eece93b559b49f857e47fc16698830993189172c45b271bd860"
+    assert fingerprint_of(SourceConfig(), "x") == before_there_were_pairs
+    named = [ColumnsConfig(chosen="a"), ColumnsConfig(rejected="a"), ColumnsConfig(answer="a")]
+    assert len({fingerprint_of(SourceConfig(columns=columns), "x") for columns in [ColumnsConfig(), *named]}) == 4
+
+
 def test_the_fingerprint_of_a_dataset_follows_its_name_and_revision():
     prints = {
         fingerprint(HubConfig(dataset="a/b", **settings))

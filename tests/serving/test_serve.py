@@ -17,7 +17,7 @@ import pytest
 
 from cucafera import serve
 from cucafera.config.errors import UserError
-from cucafera.runs.locate import ModelLocation
+from cucafera.runs.locate import ModelLocation, model_name
 from cucafera.serve import (
     KEY_VARIABLE,
     NEUTRAL_SAMPLING,
@@ -27,7 +27,6 @@ from cucafera.serve import (
     command_line_parser,
     is_loopback,
     listening_socket,
-    model_name,
     own_address,
     sampling_with,
     service_notes,

@@ -21,6 +21,8 @@ SourceRow = tuple[Row, int, str]
 """A row, the bytes of input read since the row before, and its position for messages, such as FILE:LINE."""
 C = TypeVar("C", bound=SourceConfig)
 T = TypeVar("T")
+COLUMNS_OF_PAIRS = ("chosen", "rejected")
+"""Settings of columns that are part of a fingerprint only if they name one."""
 
 
 class CorpusError(UserError):
@@ -233,7 +235,12 @@ def source_notes(sources: Mapping[str, SourceConfig]) -> Iterator[str]:
 
 def fingerprint_of(config: SourceConfig, *parts: object) -> str:
     """Return a hash of the columns of a source and of what else decides its rows, as JSON values."""
-    return hashlib.sha256(json.dumps([asdict(config.columns), *parts]).encode()).hexdigest()
+    named = {
+        setting: column
+        for setting, column in asdict(config.columns).items()
+        if column is not None or setting not in COLUMNS_OF_PAIRS  # documents prepared before there were pairs
+    }
+    return hashlib.sha256(json.dumps([named, *parts]).encode()).hexdigest()
 
 
 def is_held_out(text: str, fraction: float) -> bool:

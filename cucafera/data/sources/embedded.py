@@ -13,12 +13,17 @@ from cucafera.data.sources.files import FilesConfig, FilesSource
 
 CORPORA = Path(__file__).parents[2] / "corpora"
 
+CONTENTS = {"catalan": "documents", "conversations": "conversations", "preferences": "pairs of answers"}
+"""The rows of each text of this package, in the plural."""
+
 
 @dataclass
 class EmbeddedConfig(SourceConfig):
     """Texts of this package."""
 
-    embedded: str | None = setting(None, "Texts that come with the package: catalan (documents) or conversations.")
+    embedded: str | None = setting(
+        None, "Texts that come with the package: catalan (documents), conversations or preferences (pairs of answers)."
+    )
 
 
 class EmbeddedSource(Source[EmbeddedConfig]):
@@ -54,12 +59,14 @@ class Embedded(SourceKind):
 
     def problems(self, key: str, config: EmbeddedConfig, judge: Judge) -> Iterator[str]:
         """Yield a sentence if the package has no such texts."""
-        names = sorted(file.stem for file in CORPORA.glob("*.jsonl"))
-        if judge(f"{key}.embedded") and config.embedded not in names:
-            yield f"{key}.embedded is {config.embedded}; it must be one of {', '.join(names)}"
+        if judge(f"{key}.embedded") and config.embedded not in CONTENTS:
+            yield f"{key}.embedded is {config.embedded}; it must be one of {', '.join(CONTENTS)}"
 
 
 def embedded_path(name: str) -> Path:
-    """Return the path of texts of this package: rows of `catalan` have title, genre and text, of `conversations`
-    topic and messages."""
+    """Return the path of texts of this package.
+
+    Rows of `catalan` have title, genre and text; of `conversations` topic and messages; of `preferences` topic, kind,
+    prompt, chosen and rejected, where the last three are lists of messages and `kind` says what is worse.
+    """
     return CORPORA / f"{name}.jsonl"
