@@ -12,7 +12,7 @@ so that it reads and writes the fp32 gradient of the head 64 times for 32,768 to
 is one more product with the head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ LOGITS_BYTES = {"cpu": 2**27, "cuda": 2**29}
 """Bytes of the logits of one chunk, by device. On the CPU, in fp32, that is 512 tokens of a vocabulary of 65,536, as
 fast as 1,024 and 6% to 15% faster than 256 and 128. On CUDA it is 4,096 tokens in bf16: each chunk reads and writes the
 fp32 gradient of the head once, 0.4 GB, so smaller chunks move more bytes. The value for CUDA is not measured."""
+NONE_IGNORED = -1
+"""An `ignore_index` that is no target."""
 
 
 def linear_cross_entropy(
@@ -100,6 +102,78 @@ def per_token_loss(
     return torch.cat(nats), torch.cat(correct)
 
 
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None) -> Tensor:
+    """Return the log-probability of each target under softmax(hidden @ weight.T), in nats, without holding all logits.
+
+    Equal to `-F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")`, for losses that are any function
+    of them. Unlike the sum of `linear_cross_entropy`, its gradient has another factor for each token, which is known
+    only in the backward pass; there the logits are computed again, chunk by chunk.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        targets: Token ids [N], int32 or int64, all of them valid.
+        chunk_tokens: C; None: by device and vocabulary.
+
+    Returns:
+        [N], fp32.
+    """
+    dtype = _dtype(hidden, weight)
+    chunk_tokens = chunk_tokens or _chunk_tokens(hidden.device.type, dtype, len(weight))
+    return _TokenLogprobs.apply(hidden.to(dtype), weight, targets, chunk_tokens)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """The function above."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.chunk_tokens = chunk_tokens
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for _ in _logits_gradients(hidden, weight.to(hidden.dtype), targets, nats, chunk_tokens, NONE_IGNORED):
+            pass
+        return nats.neg_()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        matrix = weight.to(hidden.dtype)
+        factors = -upstream[0][:, None]
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for rows, gradient in _logits_gradients(hidden, matrix, targets, nats, ctx.chunk_tokens, NONE_IGNORED):
+            # The factors multiply the narrow matrices, not the logits.
+            logits_gradient = gradient.to(hidden.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = (logits_gradient @ matrix) * factors[rows].to(hidden.dtype)
+            if weight_gradient is not None:
+                _addmm_into(weight_gradient, logits_gradient.T, (hidden[rows] * factors[rows]).to(hidden.dtype))
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype), None, None
+
+
+def _logits_gradients(
+    hidden: Tensor, matrix: Tensor, targets: Tensor, nats: Tensor, chunk_tokens: int, ignore_index: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Write the cross-entropy of each target to `nats` [N]; yield the rows of each chunk, and its logits' gradient.
+
+    That is of the sum of the cross-entropy: softmax minus one-hot, [C, V], valid until the next chunk. `matrix` is the
+    weight of the head in the dtype of `hidden`.
+    """
+    in_place = _cross_entropy_in_place(hidden.device)
+    # One buffer for the logits of all chunks: the CPU would fault in new pages for each.
+    buffer = hidden.new_empty(
+        min(chunk_tokens, len(hidden)), len(matrix), dtype=_logits_dtype(hidden.device.type, hidden.dtype)
+    )
+    for start in range(0, len(hidden), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logits = buffer[: len(hidden[rows])]
+        _matmul_into(logits, hidden[rows], matrix.T)
+        in_place(logits, targets[rows], nats[rows], ignore_index)  # from here on, `logits` holds its gradient
+        yield rows, logits
+
+
 def _chunk_tokens(device_type: str, dtype: torch.dtype, vocabulary: int) -> int:
     """Return C for matrix products in a dtype."""
     return max(
@@ -167,21 +241,11 @@ def _loss_and_gradients(
     hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     weight_gradient = weight.new_zeros(weight.shape if weight_is_trained else (0,), dtype=torch.float32)
     nats = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    in_place = _cross_entropy_in_place(hidden.device)
-    # One buffer for the logits of all chunks: the CPU would fault in new pages for each.
-    buffer = hidden.new_empty(
-        min(chunk_tokens, len(hidden)), len(weight), dtype=_logits_dtype(hidden.device.type, hidden.dtype)
-    )
-    for start in range(0, len(hidden), chunk_tokens):
-        rows = slice(start, start + chunk_tokens)
-        chunk = hidden[rows]
-        logits = buffer[: len(chunk)]
-        _matmul_into(logits, chunk, matrix.T)
-        in_place(logits, targets[rows], nats[rows], ignore_index)  # from here on, `logits` holds its gradient
-        logits_gradient = logits.to(hidden.dtype)
+    for rows, gradient in _logits_gradients(hidden, matrix, targets, nats, chunk_tokens, ignore_index):
+        logits_gradient = gradient.to(hidden.dtype)
         torch.mm(logits_gradient, matrix, out=hidden_gradient[rows])
         if weight_is_trained:
-            _addmm_into(weight_gradient, logits_gradient.T, chunk)
+            _addmm_into(weight_gradient, logits_gradient.T, hidden[rows])
     return nats.sum(), hidden_gradient, weight_gradient.to(weight.dtype)
 
 

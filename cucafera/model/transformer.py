@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from cucafera.config.schema import ModelConfig
 from cucafera.model.attention import Mask, attend, document_mask
 from cucafera.model.linear import Linear, fused_projections, linear
-from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy
+from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy, token_logprobs
 from cucafera.model.mup import initial_scale
 
 
@@ -269,6 +269,28 @@ class Decoder(nn.Module):
         hidden = self(input_ids, documents=documents, document_limit=document_limit)
         valid = targets != -100
         return linear_loss_and_accuracy(hidden[valid], self.embed_tokens.weight, targets[valid])
+
+    def target_logprobs(
+        self,
+        input_ids: Tensor,
+        targets: Tensor,
+        documents: Tensor | None = None,
+        document_limit: int | None = None,
+    ) -> Tensor:
+        """Return the log-probability of each target, for losses that are functions of them.
+
+        Only positions with a target take part in the head, so the device is waited for once, for their number.
+
+        Args:
+            input_ids, targets, documents, document_limit: As for `forward`.
+
+        Returns:
+            [B, T] in nats, fp32; 0 where there is no target.
+        """
+        hidden = self(input_ids, documents=documents, document_limit=document_limit).flatten(0, 1)
+        positions = (targets.flatten() != -100).nonzero()[:, 0]
+        logprobs = token_logprobs(hidden[positions], self.embed_tokens.weight, targets.flatten()[positions])
+        return logprobs.new_zeros(targets.numel()).index_copy(0, positions, logprobs).view(targets.shape)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the next token: [..., D] to [..., V]."""

@@ -55,6 +55,11 @@ class MetricSpec(NamedTuple):
         """The value, negated if higher is better: what a search minimizes."""
         return value if self.direction == "lower" else -value
 
+    @property
+    def label_with_unit(self) -> str:
+        """The label, and the unit in brackets if there is one."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
     def text(self, value: float) -> str:
         """A value with its unit."""
         return f"{value:{self.format}} {self.unit}".rstrip()
@@ -66,19 +71,29 @@ class Objective(ABC):
     Attributes:
         name: The choice in the configuration.
         config: Dataclass of its settings.
+        stage: Its part in the making of a model, for the model card.
+        kind_of_data: Plural noun for what it learns from, in the same place.
         chats: True if the trained model answers messages framed in ChatML; False if it continues text.
         metrics: What validation measures, in the order of reports. Training curves and guards are about the loss, which
             is not one of them unless it is named here.
         primary: Name of the metric to compare runs and checkpoints by.
+        watched: Name of a metric in nats per token. If there is one, training may ruin a model that answered well: its
+            fall, and what becomes of the sample answers, is compared with the state before the first step
+            (`AnswersGuard`).
+        charts: Further charts of the dashboard: titles, and the names of the curves in each.
         loss_unit: Unit of the training loss, for reports.
         stop_id: The end-of-sequence token, for other programs.
     """
 
     name: str
     config: type[ObjectiveConfig] = ObjectiveConfig
+    stage: str
+    kind_of_data: str
     chats: bool
     metrics: tuple[MetricSpec, ...]
     primary: str
+    watched: str | None = None
+    charts: Mapping[str, list[str]] = {}
     loss_unit: str = ""
     stop_id: int
 
@@ -95,16 +110,53 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
-        """Return the loss of a micro-batch: a scalar, summed over its units."""
+    def loss(self, settings: ObjectiveConfig, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
+        """Return the loss of a micro-batch: a scalar, summed over its units.
+
+        Args:
+            settings: Of the objective, in the run.
+            model: The decoder, compiled if it is to be; called by its methods.
+            batch: Windows of one forward pass.
+            document_limit: As for `Decoder.forward`.
+        """
 
     @abstractmethod
     def units(self, batch: "Batch") -> "Tensor":
         """Return the number of units of a batch, a scalar integer: what the step's loss is divided by."""
 
     @abstractmethod
-    def validation_metrics(self, tokenizer: "Tokenizer", vocab_size: int) -> "ValidationMetrics":
+    def validation_metrics(
+        self, settings: ObjectiveConfig, tokenizer: "Tokenizer", vocab_size: int
+    ) -> "ValidationMetrics":
         """Return an accumulator of what validation measures; its `compute` has the names of `metrics`."""
+
+    def cross_entropy(self, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
+        """Return the cross-entropy summed over the targets, in nats, by the part of the model that `loss` compiles.
+
+        The gradients of a compiled model are checked with it.
+        """
+        summed: Tensor = model(batch.input_ids, batch.targets, batch.documents, document_limit=document_limit)
+        return summed
+
+    def needs_reference(self, settings: ObjectiveConfig) -> bool:
+        """True if the loss compares log-probabilities with those of the initial weights (`Batch.reference_logprobs`).
+
+        They are computed once, by `reference_logprobs`, before the first step.
+        """
+        return False
+
+    def initial_problem(self, settings: ObjectiveConfig, chats: bool) -> str | None:
+        """Return why the weights of init_from are probably not what the run needs; None if they are.
+
+        Args:
+            settings: Of the objective.
+            chats: True if the weights were trained on conversations.
+        """
+        return None
+
+    def reference_logprobs(self, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
+        """Return the log-probability of the targets of each document, [n, D] float64, without gradients."""
+        raise NotImplementedError
 
     @abstractmethod
     def prompt_ids(self, tokenizer: "Tokenizer", prompt: str) -> list[int]:
@@ -127,6 +179,18 @@ class Objective(ABC):
     def primary_metric(self) -> MetricSpec:
         """The metric to compare runs and checkpoints by."""
         return self.metric(self.primary)
+
+    def remedies(self, settings: ObjectiveConfig) -> list[str]:
+        """Return changes of the configuration, as imperatives, against answers that get worse in training."""
+        return []
+
+    def describe(self, settings: Mapping[str, Any]) -> str:
+        """Return the stage in words, with the settings that matter, for the model card."""
+        return self.stage
+
+    def tags(self, settings: Mapping[str, Any]) -> list[str]:
+        """Return tags of the Hugging Face hub for a model of this stage."""
+        return []
 
     def sample_markdown(self, prompt: str, continuation: str) -> str:
         """Return a prompt in bold, and what the model wrote, in Markdown: of these texts nothing is interpreted."""

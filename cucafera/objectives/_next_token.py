@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from cucafera.config.schema import ObjectiveConfig
 from cucafera.objectives import MetricSpec, Objective
 
 if TYPE_CHECKING:
@@ -25,10 +26,9 @@ class NextToken(Objective):
 
     loss_unit = "nats per token"
 
-    def loss(self, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
+    def loss(self, settings: ObjectiveConfig, model: "Decoder", batch: "Batch", document_limit: int | None) -> "Tensor":
         """Return the summed cross-entropy of the targets, a scalar in nats."""
-        loss: Tensor = model(batch.input_ids, batch.targets, batch.documents, document_limit=document_limit)
-        return loss
+        return self.cross_entropy(model, batch, document_limit)
 
     def units(self, batch: "Batch") -> "Tensor":
         """Return the number of targets."""
@@ -36,7 +36,9 @@ class NextToken(Objective):
 
         return (batch.targets != IGNORED).sum()
 
-    def validation_metrics(self, tokenizer: "Tokenizer", vocab_size: int) -> "ValidationMetrics":
+    def validation_metrics(
+        self, settings: ObjectiveConfig, tokenizer: "Tokenizer", vocab_size: int
+    ) -> "ValidationMetrics":
         """Return sums of nats, correct tokens, tokens and bytes."""
         from cucafera.objectives._metrics import NextTokenMetrics
 

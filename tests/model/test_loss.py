@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cucafera.model import loss as loss_module
-from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy
+from cucafera.model.loss import linear_cross_entropy, linear_loss_and_accuracy, token_logprobs
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 101
 
@@ -152,6 +152,75 @@ def test_the_loss_is_traced_without_graph_breaks() -> None:
         strict=True,
     ):
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, None])
+def test_each_log_probability_and_its_gradient_equal_the_plain_ones(chunk_tokens: int | None) -> None:
+    hidden, weight, targets = inputs()
+    targets = targets.clamp_min(0)
+    expected = F.linear(hidden, weight).log_softmax(1).gather(1, targets[:, None])[:, 0]
+    logprobs = token_logprobs(hidden, weight, targets.int(), chunk_tokens)
+    torch.testing.assert_close(logprobs, expected)
+    assert torch.equal(logprobs, token_logprobs(hidden.detach(), weight.detach(), targets, chunk_tokens))
+    factors = torch.linspace(-2, 3, TOKENS)
+    # A loss that is no sum: the factor of each token depends on all of them.
+    for loss_of in (lambda values: (factors * values).sum(), lambda values: -F.logsigmoid((factors * values).sum())):
+        for gradient, wanted in zip(
+            torch.autograd.grad(loss_of(logprobs), (hidden, weight), retain_graph=True),
+            torch.autograd.grad(loss_of(expected), (hidden, weight), retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_log_probabilities_of_no_token_have_gradients_of_zero() -> None:
+    hidden, weight, targets = inputs()
+    logprobs = token_logprobs(hidden[:0], weight, targets[:0])
+    assert logprobs.shape == (0,)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), weight)
+    assert not gradient.any() and gradient.shape == weight.shape
+
+
+def test_a_frozen_head_gets_no_gradient_from_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = inputs()
+    expected = torch.autograd.grad(token_logprobs(hidden, weight, targets.clamp_min(0)).sum(), hidden)
+    monkeypatch.setattr(loss_module, "_addmm_into", None)  # what would compute it
+    found = torch.autograd.grad(token_logprobs(hidden, weight.detach(), targets.clamp_min(0)).sum(), hidden)
+    assert torch.equal(found[0], expected[0])
+
+
+def test_under_autocast_log_probabilities_are_those_of_bf16_products() -> None:
+    hidden, weight, targets = inputs()
+    targets = targets.clamp_min(0)
+    expected = -F.cross_entropy(F.linear(hidden, weight), targets, reduction="none")
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs = token_logprobs(hidden, weight, targets, chunk_tokens=8)
+        plain_logprobs = -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs, plain_logprobs, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected.sum(), (hidden, weight)), strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted, atol=0.03 * wanted.abs().max().item(), rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_in_bf16_log_probabilities_equal_fp64_within_rounding() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(5000, 96, generator=generator, device="cuda")  # more than one chunk, the last not filled
+    weight = 0.1 * torch.randn(65_536, 96, generator=generator, device="cuda")
+    targets = torch.randint(65_536, (5000,), generator=generator, device="cuda", dtype=torch.int32)
+    factors = torch.linspace(-1, 1, 5000, device="cuda")
+    exact_hidden, exact_weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    exact = -F.cross_entropy(exact_hidden @ exact_weight.T, targets.long(), reduction="none")
+    wanted = torch.autograd.grad((factors * exact).sum(), (exact_hidden, exact_weight))
+    with torch.autocast("cuda", torch.bfloat16):
+        logprobs = token_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets)
+    assert (logprobs - exact).norm() < 0.01 * exact.norm()
+    for found, gradient in zip(torch.autograd.grad((factors * logprobs).sum(), (hidden, weight)), wanted, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - gradient).norm() < 0.01 * gradient.norm()
 
 
 @pytest.mark.gpu

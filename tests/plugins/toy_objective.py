@@ -25,6 +25,8 @@ class ToyBackward(Objective):
 
     name = "toy_backward"
     config = ToyBackwardConfig
+    stage = "reading backwards"
+    kind_of_data = "texts"
     chats = False
     metrics = (MetricSpec("hits", "share of hits", "of the tokens", "higher", ".4f", negligible=0.001),)
     primary = "hits"
@@ -36,15 +38,15 @@ class ToyBackward(Objective):
 
         return open_documents(config)
 
-    def loss(self, model: Any, batch: Any, document_limit: int | None) -> Any:
+    def loss(self, settings: Any, model: Any, batch: Any, document_limit: int | None) -> Any:
         """Return the summed loss of the reversed windows."""
-        return model(batch.targets.flip(1), batch.input_ids.flip(1))
+        return settings.scale * model(batch.targets.flip(1), batch.input_ids.flip(1))
 
     def units(self, batch: Any) -> Any:
         """Return the number of targets."""
         return (batch.input_ids >= 0).sum()
 
-    def validation_metrics(self, tokenizer: Any, vocab_size: int) -> Any:
+    def validation_metrics(self, settings: Any, tokenizer: Any, vocab_size: int) -> Any:
         """Return sums of hits and tokens."""
         import torch
 
