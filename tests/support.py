@@ -148,6 +148,40 @@ def compose_small_chat(folder: Path, *overrides: str) -> Config:
     )  # fmt: skip
 
 
+def write_pairs(path: Path, count: int = 60, seed: int = 0) -> None:
+    """Write preference pairs of Catalan words: better answers have other words than worse ones."""
+    generator = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            prompt = f"{generator.choice(WORDS)} {generator.choice(WORDS)} {number}"
+            better, worse = (
+                " ".join(generator.choices(words, k=generator.randint(2, 4))) for words in (WORDS[:12], WORDS[40:])
+            )
+            file.write(json.dumps({"prompt": prompt, "chosen": better, "rejected": worse}, ensure_ascii=False) + "\n")
+
+
+def small_preferences(folder: Path) -> list[str]:
+    """Return the overrides of preference tuning of twelve steps, on pairs that it writes into a folder.
+
+    It needs init_from=RUN.
+    """
+    path = folder / "pairs.jsonl"
+    if not path.exists():
+        write_pairs(path)
+    settings = [override for override in SMALL_RUN if not override.startswith(("data=", "model."))]
+    changed = ("batch_tokens", "budget_tokens", "optimizer.lr", "callbacks.sampling.max_new_tokens")
+    return [
+        *(override for override in settings if override.partition("=")[0] not in changed),
+        *("model=inherited", "data=preference_files", f"data.sources.files.path={path}", "callbacks=chat"),
+        *("callbacks.sampling.max_new_tokens=8", "batch_tokens=1024", "budget_tokens=12288", "optimizer.lr=1e-3"),
+    ]
+
+
+def compose_small_preferences(folder: Path, *overrides: str) -> Config:
+    """Compose preference tuning of twelve steps on pairs, which it writes into a folder; it needs init_from=RUN."""
+    return composed_config([*small_preferences(folder), *overrides])
+
+
 # Commands as processes
 
 FORK_SERVER = "CUCAFERA_TESTS_FORK_SERVER"

@@ -35,7 +35,7 @@ def generate(
     prompts: Sequence[list[int]],
     sampling: SamplingConfig,
     stop_ids: frozenset[int],
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     slots: int | None = None,
 ) -> list[Completion]:
     """Generate a completion of each prompt.
@@ -46,7 +46,8 @@ def generate(
         prompts: Token ids; each shorter than the context.
         sampling: Sampling settings, max_new_tokens and stop texts.
         stop_ids: Stop tokens.
-        seed: Of the random generators, each prompt with its own; None: random.
+        seed: Of the random generators, each prompt with its own: of the first prompt, and one more for each next one;
+            or a seed per prompt; None: random.
         slots: Texts that a decoder writes at a time; None: all.
 
     Raises:
@@ -60,7 +61,11 @@ def generate(
         capacity = min(model.config.max_position_embeddings, max(map(len, prompts)) + sampling.max_new_tokens)
         model = TorchBackend(model, min(slots or len(prompts), len(prompts)), capacity)
     engine = Engine(model, tokenizer, PREFILL_TOKENS[model.device.type])
-    seeds = [None if seed is None else seed + number for number in range(len(prompts))]
+    seeds: Sequence[int | None]
+    if isinstance(seed, Sequence):
+        seeds = seed
+    else:
+        seeds = [None if seed is None else seed + number for number in range(len(prompts))]
     generations = [
         engine.add(Request(prompt, sampling, stop_ids, of_prompt))
         for prompt, of_prompt in zip(prompts, seeds, strict=True)

@@ -74,6 +74,16 @@ def _locate(source: str, path: Path) -> ModelLocation:
     return ModelLocation("checkpoint", path)
 
 
+def model_name(source: str, location: ModelLocation) -> str:
+    """Return the name of a model for others: that of its run, folder or file, or OWNER/NAME of the hub."""
+    if location.path is None:
+        return source.partition("@")[0]
+    path = location.path.resolve()
+    if location.kind == "checkpoint":
+        return path.parent.parent.name
+    return path.stem if location.kind == "gguf" else path.name
+
+
 def run_named(source: str) -> str:
     """Return the path outputs/NAME if there is such a run folder, and nothing else called NAME; else the source."""
     path = OUTPUTS / source

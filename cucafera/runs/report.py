@@ -52,8 +52,28 @@ def summary(metrics: dict[str, Any], folder: RunFolder) -> list[tuple[str, str]]
         if metric.name == objective.primary:
             change += f" (best {metrics[f'best_{metric.name}']:{metric.format}})"
         lines.append((metric.label[0].upper() + metric.label[1:], change))
-    lines += objective.summary(metrics)
+    lines += [*_answer_lines(metrics), *objective.summary(metrics)]
     return [*lines, ("Checkpoint", str(folder.checkpoints.complete()[-1].path))]
+
+
+def _answer_lines(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures of the first and the last sample answers, and the warnings about them."""
+    lines = []
+    if answers := metrics.get("answers"):
+        first, last = answers[0], answers[-1]
+        stopped, repeated = (
+            _change(*(round(record[share] * record["count"]) for record in (first, last)))
+            for share in ("stopped", "repeated_5gram")
+        )
+        before, now = round(first["tokens"]), round(last["tokens"])
+        length = ("" if before == now else f"{before:,} -> ") + number_of(now, "token")
+        line = f"{stopped} of {last['count']} ended by themselves, {repeated} with a repeated 5-gram"
+        lines.append(("Answers", f"{line}, {length} on average"))
+    return [*lines, *(("Warning", warning) for warning in metrics.get("answer_warnings", []))]
+
+
+def _change(first: int, last: int) -> str:
+    return f"{first:,} -> {last:,}" if first != last else f"{last:,}"
 
 
 def write_report(metrics: dict[str, Any], folder: RunFolder) -> None:

@@ -33,6 +33,11 @@ METRICS: dict[str, Any] = {
     "samples": [{"prompt": str, "continuation": str, "finish_reason": str}],
 }
 """Shape of metrics.json; its validations also have the metrics of the objective."""
+ANSWERS: dict[str, Any] = {
+    "answers": [{"step": int, "count": int, "stopped": NUMBER, "tokens": NUMBER, "repeated_5gram": NUMBER}],
+    "answer_warnings": [str],
+}
+"""Further shape of metrics.json, of runs since their answers are counted."""
 EVALUATION: dict[str, Any] = {
     "results": [
         {
@@ -60,7 +65,8 @@ def read_metrics(path: Path) -> dict[str, Any] | None:
         return None
     objective: Objective = OBJECTIVES.get(metrics["objective"])
     names = {metric.name: NUMBER for metric in objective.metrics}
-    shape = {"validation": [names], f"best_{objective.primary}": NUMBER}
+    answers = {key: of_key for key, of_key in ANSWERS.items() if key in metrics}
+    shape = {"validation": [names], f"best_{objective.primary}": NUMBER, **answers}
     problem = shape_problem(metrics, shape) or (None if metrics["validation"] else "it has no validation")
     if problem:
         raise UserError(f"{path} cannot be used: {problem}; {advice}")

@@ -27,7 +27,12 @@ NOISE_FLOOR = 1e-5
 arithmetic, as those of queries and keys are where every token is the same, consists of rounding errors only."""
 
 
-def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: int | None) -> str | None:
+def compiled_gradient_fault(
+    model: Decoder,
+    micro_batch: Batch,
+    document_limit: int | None,
+    cross_entropy: Callable[[Decoder, Batch, int | None], Tensor],
+) -> str | None:
     """Return which gradients of a compiled decoder differ from eager mode by more than rounding, or None.
 
     A fixed tolerance does not work: in bf16, rounding alone moves some gradients by several percent. So both models are
@@ -41,6 +46,7 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
         model: The decoder, compiled in place, on its device and under the autocast of training.
         micro_batch: The first windows that it will train on, [n, T], with at least one target.
         document_limit: As for `Decoder.forward`.
+        cross_entropy: That of the run's objective.
 
     Returns:
         A sentence; None if all gradients agree, or if a gradient in fp32 is not finite, which the guards handle.
@@ -59,8 +65,7 @@ def compiled_gradient_fault(model: Decoder, micro_batch: Batch, document_limit: 
         return F.cross_entropy(logits, targets.flatten().long(), reduction="sum", ignore_index=IGNORED)
 
     def compiled_loss() -> Tensor:
-        loss: Tensor = model(micro_batch.input_ids, masked, micro_batch.documents, document_limit=document_limit)
-        return loss
+        return cross_entropy(model, micro_batch._replace(targets=masked), document_limit)
 
     half = torch.is_autocast_enabled(input_ids.device.type)
     tolerance = RELATIVE_TOLERANCE["bf16" if half else "fp32"]

@@ -149,6 +149,8 @@ class Job:
         trainer = build_trainer(config, self.hardware, folder, callbacks, first_step)
         if self.is_first_process:
             log.info("%s", describe_plan(config, self.hardware, first_step if resumes else 0))
+            if initial and (doubt := self.objective.initial_problem(config.objective, initial.chats)):
+                log.warning("init_from=%s: %s", config.init_from, doubt)
             if state and resumes:
                 warn_of_changed_horizon(config, state["config"])
             if problem := disk_problem(config, folder, module):

@@ -103,7 +103,7 @@ class LanguageModel(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take what validation needs from the data, and compile."""
         tokenizer = data_of(self.trainer).tokenizer
-        metrics = self.objective.validation_metrics(tokenizer, self.config.model.vocab_size)
+        metrics = self.objective.validation_metrics(self.config.objective, tokenizer, self.config.model.vocab_size)
         self.validation_metrics = metrics.to(self.device)
         if self.compile_model:
             # Under fsdp, whose hooks cannot be compiled, graph breaks leave one graph per block, shared by all, and the
@@ -186,7 +186,10 @@ class LanguageModel(pl.LightningModule):
         loss = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             with self._gradients_stay_local(index < len(micro_batches) - 1):
-                share = self.objective.loss(self.model, micro_batch, self.document_limit or None) / units_in_step
+                loss_of = self.objective.loss(
+                    self.config.objective, self.model, micro_batch, self.document_limit or None
+                )
+                share = loss_of / units_in_step
                 # DDP and FSDP average gradients over devices; this loss is a sum over them.
                 self.manual_backward(share * self.trainer.world_size)
             loss += share.detach()
@@ -226,7 +229,9 @@ class LanguageModel(pl.LightningModule):
         if isinstance(self.trainer.strategy, FullySharded):
             return  # gradients exist only after a complete backward pass; each block is compiled by itself
         try:
-            fault = compiled_gradient_fault(self.model, micro_batch, self.document_limit or None)
+            fault = compiled_gradient_fault(
+                self.model, micro_batch, self.document_limit or None, self.objective.cross_entropy
+            )
         except torch.OutOfMemoryError:
             log.warning("The GPU has too little memory to compare the gradients of the compiled model: not compared.")
             return
@@ -283,6 +288,14 @@ class LanguageModel(pl.LightningModule):
         self._raise_document_limit(micro_batches)
         for micro_batch in micro_batches:
             self.validation_metrics.update(self.model, micro_batch, self.document_limit or None)
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """Return the log-probability of the targets of each document, [n, D] float64, without gradients."""
+        windows = len(batch.input_ids)
+        if self.compile_model:
+            batch = batch.padded(self.micro_batch_windows)
+        self._raise_document_limit([batch])
+        return self.objective.reference_logprobs(self.model, batch, self.document_limit or None)[:windows]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the configuration, the step and the random state: plain data, readable with weights_only=True."""

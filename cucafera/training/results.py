@@ -46,4 +46,6 @@ def collect_metrics(config: Config, hardware: Hardware, callbacks: Callbacks) ->
         "validation": validation.history,
         f"best_{primary.name}": primary.best([record[primary.name] for record in validation.history]),
         "samples": callbacks.samples.latest,
+        "answers": callbacks.samples.answers,
+        "answer_warnings": callbacks.answers.warnings,
     }

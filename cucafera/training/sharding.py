@@ -47,8 +47,9 @@ class FullySharded(ModelParallelStrategy):
         for layer in model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
-        # FSDP2 gathers weights in the hooks of `forward`; validation enters the model by another method.
-        register_fsdp_forward_method(model, "loss_and_accuracy")
+        # FSDP2 gathers weights in the hooks of `forward`; validation and preferences enter the model by other methods.
+        for method in ("loss_and_accuracy", "target_logprobs"):
+            register_fsdp_forward_method(model, method)
         if self.root_device.type == "cpu":
             for unit in _units(model):
                 unit.set_force_sum_reduction_for_comms(True)  # gloo has no mean in older PyTorch

@@ -18,8 +18,10 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from cucafera.config.errors import UserError
 from cucafera.config.schema import Config
 from cucafera.model.flops import adapter_parameter_count, parameter_count, training_flops_per_token
+from cucafera.objectives import objective_of
 from cucafera.quantities import data_size, flops, number_of
 from cucafera.runs.folder import RunFolder, StartingPoint
+from cucafera.training.callbacks.answers_guard import AnswersGuard
 from cucafera.training.callbacks.checkpoints import Checkpoints
 from cucafera.training.callbacks.dashboard_layout import DashboardLayout
 from cucafera.training.callbacks.guards import Guards
@@ -29,6 +31,7 @@ from cucafera.training.callbacks.layers import Layers
 from cucafera.training.callbacks.profile import Profile
 from cucafera.training.callbacks.progress import Progress
 from cucafera.training.callbacks.reference import ReferenceCurve
+from cucafera.training.callbacks.reference_logprobs import ReferenceLogprobs
 from cucafera.training.callbacks.samples import Samples
 from cucafera.training.callbacks.system import System
 from cucafera.training.callbacks.throughput import Throughput
@@ -52,16 +55,19 @@ class Callbacks:
 
     Attributes:
         profile: The profiler, if one is wanted.
+        reference: What computes log-probabilities of the initial model, if the objective needs them.
         dashboard: Those that write only TensorBoard events; none if no events are written.
     """
 
     profile: tuple[pl.Callback, ...]
     interruption: Interruption
+    reference: tuple[ReferenceLogprobs, ...]
     guards: Guards
     throughput: Throughput
     validation: Validation
     dashboard: tuple[pl.Callback, ...]
     samples: Samples
+    answers: AnswersGuard
     checkpoints: Checkpoints
     progress: Progress
 
@@ -105,6 +111,7 @@ def build_callbacks(
     guards = Guards(config, interruption, skipped_batches)
     throughput = Throughput(config, hardware, guards)
     validation = Validation(config)
+    samples = Samples(config, validation)
     settings = config.callbacks
     writer = CheckpointWriter(
         folder.checkpoints, start, settings.keep_last, settings.keep_every_steps, free_memory_bytes
@@ -112,11 +119,15 @@ def build_callbacks(
     return Callbacks(
         profile=(Profile(hardware, folder.path, config.total_steps),) if config.trainer.profile else (),
         interruption=interruption,
+        reference=(ReferenceLogprobs(config, hardware, interruption),)
+        if objective_of(config).needs_reference(config.objective)
+        else (),
         guards=guards,
         throughput=throughput,
         validation=validation,
         dashboard=_dashboard(config, hardware, overrides, changes, guards, validation),
-        samples=Samples(config, validation),
+        samples=samples,
+        answers=AnswersGuard(config, folder, validation, samples, interruption),
         checkpoints=Checkpoints(config, folder, writer, interruption, validation),
         progress=Progress(config, throughput, validation),
     )

@@ -115,7 +115,7 @@ def test_the_report_has_the_speed_of_the_whole_run_and_its_share_of_all_devices(
                {"step": 10, "tokens": 10 * BATCH, "bpb": 3.0}]  # fmt: skip
     callbacks = SimpleNamespace(
         guards=session.guards, throughput=session.callback, validation=SimpleNamespace(history=history),
-        samples=SimpleNamespace(latest=[]),
+        samples=SimpleNamespace(latest=[], answers=[]), answers=SimpleNamespace(warnings=[]),
     )  # fmt: skip
     metrics = collect_metrics(CONFIG, HARDWARE, callbacks)
     speed = 10 * BATCH / 34

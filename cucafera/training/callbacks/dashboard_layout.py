@@ -31,6 +31,12 @@ They are the same for every run: TensorBoard merges the layouts of all runs, and
 """
 MFU = {"MFU, against the dense bf16 peak": ["speed/mfu"]}
 """Only for devices whose peak is known, to avoid an empty chart."""
+ANSWERS = {
+    "Share of the sample answers that end by themselves": ["samples/stopped"],
+    "Share of the sample answers with a repeated 5-gram": ["samples/repeated_5gram"],
+    "Tokens per sample answer": ["samples/tokens"],
+}
+"""Only for models that answer."""
 
 
 class DashboardLayout(Callback):
@@ -42,7 +48,12 @@ class DashboardLayout(Callback):
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Write the layout."""
         if logger := event_logger(trainer):
+            objective = module.objective
             charts = {**CHARTS, "Speed": CHARTS["Speed"] | (MFU if self.hardware.peak_flops is not None else {})}
+            if objective.chats:
+                charts["Answers"] = ANSWERS
+            if objective.charts:
+                charts[objective.stage.capitalize()] = dict(objective.charts)
             logger.experiment.add_custom_scalars(
                 {
                     category: {title: ["Multiline", [f"{tag}$" for tag in tags]] for title, tags in of_category.items()}

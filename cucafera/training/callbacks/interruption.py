@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 
-from cucafera.config.errors import EXIT_OUT_OF_TIME, EXIT_WORKER_LOST
+from cucafera.config.errors import EXIT_DIVERGED, EXIT_OUT_OF_TIME, EXIT_WORKER_LOST
 from cucafera.config.schema import Config
 from cucafera.output import notify
 from cucafera.training.callbacks.base import Callback
@@ -55,14 +55,17 @@ class Interruption(Callback):
         self._stop_signals = 0
         self._save_received = False
         self._worker_lost = "the death of a worker process"
+        self._guard = ""
 
     @property
     def reason(self) -> str:
-        """The signal, limit or death that stopped training, for messages."""
+        """The signal, limit, death or guard that stopped training, for messages."""
         if self.exit_code == EXIT_OUT_OF_TIME:
             return f"max_time={self.config.max_time}"
         if self.exit_code == EXIT_WORKER_LOST:
             return self._worker_lost
+        if self.exit_code == EXIT_DIVERGED:
+            return self._guard
         assert self.exit_code is not None
         if self.exit_code == 128 + signal.SIGUSR2:
             return "the sweep"
@@ -89,10 +92,28 @@ class Interruption(Callback):
         self._worker_lost = reason
         self._code = EXIT_WORKER_LOST
 
+    def stop_for_guard(self, trainer: pl.Trainer, step: int, guard: str) -> None:
+        """Stop after this step, with a checkpoint, for the guard of a setting; every process of a job calls it.
+
+        The last step ends training anyway, and is saved.
+        """
+        if self.exit_code is None and step < self.config.total_steps:
+            self._guard, self.exit_code = guard, EXIT_DIVERGED
+            trainer.should_stop = self.save_requested = True
+
     def on_session_start(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         """Install the handlers again: Lightning has set its own, which exit with status 0 and save nothing."""
         self.install_signal_handlers()
         self._training = True
+
+    @contextmanager
+    def exit_at_signal(self) -> Iterator[None]:
+        """Let a signal end the process at once within the context, in which there is nothing to save yet."""
+        self._training = False
+        try:
+            yield
+        finally:
+            self._training = True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
