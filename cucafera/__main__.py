@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "answer over HTTP: OpenAI's API and a web page",
     "telegram": "let people talk to a trained model in Telegram",
     "evaluate": "measure a trained model on text, multiple choice or lm-evaluation-harness tasks",
+    "prefer": "make preference pairs from a model's own answers: by rules, or by a person",
     "export": "write a trained model for Hugging Face transformers, llama.cpp or PEFT",
     "compare": "compare the configurations and results of runs",
 }

@@ -40,7 +40,7 @@ from cucafera.options import (
 )
 from cucafera.output import announced, notify, protect_output
 from cucafera.process import keep_freed_memory, let_threads_wait_briefly
-from cucafera.runs.locate import ModelLocation, locate_model
+from cucafera.runs.locate import ModelLocation, locate_model, model_name
 from cucafera.storage import read_small_file
 
 if TYPE_CHECKING:
@@ -265,16 +265,6 @@ def allowed_hosts(host: str, listener: socket.socket, has_keys: bool) -> frozens
     address = listener.getsockname()[0]
     own = {host.lower(), f"[{address}]" if ":" in address else address}
     return frozenset({"localhost", "127.0.0.1", "[::1]", *own})
-
-
-def model_name(source: str, location: ModelLocation) -> str:
-    """Return the name of a model in the API: that of its run, folder or file, or OWNER/NAME of the hub."""
-    if location.path is None:
-        return source.partition("@")[0]
-    path = location.path.resolve()
-    if location.kind == "checkpoint":
-        return path.parent.parent.name
-    return path.stem if location.kind == "gguf" else path.name
 
 
 def service_notes(arguments: argparse.Namespace, service: "Service") -> list[str]:

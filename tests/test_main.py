@@ -68,7 +68,7 @@ def test_a_command_started_by_name_is_what_python_m_starts(tmp_path):
         (["chta", "RUN"], "cucafera has no command chta. Did you mean chat?"),
         (
             ["zzz"],
-            "cucafera has no command zzz. The commands are run, inspect, chat, serve, telegram, evaluate, export, ",
+            "cucafera has no command zzz. The commands are run, inspect, chat, serve, telegram, evaluate, prefer, ",
         ),
         (["+experiment=pretrain"], "+experiment=pretrain needs a command before it; to train: cucafera run +exper"),
         (["name=dos mots"], "name=dos mots needs a command before it; to train: cucafera run 'name=dos mots'"),
@@ -120,6 +120,7 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
         ("cucafera.serve", "cucafera.options", ["x"]),
         ("cucafera.telegram", "cucafera.options", ["x"]),
         ("cucafera.evaluate", "cucafera.options", ["x"]),
+        ("cucafera.prefer", "cucafera.options", ["x"]),
         ("cucafera.export", "cucafera.config.schema", ["x"]),
         ("cucafera.compare", "cucafera.options", ["x"]),
     ],
