@@ -1,7 +1,8 @@
 """Evaluate a trained model: `python -m cucafera.evaluate RUN`.
 
-Without options, on what its run held out: bits per byte of documents, or of the answers of conversations. With options,
-on other text, multiple choice or lm-evaluation-harness; or show generated texts or attention maps.
+Without options, on what its run held out: bits per byte of documents, or of the answers of conversations, or preference
+pairs. With options, on other text, conversations, pairs, multiple choice or lm-evaluation-harness; or show generated
+texts or attention maps.
 """
 
 if __name__ == "__main__":  # before the other imports
@@ -10,6 +11,7 @@ if __name__ == "__main__":  # before the other imports
     exit_on_interrupt()
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
@@ -35,7 +37,9 @@ from cucafera.quantities import number_of
 from cucafera.runs.locate import is_gguf, locate_model, run_named
 
 if TYPE_CHECKING:
+    from cucafera.data.tokenizer import Tokenizer
     from cucafera.evaluation.evaluated_model import EvaluatedModel
+    from cucafera.evaluation.requests import Scorer
     from cucafera.evaluation.results import Result
 
 EXIT_INTERRUPTED = 130
@@ -121,9 +125,8 @@ def _measure(
 
 
 def _evaluate_gguf(arguments: argparse.Namespace) -> None:
-    """Measure --text with llama.cpp, the only measurement of a .gguf file."""
+    """Measure what only needs the likelihood of texts, with llama.cpp."""
     with announced(loading_line(arguments.run, locate_model(arguments.run)), sys.stdout):
-        from cucafera.evaluation.perplexity import measure_files
         from cucafera.evaluation.results import as_table
         from cucafera.interop.llama_cpp import LlamaCpp
 
@@ -131,23 +134,46 @@ def _evaluate_gguf(arguments: argparse.Namespace) -> None:
     print(f"{arguments.run}: {number_of(llama.parameters, 'parameter')}, computed by llama.cpp")
     for note in llama.notes:
         print(f"{note}.")
-    column = arguments.column or DEFAULT_COLUMN
-    result = measure_files(llama, llama.tokenizer, arguments.text, column, arguments.documents, arguments.stride)
-    print("\n" + as_table([result]))
+    raise_on_interrupt()
+    results = []
+    try:
+        for option, score in LIKELIHOODS.items():
+            if getattr(arguments, option):
+                results.append(score(arguments, llama, llama.tokenizer))
+    finally:
+        if results:
+            print("\n" + as_table(results))
 
 
 def _measure_held_out(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
-    from cucafera.evaluation.perplexity import measure_held_out
+    from cucafera.evaluation.held_out import measure_held_out
 
     yield from measure_held_out(evaluated, arguments.documents, arguments.stride)
 
 
-def _measure_text(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
+def _measure_likelihood(option: str, arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
     from cucafera.evaluation.likelihood import DecoderScorer
+
+    yield LIKELIHOODS[option](arguments, DecoderScorer(evaluated.model), evaluated.tokenizer)
+
+
+def _score_text(arguments: argparse.Namespace, scorer: "Scorer", tokenizer: "Tokenizer") -> "Result":
     from cucafera.evaluation.perplexity import measure_files
 
-    scorer, column = DecoderScorer(evaluated.model), arguments.column or DEFAULT_COLUMN
-    yield measure_files(scorer, evaluated.tokenizer, arguments.text, column, arguments.documents, arguments.stride)
+    column = arguments.column or DEFAULT_COLUMN
+    return measure_files(scorer, tokenizer, arguments.text, column, arguments.documents, arguments.stride)
+
+
+def _score_chats(arguments: argparse.Namespace, scorer: "Scorer", tokenizer: "Tokenizer") -> "Result":
+    from cucafera.evaluation.perplexity import measure_conversations
+
+    return measure_conversations(scorer, tokenizer, arguments.chats, arguments.documents, arguments.stride)
+
+
+def _score_pairs(arguments: argparse.Namespace, scorer: "Scorer", tokenizer: "Tokenizer") -> "Result":
+    from cucafera.evaluation.pairs import measure_pairs
+
+    return measure_pairs(scorer, tokenizer, arguments.pairs, arguments.documents)
 
 
 def _measure_choices(arguments: argparse.Namespace, evaluated: "EvaluatedModel") -> "Iterator[Result]":
@@ -183,7 +209,8 @@ def _show_samples(arguments: argparse.Namespace, evaluated: "EvaluatedModel") ->
     prompts = read_prompts(arguments.prompts) if arguments.prompts else evaluated.prompts or list(DEFAULT_PROMPTS)
     device = evaluated.model.embed_tokens.weight.device
     generators = [CucaferaGenerator(evaluated), *(load_generator(source, device) for source in arguments.compare)]
-    write_samples(generators, prompts, sampling_of(arguments), arguments.seed, path)
+    figures = write_samples(generators, prompts, sampling_of(arguments), arguments.seed, path)
+    print("\n" + "\n".join(figures))
     return path
 
 
@@ -210,8 +237,16 @@ class Mode(NamedTuple, Generic[T]):
     package: tuple[str, str] | None = None
 
 
+LIKELIHOODS: "dict[str, Callable[[argparse.Namespace, Scorer, Tokenizer], Result]]" = {
+    "text": _score_text,
+    "chats": _score_chats,
+    "pairs": _score_pairs,
+}
+"""What only needs the likelihood of texts, by option: llama.cpp computes it too."""
 MEASUREMENTS: "dict[str, Mode[Iterator[Result]]]" = {
-    "text": Mode(_measure_text, details=("column",)),
+    "text": Mode(functools.partial(_measure_likelihood, "text"), details=("column",)),
+    "chats": Mode(functools.partial(_measure_likelihood, "chats")),
+    "pairs": Mode(functools.partial(_measure_likelihood, "pairs")),
     "choices": Mode(_measure_choices, details=("apply_chat_template",)),
     "tasks": Mode(
         _measure_tasks,
@@ -242,7 +277,7 @@ def check_values(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < minimum:
             raise UserError(f"{_option(name)} is {value}; it must be at least {minimum}")
-    for name in ("text", "tasks", "attention"):
+    for name in (*LIKELIHOODS, "tasks", "attention"):
         value = getattr(arguments, name)
         if value is not None and not value.strip(" ,"):
             raise UserError(f"{_option(name)} is empty")
@@ -255,8 +290,7 @@ def check_values(arguments: argparse.Namespace) -> None:
     if arguments.fewshot_as_multiturn is not None and not arguments.apply_chat_template:
         raise UserError("--fewshot-as-multiturn has no effect without --apply-chat-template")
     for main_option, mode in modes.items():
-        asked = bool(getattr(arguments, main_option))
-        if asked and mode.package and importlib.util.find_spec(mode.package[0]) is None:
+        if getattr(arguments, main_option) and mode.package and importlib.util.find_spec(mode.package[0]) is None:
             raise UserError(f"{_option(main_option)} needs {mode.package[0]}: pip install '.[{mode.package[1]}]'")
     sampling_of(arguments)
     for name in ("layers", "heads"):
@@ -265,10 +299,10 @@ def check_values(arguments: argparse.Namespace) -> None:
         raise UserError("--out needs either --samples or --attention: it is the path of that page or picture")
     if arguments.out and arguments.attention and Path(arguments.out).suffix != ".png":
         raise UserError(f"--out {arguments.out}: the picture must be a .png file")
-    if is_gguf(arguments.run) and (
-        not arguments.text or any(getattr(arguments, name) for name in modes if name != "text")
-    ):
-        raise UserError(f"{arguments.run}: a .gguf file can only be measured with --text; use its run for the rest")
+    asked = {name for name in modes if getattr(arguments, name)}
+    if is_gguf(arguments.run) and (not asked or asked - LIKELIHOODS.keys()):
+        options = " or ".join(map(_option, LIKELIHOODS))
+        raise UserError(f"{arguments.run}: a .gguf file can only be measured with {options}; use its run for the rest")
 
 
 def check_paths(arguments: argparse.Namespace) -> None:
@@ -279,12 +313,20 @@ def check_paths(arguments: argparse.Namespace) -> None:
         from cucafera.evaluation.texts import check_texts
 
         check_texts(arguments.text, arguments.column or DEFAULT_COLUMN)
+    if arguments.chats:
+        from cucafera.evaluation.texts import check_conversations
+
+        check_conversations(arguments.chats)
+    if arguments.pairs:
+        from cucafera.evaluation.pairs import check_pairs
+
+        check_pairs(arguments.pairs)
     if arguments.choices:
         from cucafera.evaluation.multiple_choice import read_questions
 
         for path in arguments.choices:
             read_questions(path)
-    given = [("--text", arguments.text)] if arguments.text else []
+    given = [(_option(name), getattr(arguments, name)) for name in LIKELIHOODS if getattr(arguments, name)]
     for option, path in [*given, *(("--choices", path) for path in arguments.choices)]:
         from cucafera.evaluation.texts import file_notes
 
@@ -335,25 +377,35 @@ def command_line_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "evaluate",
         description="Evaluate a trained model. Without options: bits per byte of the documents that its run held out, "
-        "or of the answers of its held-out conversations. Results are printed, and saved to evaluation.json and "
+        "or of the answers of its held-out conversations; of a preference run, its held-out pairs, and the answers "
+        "that the finetuned run before it held out. Results are printed, and saved to evaluation.json and "
         "TensorBoard in the run folder; a repeated measurement replaces the earlier result.",
     )
     add_run(
         parser,
-        "a run folder (its best checkpoint), a checkpoint, or a Hugging Face folder or name; with --text also a .gguf "
-        "file",
+        "a run folder (its best checkpoint), a checkpoint, or a Hugging Face folder or name; with --text, --chats "
+        "or --pairs also a .gguf file",
     )
     add_average(parser)
     add_device(parser)
     parser.add_argument("--out", metavar="FILE", help="output of --samples or --attention (default: in the run folder)")
 
-    text = parser.add_argument_group("bits per byte and perplexity of text, in overlapping windows")
+    text = parser.add_argument_group("bits per byte and perplexity of text or answers, in overlapping windows")
     text.add_argument("--text", metavar="FILE", help="a file, folder or glob of .jsonl, .csv, .parquet or .txt")
     text.add_argument("--column", help=f"the column of the text (default: {DEFAULT_COLUMN})")
-    text.add_argument("--documents", type=int, metavar="N", help="only the first N documents (default: all)")
+    text.add_argument(
+        "--chats", metavar="FILE",
+        help="the same of conversations, in the formats that finetuning reads: only their answers are scored",
+    )  # fmt: skip
+    text.add_argument(
+        "--documents", type=int, metavar="N", help="only the first N documents, conversations or pairs (default: all)"
+    )
     text.add_argument(
         "--stride", type=int, metavar="TOKENS", help="tokens scored per window (default: half of the context)"
     )
+
+    pairs = parser.add_argument_group("preference pairs: is the better answer the more probable one")
+    pairs.add_argument("--pairs", metavar="FILE", help="a file, folder or glob, in the formats of preference tuning")
 
     choices = parser.add_argument_group("multiple choice, scored as in lm-evaluation-harness")
     choices.add_argument(

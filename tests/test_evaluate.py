@@ -84,6 +84,26 @@ def test_text_and_choices_are_measured_and_saved(command, runs, tmp_path):
     assert answered["metrics"]["acc"]["stderr"] == 0.0
 
 
+def test_the_answers_of_conversations_are_measured_and_saved(command, runs, tmp_path):
+    for name in ("base", "chat"):
+        code, out, _ = command(f"outputs/{name}", "--chats", "chat.jsonl", "--documents", "5")
+        assert code == 0 and "5 conversations, answers only" in out
+        (entry,) = (entry for entry in entries(runs, name) if entry["task"] == "chat")
+        assert entry["kind"] == "answers" and 0 < entry["metrics"]["bpb"]["value"] < 20
+        assert entry["settings"] == {"chats": "chat.jsonl", "documents": 5, "stride": 64, "context": 128}
+
+
+def test_preference_pairs_are_measured_and_saved_for_any_model(command, runs, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "la mar", "chosen": "el sol", "rejected": "no"}) + "\n")
+    for name in ("base", "chat"):
+        code, out, _ = command(f"outputs/{name}", "--pairs", str(pairs))
+        assert code == 0 and "logprob_sum_accuracy" in out and "pairs: 1 pair\n" in out
+        (entry,) = (entry for entry in entries(runs, name) if entry["task"] == "pairs")
+        assert entry["kind"] == "pairs" and entry["metrics"]["chosen_logprob"]["value"] < 0
+        assert entry["settings"] == {"pairs": str(pairs), "documents": None, "context": 128}
+
+
 def test_choices_are_answers_in_a_conversation_for_a_chat_model_unless_asked_otherwise(command, runs, tmp_path):
     choices = tmp_path / "copa_ca.jsonl"
     choices.write_text(json.dumps(QUESTION) + "\n")
@@ -106,7 +126,8 @@ def test_an_unknown_task_is_refused_before_anything_is_measured(command, runs):
 
 def test_samples_and_attention_go_into_the_run_folder_or_to_out(command, runs, tmp_path):
     code, out, _ = command("outputs/base", "--samples", "--compare", "outputs/chat", "--max-new-tokens", "4")
-    assert code == 0 and "outputs/base/samples.html" in out
+    assert code == 0 and "outputs/base/samples.html" in out and "outputs/chat  " in out
+    assert out.count(" ended by themselves, ") == 2
     content = (runs / "outputs" / "base" / "samples.html").read_text()
     assert "la mar" in content and "el sol" in content and "outputs/chat" in content
     picture = tmp_path / "a.png"
@@ -124,6 +145,12 @@ def test_samples_and_attention_go_into_the_run_folder_or_to_out(command, runs, t
         ([], "RUN is missing: the newest run below outputs/ is outputs/chat. To take it: cucafera evaluate"),
         (["outputs/base", "--text", "nothing.jsonl"], "--text: there is no file nothing.jsonl"),
         (["outputs/base", "--text", ""], "--text is empty"),
+        (["outputs/chat", "--chats", " "], "--chats is empty"),
+        (["outputs/chat", "--pairs", " "], "--pairs is empty"),
+        (["outputs/chat", "--pairs", "nothing.jsonl"], "--pairs: there is no file nothing.jsonl"),
+        (["outputs/chat", "--pairs", "chat.jsonl"], "conversations are measured with --chats, documents with --text"),
+        (["outputs/chat", "--chats", "nothing.jsonl"], "--chats: there is no file nothing.jsonl"),
+        (["outputs/chat", "--chats", "corpus.jsonl"], "corpus.jsonl:1: no conversation is recognized in the columns"),
         (["outputs/base", "--text", "corpus.jsonl", "--column", "words"], "no column 'words'; it has text"),
         (["outputs/base", "--text", "corpus.jsonl", "--stride", "0"], "--stride is 0; it must be at least 1"),
         (["outputs/base", "--stride", "128"], "--stride is 128; it must be below the model's context of 128 tokens"),
@@ -174,7 +201,7 @@ def test_a_run_without_its_prepared_data_is_an_error_with_alternatives(command, 
     monkeypatch.chdir(tmp_path)
     code, _, err = command("outputs/base")
     assert code == 2
-    assert "its tokenized data is not in prepared; give --text FILE for bits per byte, --choices" in err
+    assert "its tokenized data is not in prepared; give --text FILE for bits per byte, --chats" in err
 
 
 def test_a_damaged_results_file_is_not_overwritten(command, runs):
@@ -209,6 +236,8 @@ def test_layers_and_heads_are_separated_by_commas(command):
         (["outputs/base", "--nothing"], 2),
         (["outputs/nowhere"], 2),
         (["outputs/base", "--text", "nowhere.jsonl"], 2),
+        (["outputs/base", "--chats", "corpus.jsonl"], 2),
+        (["outputs/base", "--pairs", "corpus.jsonl"], 2),
         (["outputs/base", "--choices", "corpus.jsonl"], 2),
     ],
 )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,31 @@ from cucafera.interop.trained import TrainedModel, load_mean, load_trained
 from cucafera.quantities import number_of
 from cucafera.runs.averaging import steps_in_words
 from cucafera.runs.checkpoints import read_checkpoint
+from cucafera.runs.folder import RunFolder
+
+
+class PreparedSources(NamedTuple):
+    """The prepared data of a run.
+
+    Attributes:
+        fingerprints: Of the training data, by source; empty if unknown.
+        folder: data.prepared_dir; a relative one is relative to the folder that training was started in.
+    """
+
+    fingerprints: dict[str, str]
+    folder: Path
+
+
+def prepared_sources(run: RunFolder, checkpoint: Path) -> PreparedSources:
+    """Return the prepared data of a run, as its config.yaml and one of its checkpoints say.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    identity: dict[str, str] = read_checkpoint(checkpoint, mapped=True)["fingerprints"]
+    prefix = "data.sources."
+    fingerprints = {name.removeprefix(prefix): value for name, value in identity.items() if name.startswith(prefix)}
+    return PreparedSources(fingerprints, Path(str(_setting(run, "data", "prepared_dir") or "outputs/prepared")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,29 +57,21 @@ class EvaluatedModel(TrainedModel):
         return f"{number_of(parameters, 'parameter')}; {origin or self.checkpoint.name + steps}"
 
     @property
-    def sources(self) -> dict[str, str]:
-        """The identity of the training data, by source; empty if unknown."""
-        if self.run is None:
-            return {}
-        identity: dict[str, str] = read_checkpoint(self.checkpoint, mapped=True)["fingerprints"]
-        prefix = "data.sources."
-        return {name.removeprefix(prefix): value for name, value in identity.items() if name.startswith(prefix)}
-
-    @property
-    def prepared(self) -> Path:
-        """The run's data.prepared_dir; a relative one is relative to the folder that training was started in."""
-        return Path(str(self._setting("data", "prepared_dir") or "outputs/prepared"))
+    def data(self) -> PreparedSources | None:
+        """The prepared data of its run; None for a model from elsewhere."""
+        return None if self.run is None else prepared_sources(self.run, self.checkpoint)
 
     @property
     def prompts(self) -> list[str]:
         """The prompts of the run's samples; empty if unknown."""
-        prompts = self._setting("callbacks", "prompts")
+        prompts = None if self.run is None else _setting(self.run, "callbacks", "prompts")
         return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
-    def _setting(self, group: str, key: str) -> Any:
-        """Return a setting of the run; None if it is not there: another version may have written its config.yaml."""
-        settings = {} if self.run is None else self.run.read_config().get(group)
-        return settings.get(key) if isinstance(settings, dict) else None
+
+def _setting(run: RunFolder, group: str, key: str) -> Any:
+    """Return a setting of a run; None if it is not there: another version may have written its config.yaml."""
+    settings = run.read_config().get(group)
+    return settings.get(key) if isinstance(settings, dict) else None
 
 
 def load_evaluated_model(source: str, device: torch.device, averaged: Sequence[Path] = ()) -> EvaluatedModel:

@@ -19,25 +19,21 @@ from typing import Any
 import numpy as np
 
 from cucafera.config.errors import UserError
-from cucafera.config.tokens import DOCUMENT_START_ID
 from cucafera.data.chatml import Rendered
-from cucafera.data.conversations import held_out_conversations, tokens_that_fit
-from cucafera.data.packed import held_out_stream
-from cucafera.data.shards import TokenStream
+from cucafera.data.conversations import tokens_that_fit
 from cucafera.data.tokenizer import Tokenizer
-from cucafera.evaluation.evaluated_model import EvaluatedModel
-from cucafera.evaluation.likelihood import DecoderScorer
 from cucafera.evaluation.progress import progress_bar
 from cucafera.evaluation.requests import Scorer, ScoringWindow
 from cucafera.evaluation.results import Metric, Result
-from cucafera.evaluation.texts import EncodedText, read_texts, task_name
+from cucafera.evaluation.texts import EncodedText, read_conversations, read_texts, task_name
 from cucafera.quantities import number_of
 
 TOKENS_AT_ONCE = 1 << 15
 """Tokens of the texts whose windows are scored together; the progress bar moves as often."""
 ALTERNATIVES = (
-    "give --text FILE for bits per byte, --choices FILE for multiple choice, --tasks NAMES for lm-evaluation-harness, "
-    "--samples for generated texts, or --attention TEXT for attention maps"
+    "give --text FILE for bits per byte, --chats FILE for those of answers, --pairs FILE for preference pairs, "
+    "--choices FILE for multiple choice, --tasks NAMES for lm-evaluation-harness, --samples for generated texts, or "
+    "--attention TEXT for attention maps"
 )
 
 
@@ -76,49 +72,67 @@ def measure_files(
     Raises:
         UserError: the files cannot be read or hold no text, or the stride is not below the context.
     """
-    settings = {"text": path, "column": column, "documents": documents}
     texts = read_texts(path, column, documents, tokenizer)
-    return _measure(scorer, "text", task_name(path), texts, stride, settings)
+    return measure_texts(scorer, task_name(path), texts, documents, stride, {"text": path, "column": column})
 
 
-def measure_held_out(evaluated: EvaluatedModel, documents: int | None, stride: int | None) -> Iterator[Result]:
-    """Yield, for each source of the run, bits per byte and perplexity of what was held out from training.
+def measure_conversations(
+    scorer: Scorer, tokenizer: Tokenizer, path: str, documents: int | None, stride: int | None
+) -> Result:
+    """Return bits per byte and perplexity of the answers of the conversations of files.
 
     Args:
-        evaluated: The model.
-        documents, stride: As for `measure_files`.
+        scorer: The model.
+        tokenizer: Its tokenizer.
+        path: A file, folder or glob.
+        documents: Maximum number of conversations; None: all.
+        stride: As for `measure_files`: without effect, since what is scored of a conversation is one window.
 
     Raises:
-        UserError: the held-out data is not known or deleted, or the stride is not below the context.
+        UserError: the files cannot be read, hold no conversation or none whose first answer ends within the context, or
+            the stride is not below the context.
     """
-    held_out = held_out_texts(evaluated)
-    if not held_out:
-        reason = f": its tokenized data is not in {evaluated.prepared}" if evaluated.sources else ""
-        raise UserError(f"the held-out data of {evaluated.source} cannot be measured{reason}; {ALTERNATIVES}")
-    for name, texts in held_out.items():
-        kind = "answers" if evaluated.chats else "text"
-        settings = {"held_out": name, "documents": documents}
-        selected = islice(texts, documents)
-        yield _measure(DecoderScorer(evaluated.model), kind, f"held-out-{name}", selected, stride, settings)
+    answers = FittingAnswers(read_conversations(path, tokenizer), tokenizer, scorer.context)
+    return measure_texts(scorer, task_name(path), answers, documents, stride, {"chats": path})
 
 
-def _measure(
-    scorer: Scorer, kind: str, task: str, texts: Iterable[EncodedText], stride: int | None, settings: dict[str, Any]
+def measure_texts(
+    scorer: Scorer,
+    task: str,
+    texts: "Iterable[EncodedText] | FittingAnswers",
+    documents: int | None,
+    stride: int | None,
+    settings: dict[str, Any],
 ) -> Result:
+    """Return bits per byte and perplexity of texts.
+
+    Args:
+        scorer: The model.
+        task: Name of the measurement.
+        texts: Documents, or the answers of conversations.
+        documents: Maximum number of them; None: all.
+        stride: Tokens that a later window scores; None: half of the context.
+        settings: Of the result; the other arguments are added.
+
+    Raises:
+        UserError: there is no text, or the stride is not below the context.
+    """
     stride = scorer.context // 2 if stride is None else stride
     if stride >= scorer.context:
         raise UserError(
             f"--stride is {stride:,}; it must be below the model's context of {number_of(scorer.context, 'token')}"
         )
-    sums = score_texts(scorer, texts, stride)
+    sums = score_texts(scorer, islice(texts, documents), stride)
+    is_chat = isinstance(texts, FittingAnswers)
+    too_long = texts.too_long if isinstance(texts, FittingAnswers) else ""
     if not sums.tokens or not sums.text_bytes:
-        raise UserError(f"{task}: there is no text to measure; {ALTERNATIVES}")
-    unit, left_out = ("conversation", "answers only") if kind == "answers" else ("document", "their ends not scored")
+        raise UserError(f"{task}: there is no text to measure{too_long and f': {too_long}'}; {ALTERNATIVES}")
+    unit, scored = ("conversation", "answers only") if is_chat else ("document", "their ends not scored")
     amounts = (number_of(sums.tokens, "token"), number_of(sums.text_bytes, "byte"), number_of(sums.texts, unit))
-    note = (
-        f"{', '.join(amounts)}, {left_out}; sliding windows of {number_of(scorer.context, 'token')}, stride {stride:,}"
-    )
-    return Result(kind, task, sums.metrics(), settings | {"stride": stride, "context": scorer.context}, note)
+    note = f"{', '.join(amounts)}, {scored}; sliding windows of {number_of(scorer.context, 'token')}, stride {stride:,}"
+    note += too_long and f"; {too_long}"
+    settings = settings | {"documents": documents, "stride": stride, "context": scorer.context}
+    return Result("answers" if is_chat else "text", task, sums.metrics(), settings, note)
 
 
 def score_texts(scorer: Scorer, texts: Iterable[EncodedText], stride: int) -> ScoreSums:
@@ -175,47 +189,39 @@ def _batches(texts: Iterable[EncodedText]) -> Iterator[list[EncodedText]]:
         yield batch
 
 
-def held_out_texts(evaluated: EvaluatedModel) -> dict[str, Iterator[EncodedText]]:
-    """Return, by source, the held-out documents of a run, or its held-out conversations with the answers scored.
-
-    A source whose prepared tokens were deleted is left out.
-    """
-    found: dict[str, Iterator[EncodedText]] = {}
-    for name, identity in evaluated.sources.items():
-        vocab_size = evaluated.model.config.vocab_size
-        if evaluated.chats:
-            conversations = held_out_conversations(evaluated.prepared, identity, vocab_size)
-            if conversations is not None:
-                rendered = map(conversations.conversation, range(len(conversations)))
-                found[name] = _answers(rendered, evaluated.tokenizer, evaluated.model.config.max_position_embeddings)
-        else:
-            stream = held_out_stream(evaluated.prepared, identity, evaluated.tokenizer, vocab_size)
-            if stream is not None:
-                found[name] = _documents(stream, evaluated.tokenizer)
-    return found
-
-
-def _documents(stream: TokenStream, tokenizer: Tokenizer) -> Iterator[EncodedText]:
-    """Yield the documents of a stream: each runs from one document start token to the next."""
-    token_bytes = tokenizer.token_bytes()
-    document: list[int] = []
-    for start in range(0, len(stream), TOKENS_AT_ONCE):
-        for token in stream.read(start, min(TOKENS_AT_ONCE, len(stream) - start)).tolist():
-            if token == DOCUMENT_START_ID and document:
-                yield EncodedText(document, None, int(token_bytes[document].sum()))
-                document = []
-            document.append(token)
-    if document:
-        yield EncodedText(document, None, int(token_bytes[document].sum()))
-
-
-def _answers(conversations: Iterable[Rendered], tokenizer: Tokenizer, context: int) -> Iterator[EncodedText]:
-    """Yield conversations up to their last answer that fits the context; scored is what finetuning trains on.
+class FittingAnswers:
+    """Conversations up to the last answer that fits the context; scored is what finetuning trains on.
 
     That is each answer with its <im_end>.
+
+    Args:
+        conversations: Consumed once.
+        tokenizer: The model's tokenizer.
+        context: Tokens of the model's context.
+
+    Attributes:
+        cut, left_out: Conversations so far that are longer: cut after an answer, or left out, since none fits.
     """
-    token_bytes = tokenizer.token_bytes()
-    for rendered in conversations:
-        if length := tokens_that_fit(rendered, context - 1):
-            ids, trained = rendered.ids[: length + 1], rendered.trained[: length + 1]
-            yield EncodedText(ids.tolist(), trained.tolist(), int(token_bytes[ids[trained].astype(np.int64)].sum()))
+
+    def __init__(self, conversations: Iterable[Rendered], tokenizer: Tokenizer, context: int) -> None:
+        self.cut = self.left_out = 0
+        self._conversations = conversations
+        self._token_bytes = tokenizer.token_bytes()
+        self._context = context
+
+    def __iter__(self) -> Iterator[EncodedText]:
+        for rendered in self._conversations:
+            length = tokens_that_fit(rendered, self._context - 1)
+            self.left_out += length == 0
+            if length:
+                self.cut += length < len(rendered.ids) - 1
+                ids, trained = rendered.ids[: length + 1], rendered.trained[: length + 1]
+                scored_bytes = self._token_bytes[ids[trained].astype(np.int64)].sum()
+                yield EncodedText(ids.tolist(), trained.tolist(), int(scored_bytes))
+
+    @property
+    def too_long(self) -> str:
+        """A clause on conversations that are longer than the context; empty if there was none."""
+        parts = [(self.cut, "cut after an answer"), (self.left_out, "left out, since no answer ends within it")]
+        done = " and ".join(f"{count:,} {what}" for count, what in parts if count)
+        return done and f"longer than the context: {done}"

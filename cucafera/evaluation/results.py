@@ -35,7 +35,7 @@ class Result:
     """The result of one measurement.
 
     Attributes:
-        kind: text, answers, choices or harness.
+        kind: text, answers, pairs, choices or harness.
         task: Name of the text or task.
         metrics: By name.
         settings: Everything but the weights that decides the metrics, as plain data.

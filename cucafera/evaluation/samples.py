@@ -12,7 +12,7 @@ from cucafera.config.tokens import DOCUMENT_START_ID
 from cucafera.data.chatml import STOP_IDS, Message, render_prompt
 from cucafera.evaluation.evaluated_model import EvaluatedModel, load_evaluated_model
 from cucafera.evaluation.progress import progress_bar
-from cucafera.evaluation.samples_page import GeneratedText, ModelColumn, samples_page
+from cucafera.evaluation.samples_page import GeneratedText, ModelColumn, describe_texts, samples_page
 from cucafera.generation.generate import generate
 from cucafera.interop.hf_spec import folder_of
 from cucafera.quantities import number_of
@@ -51,7 +51,7 @@ class CucaferaGenerator:
             ids = [DOCUMENT_START_ID, *tokenizer.encode(prompt)]
         ids = ids[-(model.config.max_position_embeddings - 1) :]  # one position is left for the first new token
         (written,) = generate(model, tokenizer, [ids], sampling, frozenset(STOP_IDS), seed)
-        return GeneratedText(written.text, written.finish_reason)
+        return GeneratedText(written.text, written.finish_reason, len(written.ids))
 
 
 class TransformersGenerator:
@@ -110,10 +110,13 @@ class TransformersGenerator:
             )[0, ids.shape[1] :]
         text = self.tokenizer.decode(written, skip_special_tokens=True)
         if positions := [text.index(stop) for stop in sampling.stop if stop in text]:
-            return GeneratedText(text[: min(positions)], "stop")
-        if len(written) < max_new_tokens or self._is_eos(int(written[-1])):
-            return GeneratedText(text, "stop")
-        return GeneratedText(text, "length" if max_new_tokens == sampling.max_new_tokens else "context")
+            text = text[: min(positions)]
+            return GeneratedText(text, "stop", len(self.tokenizer(text, add_special_tokens=False).input_ids))
+        is_ended = self._is_eos(int(written[-1]))
+        tokens = len(written) - is_ended
+        if is_ended or len(written) < max_new_tokens:
+            return GeneratedText(text, "stop", tokens)
+        return GeneratedText(text, "length" if max_new_tokens == sampling.max_new_tokens else "context", tokens)
 
     def _encode(self, prompt: str) -> torch.Tensor:
         if not self.chats:
@@ -147,13 +150,16 @@ def load_generator(source: str, device: torch.device) -> TextGenerator:
 
 def write_samples(
     generators: Sequence[TextGenerator], prompts: Sequence[str], sampling: SamplingConfig, seed: int, path: Path
-) -> None:
+) -> list[str]:
     """Let each model write after each prompt, with the same seed, and write the page.
+
+    Returns:
+        A line per model: its name, and figures of its texts.
 
     Raises:
         UserError: the page cannot be written.
     """
-    rows = []
+    rows: list[tuple[str, list[GeneratedText]]] = []
     with progress_bar("Writing", len(prompts) * len(generators)) as bar:
         for prompt in prompts:
             texts = []
@@ -165,3 +171,8 @@ def write_samples(
         write_text(path, samples_page([generator.column for generator in generators], rows, sampling, seed))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    width = max(len(generator.column.name) for generator in generators)
+    return [
+        f"{generator.column.name:<{width}}  {describe_texts([texts[number] for _, texts in rows])}"
+        for number, generator in enumerate(generators)
+    ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from cucafera.config.errors import UserError
 from cucafera.config.schema import SamplingConfig
+from cucafera.data.repetition import repeats_words
 from cucafera.markup import html_text
 from cucafera.quantities import number_of
 
@@ -21,6 +22,7 @@ th, td { border: 1px solid #ccc; padding: .6rem .7rem; text-align: left; vertica
 thead th { position: sticky; top: 0; background: #f2f2f2; }
 thead th:first-child { width: 16%; } tbody th { background: #fafafa; }
 .text { white-space: pre-wrap; } .facts, .finish { font-size: .8rem; font-weight: normal; color: #666; }
+.figures { font-size: .85rem; font-weight: normal; }
 """
 
 
@@ -30,10 +32,12 @@ class GeneratedText(NamedTuple):
     Attributes:
         text: Without the prompt.
         finish_reason: stop, length or context, as in `generation.generate`.
+        tokens: Its length, without the token that ends it.
     """
 
     text: str
     finish_reason: str
+    tokens: int
 
 
 class ModelColumn(NamedTuple):
@@ -71,9 +75,11 @@ def samples_page(
         sampling, seed: How the texts were generated.
     """
     names = ", ".join(model.name for model in models)
+    columns = zip(*(texts for _, texts in rows), strict=True)
     heads = "".join(
-        f'<th scope="col">{html_text(model.name)}<div class="facts">{html_text(model.facts)}</div></th>'
-        for model in models
+        f'<th scope="col">{html_text(model.name)}<div class="facts" lang="en">{html_text(model.facts)}</div>'
+        f'<div class="figures" lang="en">{describe_texts(texts)}</div></th>'
+        for model, texts in zip(models, columns, strict=True)
     )
     body = "\n".join(
         f'<tr><th scope="row">{html_text(prompt)}</th>{"".join(map(_cell, texts))}</tr>' for prompt, texts in rows
@@ -88,10 +94,25 @@ def samples_page(
     )
 
 
+def describe_texts(texts: Sequence[GeneratedText]) -> str:
+    """Return figures of a model's texts: how many ended by themselves, how many have a repeated 5-gram, mean length."""
+    ended = sum(text.finish_reason == "stop" for text in texts)
+    repeated = sum(repeats_words(text.text) for text in texts)
+    mean = sum(text.tokens for text in texts) / len(texts)
+    return (
+        f"{ended} of {len(texts)} ended by themselves, {repeated} with a repeated 5-gram, "
+        f"{number_of(round(mean), 'token')} on average"
+    )
+
+
 def _cell(generated: GeneratedText) -> str:
-    reason = FINISH_REASONS.get(generated.finish_reason, html_text(generated.finish_reason))
+    facts = [
+        FINISH_REASONS.get(generated.finish_reason, html_text(generated.finish_reason)),
+        number_of(generated.tokens, "token"),
+        *(["repeated 5-gram"] if repeats_words(generated.text) else []),
+    ]
     text = html_text(generated.text) if generated.text.strip() else "(empty)"
-    return f'<td><div class="text">{text}</div><div class="finish">{reason}</div></td>'
+    return f'<td><div class="text">{text}</div><div class="finish" lang="en">{", ".join(facts)}</div></td>'
 
 
 def _describe(sampling: SamplingConfig, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Texts to score, without torch: the documents of files as token ids."""
+"""Texts to score, without torch: the documents and conversations of files as token ids."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 from cucafera.config.schema import ColumnsConfig
 from cucafera.config.tokens import DOCUMENT_START_ID
+from cucafera.data.chatml import Message, Rendered, render, up_to_last_answer
+from cucafera.data.conversation_formats import conversation_of_row
 from cucafera.data.sources import CorpusError, ReadContext
 from cucafera.data.sources.files import FilesConfig, FilesSource
 from cucafera.data.tokenizer import Tokenizer
+
+CONVERSATIONS_AT_A_TIME = 1000
 
 
 class EncodedText(NamedTuple):
@@ -60,6 +64,35 @@ def _documents(path: str, column: str) -> Iterator[str]:
         yield text
     if not source.counts.documents:
         raise CorpusError(f"--text {path} holds no document")
+
+
+def check_conversations(path: str) -> None:
+    """Read the first conversation of files. Raises CorpusError as `read_conversations` does."""
+    next(_conversations(path))
+
+
+def read_conversations(path: str, tokenizer: Tokenizer) -> Iterator[Rendered]:
+    """Yield the conversations of files, in the formats that finetuning reads, up to the last answer of each.
+
+    Args:
+        path: A file, folder or glob.
+        tokenizer: Encodes them.
+
+    Raises:
+        CorpusError: the files do not exist, cannot be read, or hold no conversation.
+    """
+    conversations = _conversations(path)
+    while batch := list(islice(conversations, CONVERSATIONS_AT_A_TIME)):
+        yield from map(up_to_last_answer, render(batch, tokenizer))
+
+
+def _conversations(path: str) -> Iterator[list[Message]]:
+    advice = "Fix it, or remove it; documents are measured with --text, preference pairs with --pairs"
+    source = FilesSource(FilesConfig(path=path), ReadContext("--chats", "name another file", advice))
+    for conversation, _ in source.convert(lambda row: conversation_of_row(row, source.config.columns)):
+        yield conversation
+    if not source.counts.documents:
+        raise CorpusError(f"--chats {path} holds no conversation")
 
 
 def task_name(path: str) -> str:

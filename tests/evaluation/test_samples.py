@@ -50,7 +50,7 @@ class Page(HTMLParser):
 def test_a_page_has_prompts_as_rows_and_models_as_columns(base, chat, foreign, tmp_path):
     generators = [CucaferaGenerator(base), load_generator("outputs/chat", CPU), load_generator(str(foreign), CPU)]
     path = tmp_path / "samples.html"
-    write_samples(generators, ["la mar", "el <b>sol</b> & més"], SAMPLING, 3, path)
+    figures = write_samples(generators, ["la mar", "el <b>sol</b> & més"], SAMPLING, 3, path)
     content = path.read_text(encoding="utf-8")
     read = Page(content)
     assert [read.tags.count(tag) for tag in ("tr", "th", "td", "script", "b", "link", "img")] == [3, 6, 6, 0, 0, 0, 0]
@@ -58,7 +58,10 @@ def test_a_page_has_prompts_as_rows_and_models_as_columns(base, chat, foreign, t
     assert "continues" in content and "step-00000012.ckpt, after 12 steps; answers" in content
     assert "GPT2LMHeadModel of transformers" in content
     assert "temperature 1, top_k 50, top_p 0.9, min_p 0, seed 3 for each text" in content
-    assert "cut at max_new_tokens" in content
+    assert "cut at max_new_tokens, 6 tokens" in content
+    assert [line.split()[0] for line in figures] == ["outputs/base", "outputs/chat", str(foreign)]
+    for line in figures:
+        assert line.split("  ")[-1].strip() in read.texts and " of 2 ended by themselves, " in line
 
 
 def test_the_same_seed_gives_the_same_texts_in_any_order(base, foreign):
@@ -89,8 +92,21 @@ def test_a_stop_text_ends_generation_of_either_backend(base, foreign):
 
 def test_an_empty_text_is_marked(base):
     assert "(empty)" in samples_page(
-        [CucaferaGenerator(base).column], [("x", [GeneratedText(" ", "stop")])], SAMPLING, 0
+        [CucaferaGenerator(base).column], [("x", [GeneratedText(" ", "stop", 1)])], SAMPLING, 0
     )
+
+
+def test_the_head_of_a_column_has_the_figures_of_all_its_texts():
+    loop = GeneratedText("i la mar i el sol, " * 3, "length", 30)
+    rows = [("p", [loop, GeneratedText("la mar", "stop", 2)]), ("q", [GeneratedText("el sol", "stop", 3)] * 2)]
+    page = samples_page([ModelColumn("before", "f"), ModelColumn("after", "f")], rows, SAMPLING, 0)
+    before, after = (
+        "1 of 2 ended by themselves, 1 with a repeated 5-gram, 16 tokens on average",
+        "2 of 2 ended by themselves, 0 with a repeated 5-gram, 2 tokens on average",
+    )
+    assert page.index(">before<") < page.index(before) < page.index(">after<") < page.index(after)
+    assert page.count("repeated 5-gram</div>") == 1
+    assert "cut at max_new_tokens, 30 tokens, repeated 5-gram</div>" in page
 
 
 @pytest.mark.parametrize(
@@ -124,6 +140,8 @@ def test_prompts_are_the_non_empty_lines_of_a_file(tmp_path):
 
 
 def test_the_page_keeps_the_indentation_of_a_text_and_shows_control_characters():
-    page = samples_page([ModelColumn("x\x1b[0m", "facts")], [("p", [GeneratedText("    f()\n", "stop")])], SAMPLING, 0)
+    page = samples_page(
+        [ModelColumn("x\x1b[0m", "facts")], [("p", [GeneratedText("    f()\n", "stop", 3)])], SAMPLING, 0
+    )
     assert '<div class="text">    f()\n</div>' in page
     assert "\x1b" not in page and "x\\x1b[0m" in page
