@@ -77,7 +77,8 @@ def compare(folders: list[Path], plot: Path | None) -> str:
         ["run", *result_columns(metrics)],
         *([record.name, *in_figures(results_of(record, metrics))] for record in records),
     ]
-    heading = f"Results ({units_of(metrics)}):"
+    units = units_of(metrics)
+    heading = f"Results ({units}):" if units else "Results:"
     if width := terminal_width():
         heading = textwrap.fill(heading, width)
     lines = (

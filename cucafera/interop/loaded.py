@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class LoadedModel(NamedTuple):
         chats: True if it was trained on conversations.
         description: One line about it.
         notes: What was changed or assumed on loading, as sentences.
+        origin: The file or folder that its weights are from.
     """
 
     engine: Engine
@@ -29,6 +31,7 @@ class LoadedModel(NamedTuple):
     chats: bool
     description: str
     notes: tuple[str, ...]
+    origin: Path
 
 
 @contextlib.contextmanager
@@ -65,7 +68,9 @@ def load_model(source: str, location: ModelLocation, device_name: str, slots: in
         assert location.path is not None
         llama = LlamaCpp(location.path, device_name, slots)
         description = f"{llama.path}: {number_of(llama.parameters, 'parameter')}, run by llama.cpp"
-        return LoadedModel(Engine(llama, llama.tokenizer), llama.tokenizer, llama.chats, description, llama.notes)
+        return LoadedModel(
+            Engine(llama, llama.tokenizer), llama.tokenizer, llama.chats, description, llama.notes, llama.path
+        )
 
     from cucafera.device import resolve_device
 
@@ -81,4 +86,4 @@ def load_model(source: str, location: ModelLocation, device_name: str, slots: in
     steps = "" if trained.step is None else f", after {number_of(trained.step, 'step')}"
     description = f"{trained.checkpoint}: {number_of(parameters, 'parameter')}{steps}"
     engine = Engine(TorchBackend(trained.model, slots), trained.tokenizer)
-    return LoadedModel(engine, trained.tokenizer, trained.chats, description, trained.notes)
+    return LoadedModel(engine, trained.tokenizer, trained.chats, description, trained.notes, trained.checkpoint)

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from yaml import safe_dump
 
-from cucafera.config.errors import UserError
 from cucafera.config.registry import OPTIMIZERS
 from cucafera.config.schema import ModelConfig, SamplingConfig
 from cucafera.interop.trained import TrainedModel
@@ -20,13 +19,14 @@ from cucafera.optimizers import OptimizerSpec
 from cucafera.quantities import number_of
 from cucafera.runs.averaging import steps_in_words
 from cucafera.runs.folder import RunFolder
+from cucafera.runs.lineage import stages_back
 from cucafera.runs.locate import is_hugging_face
 from cucafera.runs.report import as_quoted_samples
 
 CURVES = "curves.png"
 MAX_ROWS = 12
 """Validations in the table."""
-PATH_SETTINGS = ("text", "choices")
+PATH_SETTINGS = ("text", "chats", "pairs", "choices")
 """Settings of an evaluation that hold local paths; omitted for privacy."""
 
 LIMITATIONS = """\
@@ -83,27 +83,15 @@ def read_lineage(folder: RunFolder) -> TrainingLineage:
     Raises:
         UserError: a configuration, metrics or evaluation cannot be read, or the runs lead in a ring.
     """
-    return _read_lineage(folder, [])
-
-
-def _read_lineage(folder: RunFolder, followers: list[Path]) -> TrainingLineage:
-    """Read the lineage of a run whose weights the followers began with, the last one first."""
-    place = folder.path.resolve()
-    if place in followers:
-        ring = " <- ".join(path.name for path in (place, *followers))
-        raise UserError(
-            f"{folder.path}: the init_from of these runs lead in a ring, {ring}, so one of the folders was overwritten "
-            "since: rename the one that is no longer what the others began with, and its lineage ends there"
-        )
-    config = dataclasses.asdict(folder.checked_config())
-    init_from, parent = config["init_from"], None
-    if init_from:
-        path = Path(init_from).expanduser()
-        source = RunFolder(path.parent.parent if path.is_file() else path)
-        if source.config.is_file() and source.path.resolve() != place:
-            last_step = config["schedule"]["cooldown_start_step"]
-            parent = dataclasses.replace(_read_lineage(source, [place, *followers]), last_step=last_step)
-    return TrainingLineage(config, folder.read_metrics(), folder.read_evaluation(), init_from, parent)
+    lineage: TrainingLineage | None = None
+    stages = stages_back(folder)
+    for (source, config), follower in zip(reversed(stages), [*reversed(stages[:-1]), None], strict=True):
+        last_step = None if follower is None else follower.config.schedule.cooldown_start_step
+        metrics, evaluation = source.read_metrics(), source.read_evaluation()
+        values = dataclasses.asdict(config)
+        lineage = TrainingLineage(values, metrics, evaluation, config.init_from, lineage, last_step)
+    assert lineage is not None
+    return lineage
 
 
 def model_card(
@@ -170,7 +158,7 @@ def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | Non
         "license": licence or "unknown",
         "library_name": "peft" if base else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["cucafera", "catalan", *(["lora"] if base else [])],
+        "tags": ["cucafera", "catalan", *(["lora"] if base else []), *_objective_tags(stages)],
     }
     if datasets:
         front["datasets"] = list(dict.fromkeys(datasets))
@@ -181,6 +169,11 @@ def _front_matter(lineage: TrainingLineage | None, name: str, licence: str | Non
     if harness:
         front["model-index"] = [{"name": name, "results": [_index_entry(result) for result in harness]}]
     return front
+
+
+def _objective_tags(stages: Sequence[TrainingLineage]) -> list[str]:
+    tags = [tag for stage in stages for tag in objective_of(stage.config).tags(stage.config["objective"])]
+    return list(dict.fromkeys(tags))
 
 
 def _is_name_of_hub(source: str) -> bool:
@@ -246,7 +239,7 @@ def _base_name(base: str, lineage: TrainingLineage | None) -> str:
 
 
 def _kind_of_data(stage: TrainingLineage) -> str:
-    return "conversations" if objective_of(stage.config).chats else "texts"
+    return objective_of(stage.config).kind_of_data
 
 
 def _primary_metric(lineage: TrainingLineage, record: Mapping[str, Any]) -> str:
@@ -378,6 +371,7 @@ def _source(key: str, source: Mapping[str, Any]) -> str:
 def _recipe(lineage: TrainingLineage, is_merged: bool) -> str:
     stages = lineage.stages()
     rows: list[tuple[str, list[str]]] = [
+        ("stage", [objective_of(stage.config).describe(stage.config["objective"]) for stage in stages]),
         ("trained", [_trained_part(stage, is_merged or _is_merged(stage, lineage)) for stage in stages]),
         ("optimizer", [_optimizer(stage.config["optimizer"]) for stage in stages]),
         ("schedule", [_schedule(stage.config["schedule"]) for stage in stages]),
@@ -434,7 +428,7 @@ def _validation(lineage: TrainingLineage, has_curves: bool, is_mean: bool) -> st
     if has_curves:
         lines += [f"![Validation over tokens]({CURVES})", ""]
     metrics, history = objective_of(lineage.config).metrics, lineage.metrics["validation"]
-    labels = [f"{metric.label} ({metric.unit})" if metric.unit else metric.label for metric in metrics]
+    labels = [metric.label_with_unit for metric in metrics]
     shown = [history[round(number * (len(history) - 1) / (MAX_ROWS - 1))] for number in range(MAX_ROWS)]
     rows = [
         [f"{record['step']:,}", f"{record['tokens']:,}", *(f"{record[m.name]:{m.format}}" for m in metrics)]

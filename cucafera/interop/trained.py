@@ -75,10 +75,12 @@ class InitialWeights:
     Attributes:
         weights: By the names of a LanguageModel's state dict, adapters merged.
         tokenizer: The fingerprint of the tokenizer that they were trained with.
+        chats: True if they were trained on conversations.
     """
 
     weights: dict[str, Tensor]
     tokenizer: str
+    chats: bool
 
 
 def load_trained(source: str) -> TrainedModel:
@@ -202,12 +204,13 @@ def load_initial_weights(config: Config) -> InitialWeights:
         for note in spec.notes:
             log.info("%s", note)
         _check_same_shape(config, dataclasses.asdict(spec.model))
-        return InitialWeights(load_spec_weights(spec), spec.tokenizer.fingerprint)
+        return InitialWeights(load_spec_weights(spec), spec.tokenizer.fingerprint, spec.chats)
     path, checkpoint = read_checkpoint_of(config.init_from, "init_from=")
     with _errors_of_content(path):
         _check_same_shape(config, checkpoint["config"]["model"])
         weights = merged_weights(checkpoint["state_dict"], checkpoint["config"]["adapter"])
-        return InitialWeights(weights, checkpoint["fingerprints"]["tokenizer"])
+        chats = objective_of(checkpoint["config"]).chats
+        return InitialWeights(weights, checkpoint["fingerprints"]["tokenizer"], chats)
 
 
 def _check_same_shape(config: Config, loaded: dict[str, object]) -> None:

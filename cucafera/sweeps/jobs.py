@@ -217,7 +217,8 @@ def _results(job: JobRecord, config: Config | None, folder: Path) -> dict[str, A
 def _status(exit_code: int, config: Config | None, folder: Path) -> str:
     if exit_code == 0:
         values = _validations(config, folder)
-        return "finished" if values[-1] < values[0] else "diverged"
+        # Equal is not worse: an accuracy over few pairs often ends where it began.
+        return "finished" if math.isfinite(values[-1]) and values[-1] <= values[0] else "diverged"
     names = {EXIT_USER_ERROR: "refused", EXIT_DIVERGED: "diverged", EXIT_OUT_OF_TIME: "stopped"}
     stops = {128 + number: "stopped" for number in STOP_SIGNALS}
     return (names | stops).get(exit_code, "crashed")

@@ -337,7 +337,7 @@ def _draw_parameter(
 
 
 def _name_results(axes: "Axes", metric: MetricSpec) -> None:
-    axes.set_ylabel(f"final {metric.label}\n({metric.unit})")
+    axes.set_ylabel(f"final {metric.label_with_unit}".replace(" (", "\n("))
 
 
 def _axis_label(key: str) -> str:
@@ -429,7 +429,7 @@ def _finish_curves(axes: "Axes", metric: MetricSpec, records: Sequence[RunRecord
 
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel("tokens")
-    axes.set_ylabel(f"{metric.label}\n({metric.unit})")
+    axes.set_ylabel(metric.label_with_unit.replace(" (", "\n("))
     axes.grid(alpha=0.3)
     before_training = [
         record.curve[0][metric.name] for record in records if record.curve and metric.name in record.curve[0]

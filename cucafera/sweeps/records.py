@@ -213,7 +213,11 @@ def in_figures(values: Sequence[float | str | None]) -> list[str]:
 
 def units_of(metrics: Sequence[MetricSpec]) -> str:
     """Return the units of some metrics, for the heading of a table: "loss in nats per token, bpb in bits per byte"."""
-    return ", ".join(f"{metric.name} in {metric.unit}" for metric in metrics)
+    return ", ".join(
+        f"{metric.name} {metric.unit if metric.unit.startswith('per ') else f'in {metric.unit}'}"
+        for metric in metrics
+        if metric.unit
+    )
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -41,6 +41,8 @@ WIDER = 4.0
 """Factor by which the interval of a search is widened; of a parameter that is not logarithmic, half of its length."""
 FURTHER_VALUES = 3
 """Values that are proposed for the next sweep."""
+MOST_TIES = 3
+"""Settings that are named as being as good as the best."""
 RUN_AGAIN = "run the same command again to resume"
 PROBLEMS = {
     "diverged": "Diverged",
@@ -278,8 +280,8 @@ def _verdict(
     if optimum.is_flat:
         low, high = min(rate for rate, _ in runs), max(rate for rate, _ in runs)
         return (
-            f"{subject} learning rates from {low:.3g} to {high:.3g} differ by no more than {metric.negligible:g} "
-            f"{metric.unit}: any of them is as good. The best is {tried}."
+            f"{subject} learning rates from {low:.3g} to {high:.3g} differ by no more than "
+            f"{f'{metric.negligible:g} {metric.unit}'.rstrip()}: any of them is as good. The best is {tried}."
         )
     if optimum.value is None or optimum.as_good is None:
         return (
@@ -293,7 +295,7 @@ def _verdict(
             f"({number_of(optimum.points, 'run')})"
         )
     low, high = optimum.as_good
-    resolved = f"{optimum.resolved:.2g} {metric.unit}"
+    resolved = f"{optimum.resolved:.2g} {metric.unit}".rstrip()
     if optimum.resolved > metric.negligible:
         resolved += ", which is how far the results are from a parabola"
     return (
@@ -375,10 +377,14 @@ def _best_sentence(records: Sequence["RunRecord"], keys: Sequence[str]) -> str:
     if len(best.runs) > 1:
         spread = f" ± {_spread([best]):.2g}"
         in_brackets.insert(0, f"mean and standard deviation of {len(best.runs)} seeds")
-    results = f"{text(metric)}{spread} {metric.unit}" + (f" ({'; '.join(in_brackets)})" if in_brackets else "")
+    results = f"{text(metric)}{spread} {metric.unit}".rstrip() + (f" ({'; '.join(in_brackets)})" if in_brackets else "")
     if not best.values:
         return f"The result is {results}."
     sentence = f"The best of {len(settings)} settings is {best.text}: {results}."
+    ties = [setting.text for setting in settings[1:] if setting.mean == best.mean]
+    if ties:  # an accuracy over few examples has few values
+        shown = "; ".join(ties[:MOST_TIES]) + (f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else "")
+        sentence += f" It is as good with {shown}."
     noise = _spread(settings)
     if len(settings) > 1 and noise is not None and math.isfinite(settings[1].mean):
         difference = settings[1].mean - best.mean

@@ -9,7 +9,7 @@ import torch
 
 from cucafera.config.errors import UserError
 from cucafera.evaluation.evaluated_model import load_evaluated_model
-from cucafera.evaluation.perplexity import measure_held_out
+from cucafera.evaluation.held_out import measure_held_out
 from cucafera.interop import trained
 from cucafera.interop.trained import load_mean, load_trained
 from cucafera.model.lora import merged_weights

@@ -284,4 +284,7 @@ def test_the_evaluate_command_measures_a_file(runs):
     asked = [sys.executable, "-m", "cucafera.evaluate", "base.gguf", "--choices", "x.jsonl"]
     refused = subprocess.run(asked, cwd=runs, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2
-    assert refused.stderr == "base.gguf: a .gguf file can only be measured with --text; use its run for the rest\n"
+    assert (
+        refused.stderr
+        == "base.gguf: a .gguf file can only be measured with --text or --chats or --pairs; use its run for the rest\n"
+    )

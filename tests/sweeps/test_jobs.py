@@ -421,8 +421,9 @@ def test_a_job_whose_results_were_edited_is_run_again(tmp_path, monkeypatch):
     [
         ([3.0, 1.0, 2.0], "finished", 2.0),  # the last value, although another was better
         ([3.0, 1.0, 3.5], "diverged", math.inf),  # worse than before training at the end
-        ([3.0, 1.0, 3.0], "diverged", math.inf),
+        ([3.0, 1.0, 3.0], "finished", 3.0),  # as an accuracy over few pairs may
         ([3.0, math.nan], "diverged", math.inf),
+        ([math.nan, math.nan], "diverged", math.inf),
         ([3.0, 2.999], "finished", 2.999),
     ],
 )

@@ -21,7 +21,7 @@ from cucafera.objectives import MetricSpec
 from cucafera.sweeps.jobs import JobRecord
 from cucafera.sweeps.pictures import draw_curves, labels_of
 from cucafera.sweeps.progress import SweepProgress
-from cucafera.sweeps.records import RunRecord, read_records
+from cucafera.sweeps.records import RunRecord, read_records, units_of
 from cucafera.sweeps.summary import SweepSummary, SweepSummaryCallback, summarize_sweep
 from cucafera.training.events import EventLogger
 from tests.support import write_metrics
@@ -283,6 +283,32 @@ def test_a_metric_where_higher_is_better_ranks_and_fits_in_its_direction(tmp_pat
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert rows[0]["optimizer.lr"] == "0.002" and float(rows[0]["bpb"]) == pytest.approx(0.9)
     assert (tmp_path / "sweep.png").exists()
+
+
+def test_settings_with_the_same_accuracy_are_named(tmp_path, monkeypatch):
+    accuracy = MetricSpec("bpb", "reward accuracy", "", "higher", ".1%", 0.005)
+    for place in ("metrics.primary_metric", "records.primary_metric", "metrics.fitted_metric"):
+        monkeypatch.setattr(f"cucafera.sweeps.{place}", lambda config: accuracy)
+    for smoothing, score in ((0.1, 0.75), (0.2, 0.875), (0.3, 0.875), (0.4, 0.5)):
+        write_job(tmp_path, "finished", [1.0, 2 * score], objective__label_smoothing=smoothing)
+    text = summarized(tmp_path, "objective.label_smoothing=0.1,0.2,0.3,0.4").text
+    assert "The best of 4 settings is objective.label_smoothing=0.2: reward accuracy 87.5%." in text
+    assert "It is as good with objective.label_smoothing=0.3." in text
+
+
+def test_a_metric_without_a_unit_leaves_no_gap_in_a_sentence_or_heading(tmp_path, monkeypatch):
+    accuracy = MetricSpec("bpb", "reward accuracy", "", "higher", ".1%", 0.005)
+    for place in ("metrics.primary_metric", "records.primary_metric", "metrics.fitted_metric"):
+        monkeypatch.setattr(f"cucafera.sweeps.{place}", lambda config: accuracy)
+    for rate in RATES:
+        write_job(tmp_path, "finished", [1.0, 1.75], optimizer__lr=rate)
+    assert "differ by no more than 0.005: any of them is as good" in summarized(tmp_path, SWEPT).text
+    assert accuracy.label_with_unit == "reward accuracy"
+    assert units_of([accuracy]) == ""
+    assert units_of([MetricSpec("loss", "loss", "per pair"), accuracy, MetricSpec("bpb", "bpb", "bits")]) == (
+        "loss per pair, bpb in bits"
+    )
+    assert "Results:" in compare([tmp_path], None)
 
 
 def test_runs_behind_symlinks_are_compared_and_lost_ones_are_not_left_out_silently(tmp_path):
