@@ -16,7 +16,7 @@ LAYERS = [
     {"objectives", "optimizers", "runs", "generation"},
     {"interop"},
     {"training"},
-    {"sweeps", "evaluation", "serving"},
+    {"sweeps", "evaluation", "serving", "pairs"},
     {
         "options",
         "run",
@@ -25,6 +25,7 @@ LAYERS = [
         "serve",
         "telegram",
         "evaluate",
+        "prefer",
         "export",
         "compare",
         "__main__",

@@ -17,7 +17,9 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 TEXT = "\n".join(PAGES.values())
 JOINED = TEXT.replace("\\\n", "")  # commands over several lines
 COMMANDS = sorted(set(re.findall(r"(?:python -m cucafera\.|cucafera )run(?= )(?![^\n]*--help)([^\n#`]*)", JOINED)))
-OTHER_COMMANDS = sorted(set(re.findall(r"python -m cucafera\.(chat|serve|evaluate|export|compare)( [^\n#`]*)", JOINED)))
+OTHER_COMMANDS = sorted(
+    set(re.findall(r"python -m cucafera\.(chat|serve|evaluate|prefer|export|compare)( [^\n#`]*)", JOINED))
+)
 REFUSED = re.findall(r"^\$ python -m cucafera\.run (.*)\nThe configuration has ([^`]*)^```", TEXT, re.MULTILINE)
 LINKS = [(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
 

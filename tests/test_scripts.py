@@ -253,3 +253,56 @@ def test_the_generation_benchmark_accepts_differences_by_rounding_only(monkeypat
         script.agreement(model, prompts, texts, other)
     monkeypatch.setattr(script, "ROUNDING", 10)
     assert script.agreement(model, prompts, texts, other).startswith("text 2 differs from token 5 on, logits ")
+
+
+SMALL_PREFERENCE = argparse.Namespace(model="tiny", vocabulary=320, context=256)
+
+
+def test_the_pairs_of_the_preference_benchmark_look_like_the_real_ones_and_fit_a_window():
+    script = load_script("benchmark_preference")
+    pairs = script.random_pairs(1000, 320, 1024)
+    assert max(pair.tokens for pair in pairs) <= 1024 and max(pairs[0].prompt) < 320
+    assert script.random_pairs(10, 320, 1024) == pairs[:10]
+    for length, median in zip(zip(*(map(len, pair) for pair in pairs), strict=True), (22, 13, 12), strict=True):
+        assert np.median(length) == pytest.approx(median, abs=2)
+    assert 0.05 < np.mean([pair.tokens > 200 for pair in pairs]) < 0.1
+    assert max(pair.tokens for pair in script.random_pairs(1000, 320, 100)) <= 100
+
+
+def test_our_side_of_the_preference_benchmark_starts_at_the_reference_and_counts_every_pair():
+    script = load_script("benchmark_preference")
+    pairs = script.random_pairs(8, 320, 256)
+    steps = script.our_steps(script.configured(SMALL_PREFERENCE), pairs, 2, 2)
+    assert len(steps) == 2 and steps[0].loss == pytest.approx(math.log(2), abs=1e-6)
+    packed = script.packed_pairs(pairs, 256)
+    assert packed.kept == 8 and packed.targets == sum(len(pair.chosen + pair.rejected) for pair in pairs)
+    assert packed.tokens == sum(pair.tokens - 2 for pair in pairs)
+
+
+@pytest.mark.parametrize("helped", [False, True])
+def test_both_sides_of_the_preference_benchmark_compute_the_same_losses(helped):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    script = load_script("benchmark_preference")
+    config = script.configured(SMALL_PREFERENCE)
+    pairs = script.random_pairs(8, 320, 256)
+    ours, theirs = script.our_steps(config, pairs, 3, 2), script.trl_steps(config, pairs, 3, 4, helped)
+    assert [step.loss for step in ours] == pytest.approx([step.loss for step in theirs], abs=1e-5)
+    assert ours[0].loss - ours[2].loss > 1e-3  # the steps change something
+
+
+def test_the_preference_benchmark_compares_the_rounds_and_the_losses():
+    script = load_script("benchmark_preference")
+
+    def rounds(speeds, mebibytes, losses):
+        facts = {"bytes_above_state": mebibytes * 2**20, "losses": losses}
+        return [{"tokens_per_second": speed, "tokens_per_core_second": speed / 2, **facts} for speed in speeds]
+
+    measurements = {
+        script.Row("cucafera", 4): rounds([300, 100], 50, [0.7, 0.6]),
+        script.Row("TRL", 1): rounds([100, 100], 200, [0.7, 0.5]),
+    }
+    assert script.largest_difference(measurements) == pytest.approx(0.1)
+    ours, theirs = script.table(measurements).splitlines()[1:]
+    assert ours.startswith("cucafera, 4 windows at a time ") and theirs.startswith("TRL, 1 pair at a time ")
+    assert ours.split()[-9:-2] == ["200", "2.00x", "100", "2.00x", "50", "MiB", "0.25x"]
+    assert theirs.split()[-9:] == ["100", "1.00x", "50", "1.00x", "200", "MiB", "1.00x", "0.700000", "0.500000"]
